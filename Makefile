@@ -1,0 +1,55 @@
+# The interpreter: PYTHON=... chooses another one; anything from 3.11 on will do.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check dev lock clean
+
+help: ## Show these targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+install: .venv/installed ## Make .venv with the locked versions.
+
+demo: .venv/installed ## Run the job on a generated platform and show the result.
+	@$(BIN)/tutormax demo
+
+dev: .venv/installed ## Start the Dagster UI on http://127.0.0.1:3000.
+	@$(BIN)/tutormax dev
+
+test: .venv/installed-dev ## Run the tests.
+	@$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+check: .venv/installed-dev ## Lint, format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: .venv/installed-dev ## Choose versions anew from pyproject.toml.
+	$(BIN)/uv pip compile pyproject.toml --group build --universal --generate-hashes --no-header --no-strip-extras \
+		--upgrade --quiet --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-header --no-strip-extras \
+		--upgrade --quiet --constraint requirements.lock --output-file requirements-dev.lock
+
+clean: ## Remove .venv and .tutormax; the embedded server is stopped first.
+	@if [ -x $(BIN)/tutormax ]; then $(BIN)/tutormax db stop || true; fi
+	rm -rf .venv .tutormax
+
+.venv/bin/python:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "No Python >= 3.11 was found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; fi
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# A stamp is written last, so an installation that was interrupted is done again.
+.venv/installed: requirements.lock pyproject.toml setup.py | .venv/bin/python
+	@echo "Installing into .venv (once; about a minute)"
+	@$(PIP) install --require-hashes --requirement requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/installed-dev: requirements-dev.lock .venv/installed
+	@echo "Installing the tools for tests and checks"
+	@$(PIP) install --require-hashes --requirement requirements-dev.lock
+	@touch $@
