@@ -1,0 +1,188 @@
+"""Windows, thresholds, weights and scale: everything about a metric that may be set."""
+
+import tomllib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+HIGHER_IS_BETTER = (
+    "avg_rating",
+    "first_session_success_rate",
+    "engagement_score",
+    "learning_objectives_met_pct",
+)
+LOWER_IS_BETTER = ("reschedule_rate", "no_show_count")
+
+
+class PolicyError(Exception):
+    """The policy contradicts itself; the message names the setting and the reason."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Weights(_Part):
+    """Shares of the three parts of ``engagement_score``; they add up to 1."""
+
+    login: float = Field(default=0.4, ge=0)
+    session: float = Field(default=0.4, ge=0)
+    punctual: float = Field(default=0.2, ge=0)
+
+    @model_validator(mode="after")
+    def _add_up_to_one(self) -> Self:
+        total = self.login + self.session + self.punctual
+        if abs(total - 1) > 1e-9:
+            raise ValueError(
+                f"login {self.login:g} + session {self.session:g} + punctual {self.punctual:g} "
+                f"is {total:g}; expected 1"
+            )
+        return self
+
+
+class Threshold(_Part):
+    """Where a metric turns green (at the bound or better) and red (beyond the bound)."""
+
+    green: float
+    red: float
+
+
+class Thresholds(_Part):
+    """The bounds of the six metrics that carry flags, in the metrics' own units."""
+
+    avg_rating: Threshold = Threshold(green=4.5, red=3.5)
+    first_session_success_rate: Threshold = Threshold(green=85, red=70)
+    reschedule_rate: Threshold = Threshold(green=10, red=15)
+    no_show_count: Threshold = Threshold(green=0, red=3)
+    engagement_score: Threshold = Threshold(green=80, red=60)
+    learning_objectives_met_pct: Threshold = Threshold(green=90, red=80)
+
+    @model_validator(mode="after")
+    def _red_is_not_better_than_green(self) -> Self:
+        for name in HIGHER_IS_BETTER:
+            bound: Threshold = getattr(self, name)
+            if bound.red > bound.green:
+                raise ValueError(
+                    f"{name}: red {bound.red:g} is above green {bound.green:g}; "
+                    "higher is better here, so red has to be at or below green"
+                )
+        for name in LOWER_IS_BETTER:
+            bound = getattr(self, name)
+            if bound.red < bound.green:
+                raise ValueError(
+                    f"{name}: red {bound.red:g} is below green {bound.green:g}; "
+                    "lower is better here, so red has to be at or above green"
+                )
+        return self
+
+
+class TierFlags(_Part):
+    """How many flags make a tier; the first match wins, from Exemplary down to Developing."""
+
+    exemplary_green: int = Field(default=5, ge=0, le=6)
+    at_risk_red: int = Field(default=3, ge=1, le=6)
+    needs_attention_red: int = Field(default=1, ge=1, le=6)
+    strong_green: int = Field(default=3, ge=0, le=6)
+
+    @model_validator(mode="after")
+    def _every_tier_can_be_reached(self) -> Self:
+        if self.needs_attention_red >= self.at_risk_red:
+            raise ValueError(
+                f"needs_attention_red {self.needs_attention_red} is not below "
+                f"at_risk_red {self.at_risk_red}; no tutor could need attention"
+            )
+        if self.strong_green >= self.exemplary_green:
+            raise ValueError(
+                f"strong_green {self.strong_green} is not below "
+                f"exemplary_green {self.exemplary_green}; no tutor could be Strong"
+            )
+        return self
+
+
+class Policy(_Part):
+    """How metrics and tiers are computed. The defaults are the contract's."""
+
+    windows: tuple[Annotated[int, Field(ge=1, le=3660)], ...] = Field(
+        default=(7, 30, 90), min_length=1, description="Lengths in days, shortest first."
+    )
+    session_score_scale: Literal[1, 100] = Field(
+        default=1, description="Upper end of the platform's session engagement_score."
+    )
+    neutral_session_score: float = Field(
+        default=50, ge=0, le=100, description="Session part where no session has a score."
+    )
+    late_limit_minutes: int = Field(
+        default=10, ge=0, description="A session that starts later than this is not punctual."
+    )
+    first_session_success_rating: int = Field(
+        default=4, ge=1, le=5, description="Rating from which a first session is a success."
+    )
+    weights: Weights = Weights()
+    thresholds: Thresholds = Thresholds()
+    tier_flags: TierFlags = TierFlags()
+
+    @model_validator(mode="after")
+    def _windows_grow(self) -> Self:
+        if list(self.windows) != sorted(set(self.windows)):
+            raise ValueError(
+                f"windows {list(self.windows)} are not in growing order; "
+                f"expected {sorted(set(self.windows))}"
+            )
+        return self
+
+    @property
+    def horizon_days(self) -> int:
+        """Length in days of the longest window."""
+        return self.windows[-1]
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "Policy":
+        """This policy with some settings replaced.
+
+        Args:
+            overrides: Nested settings by name, such as ``{"weights": {"login": 0.5, …}}``; what
+                is not named stays as it is.
+
+        Returns:
+            The new policy.
+
+        Raises:
+            PolicyError: A name is unknown, a value malformed, or the result contradicts itself.
+        """
+        try:
+            return Policy.model_validate(_merged(self.model_dump(), overrides))
+        except ValidationError as error:
+            raise PolicyError(
+                "The metrics policy is refused. " + " ".join(_sentence(e) for e in error.errors())
+            ) from None
+
+    @classmethod
+    def from_toml(cls, text: str) -> "Policy":
+        """The default policy with the overrides of a TOML document.
+
+        Raises:
+            PolicyError: The text is not TOML, or as in ``with_overrides``.
+        """
+        try:
+            overrides = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise PolicyError(f"The metrics policy is not valid TOML: {error}.") from None
+        return cls().with_overrides(overrides)
+
+
+def window_name(days: int) -> str:
+    """The value of the ``window`` column for a window of so many days."""
+    return f"{days}day"
+
+
+def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for name, value in overrides.items():
+        nested = isinstance(result.get(name), Mapping) and isinstance(value, Mapping)
+        result[name] = _merged(result[name], value) if nested else value
+    return result
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "policy"
+    return f"{where}: {str(error['msg']).removeprefix('Value error, ')}."

@@ -1,0 +1,171 @@
+"""The metrics of one window, each defined once, from sums that a tutor's rows add up to."""
+
+from datetime import date, timedelta
+
+import polars as pl
+
+from tutormax_assets.metrics.policy import Policy, window_name
+from tutormax_assets.metrics.schemas import LOGIN, WindowMetrics
+
+# Sums are taken over whole multiples of these, so that they are exact and the order of the rows
+# does not show: a float holds every whole number up to 2**53.
+_SCORE_DECIMALS = 9
+_MINUTES_DECIMALS = 6
+
+# 2**27 + 1 splits a float's 53 bits in halves; from 2**52 on a float has no decimals.
+_SPLITTER = 2.0**27 + 1
+_WHOLE_FROM = 2.0**52
+
+
+def within_window(column: str, *, reference_date: date, days: int) -> pl.Expr:
+    """Whether a local date lies in ``[reference_date - days, reference_date)``."""
+    start = reference_date - timedelta(days=days)
+    return pl.col(column).is_between(start, reference_date, closed="left")
+
+
+def window_metrics(
+    roster: pl.LazyFrame,
+    sessions: pl.LazyFrame,
+    events: pl.LazyFrame,
+    /,
+    *,
+    reference_date: date,
+    days: int,
+    policy: Policy,
+) -> pl.LazyFrame:
+    """The metrics of every tutor of the roster over the days before the reference date.
+
+    Args:
+        roster: ``TutorRoster``.
+        sessions: ``SessionsSnapshot``; rows outside the window and of other tutors do not count.
+        events: ``TutorEventsSnapshot``, likewise.
+        reference_date: The day after the last one of the window.
+        days: Length of the window.
+        policy: Weights, limits and scale.
+
+    Returns:
+        ``WindowMetrics``, one row per tutor of the roster, sorted by tutor. Rates and means are
+        rounded to two decimals, half to even.
+    """
+    in_window = within_window("scheduled_date", reference_date=reference_date, days=days)
+    sums = session_sums(sessions.filter(in_window), policy=policy)
+    in_window = within_window("event_date", reference_date=reference_date, days=days)
+    event_counts = event_sums(events.filter(in_window))
+    counts = [*_COUNTS, "logins"]
+    return (
+        roster.select("tutor_id")
+        .join(sums, on="tutor_id", how="left")
+        .join(event_counts, on="tutor_id", how="left")
+        .with_columns(pl.col(counts).fill_null(0))
+        .select(
+            "tutor_id",
+            pl.lit(window_name(days)).alias("window"),
+            *(expression.alias(name) for name, expression in metrics(policy).items()),
+        )
+        .select(WindowMetrics.column_names())
+        .sort("tutor_id")
+    )
+
+
+def session_sums(sessions: pl.LazyFrame, /, *, policy: Policy) -> pl.LazyFrame:
+    """What a tutor's sessions add up to; sums of two sets of sessions add up to those of both.
+
+    Args:
+        sessions: ``SessionsSnapshot``.
+        policy: Says when a session is punctual and when a first session is a success.
+
+    Returns:
+        One row per tutor who has a session: counts, and sums of ratings and scores.
+    """
+    rated = pl.col("overall_rating").is_not_null()
+    first = (pl.col("session_number") == 1) & rated
+    success = pl.col("overall_rating") >= policy.first_session_success_rating
+    late = pl.col("late_start_minutes")
+    return sessions.group_by("tutor_id").agg(
+        pl.len().alias("sessions"),
+        (pl.col("started") & ~pl.col("no_show")).sum().alias("completed"),
+        pl.col("no_show").sum().alias("no_shows"),
+        pl.col("tutor_initiated_reschedule").count().alias("reschedules_known"),
+        pl.col("tutor_initiated_reschedule").sum().alias("reschedules"),
+        pl.col("overall_rating").count().alias("ratings"),
+        pl.col("overall_rating").cast(pl.Int64).sum().alias("rating_sum"),
+        first.sum().alias("first_rated"),
+        (first & success).sum().alias("first_successes"),
+        late.count().alias("lateness_known"),
+        (late <= policy.late_limit_minutes).sum().alias("punctual"),
+        pl.col("engagement_score").count().alias("scores"),
+        _exact_sum("engagement_score", _SCORE_DECIMALS).alias("score_sum"),
+        pl.col("learning_objectives_met").count().alias("objectives_known"),
+        pl.col("learning_objectives_met").sum().alias("objectives_met"),
+    )
+
+
+def event_sums(events: pl.LazyFrame, /) -> pl.LazyFrame:
+    """What a tutor's events add up to.
+
+    Args:
+        events: ``TutorEventsSnapshot``.
+
+    Returns:
+        One row per tutor who has an event: logins, responses that carry a time, sum of the times.
+    """
+    return events.group_by("tutor_id").agg(
+        (pl.col("event_type") == LOGIN).sum().alias("logins"),
+        pl.col("response_time_minutes").count().alias("responses"),
+        _exact_sum("response_time_minutes", _MINUTES_DECIMALS).alias("minutes_sum"),
+    )
+
+
+def metrics(policy: Policy) -> dict[str, pl.Expr]:
+    """The definition of each metric, over the columns of ``session_sums`` and ``event_sums``.
+
+    A share of nothing is null. Source: the product's specification, "The nine metrics".
+    """
+    weights = policy.weights
+    login_part = _share("logins", "sessions").clip(upper_bound=100)
+    session_part = _mean("score_sum", "scores", _SCORE_DECIMALS) * 100 / policy.session_score_scale
+    engagement = (
+        weights.login * login_part
+        + weights.session * session_part.fill_null(policy.neutral_session_score)
+        + weights.punctual * _share("punctual", "lateness_known")
+    )
+    return {
+        "sessions_completed": pl.col("completed").cast(pl.Int32),
+        "avg_rating": _rounded(_mean("rating_sum", "ratings", 0)),
+        "first_session_success_rate": _rounded(_share("first_successes", "first_rated")),
+        "reschedule_rate": _rounded(_share("reschedules", "reschedules_known")),
+        "no_show_count": pl.col("no_shows").cast(pl.Int32),
+        "engagement_score": _rounded(pl.when(pl.col("sessions") > 0).then(engagement)),
+        "learning_objectives_met_pct": _rounded(_share("objectives_met", "objectives_known")),
+        "response_time_avg_minutes": _rounded(_mean("minutes_sum", "responses", _MINUTES_DECIMALS)),
+    }
+
+
+_COUNTS = ["sessions", "completed", "no_shows"]
+
+
+def _exact_sum(column: str, decimals: int) -> pl.Expr:
+    return (pl.col(column) * 10.0**decimals).round().sum()
+
+
+def _mean(total: str, count: str, decimals: int) -> pl.Expr:
+    return pl.when(pl.col(count) > 0).then(pl.col(total) / (pl.col(count) * 10.0**decimals))
+
+
+def _share(part: str, whole: str) -> pl.Expr:
+    return pl.when(pl.col(whole) > 0).then(100.0 * pl.col(part) / pl.col(whole))
+
+
+def _rounded(expression: pl.Expr) -> pl.Expr:
+    # The nearest hundredth of the float itself, half to even, which is Python's round(x, 2).
+    # Polars rounds 100 * x instead: a product that came out at a half may lie beside it. Dekker's
+    # product (T. J. Dekker, Numerische Mathematik 18, 1971) tells by how much.
+    product = expression * 100
+    upper = expression * _SPLITTER - (expression * _SPLITTER - expression)
+    error = (upper * 100 - product) + (expression - upper) * 100
+    below = product.floor()
+    rest = product - below
+    up = (rest > 0.5) | ((rest == 0.5) & ((error > 0) | ((error == 0) & (below % 2 == 1))))
+    # Polars divides by a constant through its reciprocal; its round() finds the nearest float.
+    rounded = ((below + up) / 100).round(2)
+    return pl.when(expression < _WHOLE_FROM).then(rounded).otherwise(expression)

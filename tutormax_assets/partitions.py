@@ -1,0 +1,55 @@
+"""Reference dates: the day that a partition stands for, and the instants where days begin."""
+
+from collections.abc import Sequence
+from datetime import date, datetime, time, timedelta
+from zoneinfo import ZoneInfo
+
+
+class ReferenceDateError(Exception):
+    """A reference date that cannot be computed; the message says which ones can."""
+
+
+def midnight(day: date, *, timezone: str) -> datetime:
+    """The instant at which a day begins in an IANA timezone."""
+    return datetime.combine(day, time.min, ZoneInfo(timezone))
+
+
+def today(*, timezone: str) -> date:
+    """The current day in an IANA timezone."""
+    return datetime.now(ZoneInfo(timezone)).date()
+
+
+def horizon(days: Sequence[date], *, window_days: int) -> tuple[date, date]:
+    """The days that the windows of all these reference dates lie in, from first up to last.
+
+    Args:
+        days: Reference dates, at least one.
+        window_days: Length of the longest window.
+
+    Returns:
+        The first day, and the day after the last one.
+    """
+    return min(days) - timedelta(days=window_days), max(days)
+
+
+def checked_reference_date(value: date, *, first: date, timezone: str) -> date:
+    """The date of a date or datetime, if it can be computed.
+
+    Args:
+        value: A date, or a datetime, whose date in the timezone counts.
+        first: The first reference date.
+        timezone: IANA name; its current day is the last reference date.
+
+    Raises:
+        ReferenceDateError: It lies in the future or before the first reference date.
+    """
+    if isinstance(value, datetime):
+        value = (value.astimezone(ZoneInfo(timezone)) if value.tzinfo else value).date()
+    last = today(timezone=timezone)
+    if value > last:
+        raise ReferenceDateError(f"{value} is in the future; the latest reference date is {last}.")
+    if value < first:
+        raise ReferenceDateError(
+            f"{value} lies before the first reference date, {first}. TUTORMAX_FIRST_DATE sets it."
+        )
+    return value
