@@ -1,0 +1,1 @@
+"""The tutoring platform's PostgreSQL: tables, connection, snapshot, metrics table."""

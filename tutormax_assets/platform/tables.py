@@ -1,0 +1,164 @@
+"""The five source tables, which the platform owns, and the one table that this project owns."""
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+METRICS_TABLE = "tutor_performance_metrics"
+
+source_metadata = sa.MetaData()
+"""The tutoring platform's tables. Only demos and tests create them."""
+
+metrics_metadata = sa.MetaData()
+"""The tables that this project owns; Alembic migrates them."""
+
+
+def _id(name: str, *, primary_key: bool = False) -> sa.Column[str]:
+    return sa.Column(name, sa.String(50), primary_key=primary_key)
+
+
+def _references(name: str, target: str, **options: bool) -> sa.Column[str]:
+    return sa.Column(
+        name,
+        sa.String(50),
+        sa.ForeignKey(target, ondelete="CASCADE"),
+        nullable=False,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def _instant(name: str, *, default_now: bool = False, nullable: bool = False) -> sa.Column[object]:
+    return sa.Column(
+        name,
+        sa.DateTime(timezone=True),
+        nullable=nullable,
+        server_default=sa.func.now() if default_now else None,
+    )
+
+
+tutors = sa.Table(
+    "tutors",
+    source_metadata,
+    _id("tutor_id", primary_key=True),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("email", sa.String(255), unique=True, nullable=False),
+    _instant("onboarding_date"),
+    sa.Column("status", sa.String(50), nullable=False),
+    sa.Column("subjects", ARRAY(sa.String), nullable=False),
+    sa.Column("education_level", sa.String(100)),
+    sa.Column("location", sa.String(200)),
+    sa.Column("baseline_sessions_per_week", sa.Float),
+    sa.Column("behavioral_archetype", sa.String(50)),
+    _instant("created_at", default_now=True),
+    _instant("updated_at", default_now=True),
+    sa.Index("ix_tutors_status", "status"),
+)
+
+students = sa.Table(
+    "students",
+    source_metadata,
+    _id("student_id", primary_key=True),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("age", sa.Integer),
+    sa.Column("grade_level", sa.String(50)),
+    sa.Column("subjects_interested", ARRAY(sa.String)),
+    _instant("created_at", default_now=True),
+    _instant("updated_at", default_now=True),
+)
+
+sessions = sa.Table(
+    "sessions",
+    source_metadata,
+    _id("session_id", primary_key=True),
+    _references("tutor_id", "tutors.tutor_id"),
+    _references("student_id", "students.student_id"),
+    sa.Column("session_number", sa.Integer, nullable=False),
+    _instant("scheduled_start"),
+    _instant("actual_start", nullable=True),
+    sa.Column("duration_minutes", sa.Integer, nullable=False),
+    sa.Column("subject", sa.String(100), nullable=False),
+    sa.Column("session_type", sa.String(50), nullable=False),
+    sa.Column("tutor_initiated_reschedule", sa.Boolean, nullable=False),
+    sa.Column("no_show", sa.Boolean, nullable=False),
+    sa.Column("late_start_minutes", sa.Integer, nullable=False),
+    sa.Column("engagement_score", sa.Float),
+    sa.Column("learning_objectives_met", sa.Boolean),
+    sa.Column("technical_issues", sa.Boolean, nullable=False),
+    _instant("created_at", default_now=True),
+    _instant("updated_at", default_now=True),
+    sa.Index("ix_sessions_tutor_id", "tutor_id"),
+    sa.Index("ix_sessions_student_id", "student_id"),
+    sa.Index("ix_sessions_scheduled_start", "scheduled_start"),
+    sa.Index("ix_sessions_subject", "subject"),
+)
+
+student_feedback = sa.Table(
+    "student_feedback",
+    source_metadata,
+    _id("feedback_id", primary_key=True),
+    _references("session_id", "sessions.session_id", unique=True),
+    _references("student_id", "students.student_id"),
+    _references("tutor_id", "tutors.tutor_id"),
+    sa.Column("overall_rating", sa.Integer, nullable=False),
+    sa.Column("is_first_session", sa.Boolean, nullable=False),
+    sa.Column("subject_knowledge_rating", sa.Integer),
+    sa.Column("communication_rating", sa.Integer),
+    sa.Column("patience_rating", sa.Integer),
+    sa.Column("engagement_rating", sa.Integer),
+    sa.Column("helpfulness_rating", sa.Integer),
+    sa.Column("would_recommend", sa.Boolean),
+    sa.Column("improvement_areas", ARRAY(sa.String)),
+    sa.Column("free_text_feedback", sa.Text),
+    _instant("submitted_at"),
+    _instant("created_at", default_now=True),
+    sa.Index("ix_student_feedback_student_id", "student_id"),
+    sa.Index("ix_student_feedback_tutor_id", "tutor_id"),
+)
+
+tutor_events = sa.Table(
+    "tutor_events",
+    source_metadata,
+    _id("event_id", primary_key=True),
+    _references("tutor_id", "tutors.tutor_id"),
+    sa.Column("event_type", sa.String(100), nullable=False),
+    _instant("event_timestamp"),
+    sa.Column("metadata", JSONB),
+    _instant("created_at", default_now=True),
+    sa.Index("ix_tutor_events_tutor_id", "tutor_id"),
+    sa.Index("ix_tutor_events_event_type", "event_type"),
+    sa.Index("ix_tutor_events_event_timestamp", "event_timestamp"),
+)
+
+tutor_performance_metrics = sa.Table(
+    METRICS_TABLE,
+    metrics_metadata,
+    _id("metric_id", primary_key=True),
+    sa.Column("tutor_id", sa.String(50), nullable=False),
+    _instant("calculation_date"),
+    sa.Column("window", sa.String(20), nullable=False),
+    sa.Column("sessions_completed", sa.Integer, nullable=False),
+    sa.Column("avg_rating", sa.Float),
+    sa.Column("first_session_success_rate", sa.Float),
+    sa.Column("reschedule_rate", sa.Float),
+    sa.Column("no_show_count", sa.Integer, nullable=False),
+    sa.Column("engagement_score", sa.Float),
+    sa.Column("learning_objectives_met_pct", sa.Float),
+    sa.Column("response_time_avg_minutes", sa.Float),
+    sa.Column("performance_tier", sa.String(50)),
+    _instant("created_at", default_now=True),
+    _instant("updated_at", default_now=True),
+    sa.ForeignKeyConstraint(
+        ["tutor_id"],
+        [tutors.c.tutor_id],
+        name="fk_tutor_performance_metrics_tutor_id",
+        ondelete="CASCADE",
+    ),
+    # One index serves look-ups by tutor and, being unique, the upsert.
+    sa.UniqueConstraint(
+        "tutor_id",
+        "calculation_date",
+        "window",
+        name="uq_tutor_performance_metrics_tutor_date_window",
+    ),
+    sa.Index("ix_tutor_performance_metrics_calculation_date", "calculation_date"),
+    sa.Index("ix_tutor_performance_metrics_window", "window", "calculation_date"),
+)

@@ -1,0 +1,145 @@
+"""The environment, resolved once: where the database is, where files live, which timezone rules."""
+
+from datetime import date
+from pathlib import Path
+from typing import Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+POSTGRES_VARIABLES = (
+    "POSTGRES_HOST",
+    "POSTGRES_PORT",
+    "POSTGRES_USER",
+    "POSTGRES_PASSWORD",
+    "POSTGRES_DB",
+)
+
+
+class SettingsError(Exception):
+    """The environment does not make sense; the message says what was found and what to do."""
+
+
+class Settings(BaseSettings):
+    """Everything that is read from the environment or from a ``.env`` file in the current folder.
+
+    A variable that is set in the environment wins over the same one in ``.env``; a variable that
+    is set but empty counts as not set, except ``POSTGRES_PASSWORD``, which may be empty.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="TUTORMAX_", env_file=".env", env_file_encoding="utf-8", extra="ignore"
+    )
+
+    home: Path = Field(
+        default=Path(".tutormax"),
+        description="Folder of everything local: embedded database, Dagster home, Parquet.",
+    )
+    database_url: SecretStr | None = Field(
+        default=None, description="postgresql://user:password@host:port/database"
+    )
+    storage: str | None = Field(
+        default=None,
+        description="Base path of the Parquet partitions: a folder, s3://… or gs://….",
+    )
+    timezone: str = Field(
+        default="UTC", description="IANA timezone in which a reference date begins."
+    )
+    first_date: date = Field(
+        default=date(2024, 1, 1), description="First reference date that can be computed."
+    )
+    policy: Path | None = Field(
+        default=None, description="TOML file that overrides the metrics policy."
+    )
+    dagster_home: Path | None = Field(
+        default=None,
+        validation_alias="DAGSTER_HOME",
+        description="Folder of the Dagster instance; dagster under the home unless it is set.",
+    )
+    postgres_host: str | None = Field(default=None, validation_alias="POSTGRES_HOST")
+    postgres_port: int | None = Field(default=None, validation_alias="POSTGRES_PORT")
+    postgres_user: str | None = Field(default=None, validation_alias="POSTGRES_USER")
+    postgres_password: SecretStr | None = Field(default=None, validation_alias="POSTGRES_PASSWORD")
+    postgres_db: str | None = Field(default=None, validation_alias="POSTGRES_DB")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object, info: object) -> object:
+        if value == "" and getattr(info, "field_name", "") != "postgres_password":
+            field = cls.model_fields[getattr(info, "field_name", "")]
+            return field.get_default()
+        return value
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_timezone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ZoneInfoNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"{value!r} is not an IANA timezone; expected a name such as 'America/New_York'"
+            ) from error
+        return value
+
+    @model_validator(mode="after")
+    def _postgres_variables_are_all_set_or_none(self) -> Self:
+        if self.database_url is not None:
+            return self
+        missing = [name for name in POSTGRES_VARIABLES if getattr(self, name.lower()) is None]
+        if missing and len(missing) < len(POSTGRES_VARIABLES):
+            found = [name for name in POSTGRES_VARIABLES if name not in missing]
+            raise ValueError(
+                f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} set but "
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; set all five, "
+                "or TUTORMAX_DATABASE_URL, or none to use the embedded database"
+            )
+        return self
+
+    @property
+    def database_source(self) -> Literal["TUTORMAX_DATABASE_URL", "POSTGRES_*", "embedded"]:
+        """Where the connection comes from."""
+        if self.database_url is not None:
+            return "TUTORMAX_DATABASE_URL"
+        return "embedded" if self.postgres_host is None else "POSTGRES_*"
+
+    @property
+    def home_path(self) -> Path:
+        """``home`` as an absolute path."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def dagster_home_path(self) -> Path:
+        """Folder of the Dagster instance as an absolute path."""
+        return (self.dagster_home or self.home_path / "dagster").expanduser().absolute()
+
+    @property
+    def storage_path(self) -> str:
+        """Base path of the Parquet partitions; ``storage`` under the home unless it is set."""
+        return self.storage or str(self.home_path / "storage")
+
+
+def load_settings() -> Settings:
+    """Read the environment.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingsError: A variable is malformed, or the ``POSTGRES_*`` set is incomplete. No value
+            is repeated in the message, since it may be a secret.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def _sentence(error: object) -> str:
+    assert isinstance(error, dict)  # noqa: S101
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    name = str(error["loc"][0])
+    own = name not in (*POSTGRES_VARIABLES, "DAGSTER_HOME")
+    return f"{'TUTORMAX_' + name.upper() if own else name}: {message}"
