@@ -1,0 +1,397 @@
+"""The Python API over the job: run a reference date and get its summary.
+
+Names, arguments and defaults are those of the service that this project replaces.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from importlib.resources import as_file, files
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import sqlalchemy as sa
+
+from tutormax_assets.assets.metrics_table import SUMMARY_METADATA
+from tutormax_assets.definitions import JOB_NAME, MAX_PARTITIONS_PER_RUN, build_definitions
+from tutormax_assets.log import LOGGER
+from tutormax_assets.partitions import checked_reference_date, midnight, today
+from tutormax_assets.platform import metrics_table
+from tutormax_assets.platform.connection import create_engine, database_url
+from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
+from tutormax_assets.resources import RunOptions
+from tutormax_assets.settings import Settings, load_settings
+from tutormax_assets.storage import partition_path, scan_partition
+
+SYSTEM = "SYSTEM"
+"""Stands in place of a tutor's id in the error of a run that failed as a whole."""
+
+logger = logging.getLogger(LOGGER)
+
+
+@dataclass
+class AggregationResult:
+    """What became of one tutor.
+
+    Attributes:
+        tutor_id: The tutor.
+        success: Whether all windows are in the table.
+        metrics_saved: Ids of the tutor's rows for the date.
+        error: Why the tutor was not saved.
+        windows_processed: The windows of those rows, such as ``30day``.
+    """
+
+    tutor_id: str
+    success: bool
+    metrics_saved: list[str] = field(default_factory=list)
+    error: str | None = None
+    windows_processed: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AggregationSummary:
+    """What became of a reference date.
+
+    Attributes:
+        run_date: The instant that the reference date stands for.
+        total_tutors: Tutors that the run was about.
+        successful: Tutors that are in the table with all windows.
+        failed: Tutors that are not.
+        total_metrics_saved: Rows of those tutors that the table holds now.
+        total_runtime_seconds: Seconds from the start of the run to its end.
+        errors: ``tutor_id`` and ``error`` of each failure; the id is ``SYSTEM`` where the run
+            failed as a whole.
+        results: One result per tutor.
+    """
+
+    run_date: datetime
+    total_tutors: int = 0
+    successful: int = 0
+    failed: int = 0
+    total_metrics_saved: int = 0
+    total_runtime_seconds: float = 0.0
+    errors: list[dict[str, str]] = field(default_factory=list)
+    results: list[AggregationResult] = field(default_factory=list)
+
+    @property
+    def success_rate(self) -> float:
+        """Successful tutors in percent of all, to two decimals; 0 when there are none."""
+        if self.total_tutors == 0:
+            return 0.0
+        return round(100 * self.successful / self.total_tutors, 2)
+
+    @property
+    def all_saved(self) -> bool:
+        """Whether nothing failed."""
+        return not self.errors
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as JSON can hold it, without the results by tutor."""
+        return {
+            "run_date": self.run_date.isoformat(),
+            "total_tutors": self.total_tutors,
+            "successful": self.successful,
+            "failed": self.failed,
+            "total_metrics_saved": self.total_metrics_saved,
+            "total_runtime_seconds": round(self.total_runtime_seconds, 2),
+            "success_rate": self.success_rate,
+            "errors": self.errors,
+        }
+
+    def __str__(self) -> str:
+        """The summary in one line, as the log shows it."""
+        return (
+            f"Run date {self.run_date.date()}: {self.total_tutors} tutors, "
+            f"{self.successful} successful, {self.failed} failed, "
+            f"{self.total_metrics_saved} metrics saved, success rate {self.success_rate}%, "
+            f"runtime {self.total_runtime_seconds:.2f}s"
+        )
+
+
+class DailyMetricsAggregator:
+    """Computes and keeps the metrics of one reference date."""
+
+    def __init__(
+        self,
+        reference_date: date | None = None,
+        max_retries: int = 3,
+        retry_delay_seconds: float = 5,
+        batch_size: int = RunOptions.model_fields["batch_size"].default,
+    ) -> None:
+        """Say which date, and how it is written.
+
+        Args:
+            reference_date: A date, or a datetime whose date counts; today when left out.
+            max_retries: How often a batch is tried when the connection fails.
+            retry_delay_seconds: Seconds before the second try; doubles with each further one.
+            batch_size: Tutors that are written in one transaction.
+
+        Raises:
+            ReferenceDateError: The date lies in the future or before the first partition.
+        """
+        self.settings = load_settings()
+        self.reference_date = checked_reference_date(
+            reference_date or today(timezone=self.settings.timezone),
+            first=self.settings.first_date,
+            timezone=self.settings.timezone,
+        )
+        self.max_retries = max_retries
+        self.retry_delay_seconds = retry_delay_seconds
+        self.batch_size = batch_size
+
+    async def run(
+        self, tutor_ids: Sequence[str] | None = None, include_inactive: bool = False
+    ) -> AggregationSummary:
+        """Compute the date for the active tutors, or for the given ones.
+
+        Args:
+            tutor_ids: Only these tutors; the others' rows stay as they are.
+            include_inactive: Tutors of any status.
+
+        Returns:
+            The summary, with one result per tutor. A failure is in its errors and is not raised.
+        """
+        return await asyncio.to_thread(self._run, tutor_ids, include_inactive)
+
+    async def cleanup_old_metrics(self, session: object = None, retention_days: int = 90) -> int:
+        """Delete the metrics of dates older than so many days before today.
+
+        Args:
+            session: Not used; callers of the replaced service pass their database session.
+            retention_days: Age in days from which metrics are deleted.
+
+        Returns:
+            Number of rows deleted.
+        """
+        return await asyncio.to_thread(cleanup, self.settings, retention_days=retention_days)
+
+    def _run(self, tutor_ids: Sequence[str] | None, include_inactive: bool) -> AggregationSummary:
+        options = RunOptions(
+            tutor_ids=list(tutor_ids or []),
+            include_inactive=include_inactive,
+            batch_size=self.batch_size,
+            max_retries=self.max_retries,
+            retry_delay_seconds=self.retry_delay_seconds,
+        )
+        [summary] = aggregate(self.settings, [self.reference_date], options)
+        if summary.total_tutors:
+            summary.results = _results(self.settings, summary, options)
+        return summary
+
+
+async def run_daily_aggregation(
+    reference_date: date | None = None,
+    tutor_ids: Sequence[str] | None = None,
+    include_inactive: bool = False,
+    cleanup_old_metrics: bool = False,
+    retention_days: int = 90,
+) -> AggregationSummary:
+    """Compute a date, and delete old metrics afterwards if asked to and anything was saved.
+
+    Args:
+        reference_date: A date, or a datetime whose date counts; today when left out.
+        tutor_ids: Only these tutors; the others' rows stay as they are.
+        include_inactive: Tutors of any status.
+        cleanup_old_metrics: Whether to delete old metrics afterwards.
+        retention_days: Age in days from which metrics are deleted.
+
+    Returns:
+        The summary, with one result per tutor.
+
+    Raises:
+        ReferenceDateError: The date lies in the future or before the first partition.
+    """
+    aggregator = DailyMetricsAggregator(reference_date=reference_date)
+    summary = await aggregator.run(tutor_ids=tutor_ids, include_inactive=include_inactive)
+    if cleanup_old_metrics and summary.successful:
+        await aggregator.cleanup_old_metrics(retention_days=retention_days)
+    return summary
+
+
+def steps(settings: Settings, dates: int) -> int:
+    """Number of steps in which so many consecutive reference dates are computed."""
+    job = build_definitions(settings).resolve_job_def(JOB_NAME)
+    return len(job.nodes) * -(-dates // MAX_PARTITIONS_PER_RUN)
+
+
+def aggregate(
+    settings: Settings, days: Sequence[date], options: RunOptions
+) -> list[AggregationSummary]:
+    """Run the job for consecutive reference dates, many in one run, and log each summary.
+
+    When a run of several dates fails, each of them is run by itself, so that one date that cannot
+    be computed does not lose the others.
+
+    Args:
+        settings: Where everything is.
+        days: Consecutive reference dates, ascending.
+        options: Options of the run.
+
+    Returns:
+        One summary per date.
+    """
+    job = build_definitions(settings).resolve_job_def(JOB_NAME)
+    summaries = []
+    with dagster_instance(settings) as instance:
+        for chunk in _chunks(days, MAX_PARTITIONS_PER_RUN):
+            done = _run_job(job, instance, settings, chunk, options)
+            if len(chunk) > 1 and any(_failed_as_a_whole(summary) for summary in done):
+                logger.warning(
+                    "The run of %s to %s failed; running each date by itself", chunk[0], chunk[-1]
+                )
+                done = [
+                    summary
+                    for day in chunk
+                    for summary in _run_job(job, instance, settings, [day], options)
+                ]
+            summaries += done
+    for summary in summaries:
+        logger.info("%s", summary)
+        for error in summary.errors:
+            logger.error("%s: %s", error["tutor_id"], error["error"])
+    return summaries
+
+
+def cleanup(settings: Settings, *, retention_days: int) -> int:
+    """Delete the metrics of dates older than so many days before today.
+
+    Returns:
+        Number of rows deleted.
+    """
+    oldest = today(timezone=settings.timezone) - timedelta(days=retention_days)
+    engine = create_engine(database_url(settings))
+    try:
+        deleted = metrics_table.delete_before(engine, midnight(oldest, timezone=settings.timezone))
+    finally:
+        engine.dispose()
+    logger.info("Deleted %s metrics of dates before %s", deleted, oldest)
+    return deleted
+
+
+@contextmanager
+def dagster_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
+    """The Dagster instance whose UI shows the runs: that of DAGSTER_HOME, else under the home."""
+    home = dagster_home(settings)
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        yield instance
+
+
+def dagster_home(settings: Settings) -> Path:
+    """The Dagster home, made ready for use with this package's ``dagster.yaml`` if it has none."""
+    home = settings.dagster_home_path
+    home.mkdir(parents=True, exist_ok=True)
+    config = home / "dagster.yaml"
+    if not config.exists():
+        config.unlink(missing_ok=True)
+        with as_file(files("tutormax_assets") / "dagster.yaml") as packaged:
+            config.symlink_to(packaged)
+    return home
+
+
+def _run_job(
+    job: dg.JobDefinition,
+    instance: dg.DagsterInstance,
+    settings: Settings,
+    days: Sequence[date],
+    options: RunOptions,
+) -> list[AggregationSummary]:
+    started = perf_counter()
+    keys = [day.isoformat() for day in days]
+    if len(keys) == 1:
+        partitions: dict[str, Any] = {"partition_key": keys[0]}
+    else:
+        partitions = {
+            "tags": {
+                "dagster/asset_partition_range_start": keys[0],
+                "dagster/asset_partition_range_end": keys[-1],
+            }
+        }
+    result = job.execute_in_process(
+        instance=instance,
+        run_config={
+            "resources": {"run_options": {"config": options.model_dump()}},
+            "loggers": {"line": {}},
+        },
+        raise_on_error=False,
+        **partitions,
+    )
+    saved = {
+        event.partition: event.step_materialization_data.materialization.metadata
+        for event in result.get_asset_materialization_events()
+        if event.asset_key == dg.AssetKey(METRICS_TABLE)
+    }
+    error = _failure(result)
+    summaries = []
+    for day in days:
+        summary = AggregationSummary(run_date=midnight(day, timezone=settings.timezone))
+        summary.total_runtime_seconds = (perf_counter() - started) / len(days)
+        if day.isoformat() in saved:
+            values: Any = saved[day.isoformat()][SUMMARY_METADATA].value
+            for name in ("total_tutors", "successful", "failed", "total_metrics_saved", "errors"):
+                setattr(summary, name, values[name])
+        elif error is not None:
+            summary.errors.append({"tutor_id": SYSTEM, "error": error})
+        summaries.append(summary)
+    return summaries
+
+
+def _failure(result: dg.ExecuteInProcessResult) -> str | None:
+    for event in result.get_step_failure_events():
+        failure = event.step_failure_data
+        if failure.user_failure_data is not None and failure.user_failure_data.description:
+            return failure.user_failure_data.description
+        error = failure.error
+        while error is not None and error.cause is not None:
+            error = error.cause
+        if error is not None:
+            return error.message.strip().splitlines()[0]
+    return None if result.success else "the run failed before its first step"
+
+
+def _failed_as_a_whole(summary: AggregationSummary) -> bool:
+    return any(error["tutor_id"] == SYSTEM for error in summary.errors)
+
+
+def _chunks(days: Sequence[date], size: int) -> Iterator[Sequence[date]]:
+    return (days[start : start + size] for start in range(0, len(days), size))
+
+
+def _results(
+    settings: Settings, summary: AggregationSummary, options: RunOptions
+) -> list[AggregationResult]:
+    roster = scan_partition(
+        partition_path(
+            settings.storage_path, dg.AssetKey("tutor_roster"), str(summary.run_date.date())
+        )
+    )
+    if options.tutor_ids:
+        roster = roster.filter(pl.col("tutor_id").is_in(options.tutor_ids))
+    results = {
+        tutor_id: AggregationResult(tutor_id, success=True)
+        for tutor_id in roster.collect()["tutor_id"]
+    }
+    for error in summary.errors:
+        result = results.setdefault(
+            error["tutor_id"], AggregationResult(error["tutor_id"], success=False)
+        )
+        result.success, result.error = False, error["error"]
+    table = tutor_performance_metrics
+    rows = sa.select(table.c.tutor_id, table.c.window, table.c.metric_id).where(
+        table.c.calculation_date == summary.run_date
+    )
+    engine = create_engine(database_url(settings))
+    try:
+        with engine.connect() as connection:
+            for tutor_id, window, metric_id in connection.execute(rows):
+                if tutor_id in results and results[tutor_id].success:
+                    results[tutor_id].metrics_saved.append(metric_id)
+                    results[tutor_id].windows_processed.append(window)
+    finally:
+        engine.dispose()
+    return list(results.values())

@@ -1,0 +1,38 @@
+"""The assets, one file a stage; each body takes frames, calls a pure function and returns frames.
+
+They are built by functions, because the timezone and the windows are settings.
+"""
+
+import warnings
+from collections.abc import Mapping
+from datetime import date
+from typing import Any
+
+import dagster as dg
+import dataframely as dy
+
+# Range runs rest on it, and the version that it may change in is pinned.
+warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
+
+OWNERS = ["team:tutor-quality"]
+
+
+def reference_dates(context: dg.AssetExecutionContext) -> dict[str, date]:
+    """The reference dates of a run by partition key: one, or all of a range."""
+    return {key: date.fromisoformat(key) for key in context.partition_keys}
+
+
+def frame_metadata(schema: type[dy.Schema]) -> Mapping[str, Any]:
+    """Column names, types and descriptions of a frame, as the UI shows them."""
+    columns = [
+        dg.TableColumn(
+            name,
+            type=str(column.dtype),
+            description=column.description,
+            constraints=dg.TableColumnConstraints(
+                nullable=column.nullable, unique=schema.primary_key() == [name]
+            ),
+        )
+        for name, column in schema.columns().items()
+    ]
+    return {"dagster/column_schema": dg.TableSchema(columns)}

@@ -1,0 +1,115 @@
+"""The PostgreSQL table that dashboards, managers and churn models read."""
+
+from typing import Any
+
+import dagster as dg
+
+from tutormax_assets.assets import OWNERS, reference_dates
+from tutormax_assets.partitions import midnight
+from tutormax_assets.platform.metrics_table import Batch, write_metrics
+from tutormax_assets.platform.tables import METRICS_TABLE
+from tutormax_assets.resources import PlatformDatabase, RunOptions
+from tutormax_assets.storage import FramesByDate
+
+SUMMARY_METADATA = "summary"
+"""Metadata key under which a materialization says what was saved and what was not."""
+
+
+def tutor_performance_metrics_asset(
+    daily: dg.DailyPartitionsDefinition, backfill_policy: dg.BackfillPolicy
+) -> dg.AssetsDefinition:
+    """Build the asset ``tutor_performance_metrics``."""
+
+    @dg.asset(
+        partitions_def=daily,
+        backfill_policy=backfill_policy,
+        group_name="persisted",
+        owners=OWNERS,
+        kinds={"postgres"},
+        metadata={"dagster/table_name": METRICS_TABLE},
+        check_specs=[
+            dg.AssetCheckSpec(
+                "every_tutor_saved",
+                asset=METRICS_TABLE,
+                description="Every tutor of the run is in the table with all windows.",
+            )
+        ],
+    )
+    def tutor_performance_metrics(
+        context: dg.AssetExecutionContext,
+        database: PlatformDatabase,
+        run_options: RunOptions,
+        tutor_tiers: FramesByDate,
+        # Dagster takes the class without its argument only.
+    ) -> dg.MaterializeResult:  # type: ignore[type-arg]
+        """Metrics and tiers as kept in PostgreSQL: one row per tutor, reference date and window.
+
+        A row whose values did not move is not touched; rows of tutors that the run is not about
+        stay as they are.
+        """
+        failed = 0
+        for key, day in reference_dates(context).items():
+            batches = []
+            for batch in write_metrics(
+                database.engine,
+                tutor_tiers[key].collect(),
+                calculation_date=midnight(day, timezone=daily.timezone),
+                batch_size=run_options.batch_size,
+                max_retries=run_options.max_retries,
+                retry_delay_seconds=run_options.retry_delay_seconds,
+            ):
+                _log_batch(context, batch)
+                batches.append(batch)
+            summary = _summary(batches)
+            failed += summary["failed"]
+            context.add_asset_metadata(
+                {
+                    SUMMARY_METADATA: dg.MetadataValue.json(summary),
+                    "dagster/partition_row_count": summary["total_metrics_saved"],
+                },
+                partition_key=key,
+            )
+        return dg.MaterializeResult(
+            check_results=[
+                dg.AssetCheckResult(
+                    passed=failed == 0,
+                    metadata={"failed_tutors": failed},
+                    description=None
+                    if failed == 0
+                    else "Some tutors could not be written. The errors are in the summary of the "
+                    "materialization; run these tutors again once the cause is mended.",
+                )
+            ]
+        )
+
+    return tutor_performance_metrics
+
+
+def _log_batch(context: dg.AssetExecutionContext, batch: Batch) -> None:
+    size = f"{len(batch.tutor_ids)} tutors"
+    if batch.error is None:
+        context.log.info(
+            f"Batch {batch.number}/{batch.of} committed ({size}: {batch.inserted} rows inserted, "
+            f"{batch.updated} updated, {batch.unchanged} unchanged)"
+        )
+    else:
+        context.log.error(f"Batch {batch.number}/{batch.of} failed ({size}): {batch.error}")
+
+
+def _summary(batches: list[Batch]) -> dict[str, Any]:
+    saved = [batch for batch in batches if batch.error is None]
+    failed = [batch for batch in batches if batch.error is not None]
+    return {
+        "total_tutors": sum(len(batch.tutor_ids) for batch in batches),
+        "successful": sum(len(batch.tutor_ids) for batch in saved),
+        "failed": sum(len(batch.tutor_ids) for batch in failed),
+        "total_metrics_saved": sum(batch.saved for batch in saved),
+        "inserted": sum(batch.inserted for batch in saved),
+        "updated": sum(batch.updated for batch in saved),
+        "unchanged": sum(batch.unchanged for batch in saved),
+        "errors": [
+            {"tutor_id": tutor_id, "error": batch.error}
+            for batch in failed
+            for tutor_id in batch.tutor_ids
+        ],
+    }

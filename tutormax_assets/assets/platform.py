@@ -1,0 +1,27 @@
+"""The platform's own tables: read, never written."""
+
+import dagster as dg
+
+from tutormax_assets.assets import OWNERS
+
+_DESCRIPTIONS = {
+    "tutors": "One row per tutor. Only the id and the status are read.",
+    "sessions": "One row per tutoring session, scheduled or held.",
+    "student_feedback": "At most one row per session. Only ids and the overall rating are read.",
+    "tutor_events": "One row per thing a tutor did. Only logins and message responses are read.",
+}
+
+
+def platform_tables() -> list[dg.AssetSpec]:
+    """The four source tables as external assets."""
+    return [
+        dg.AssetSpec(
+            table,
+            description=description,
+            group_name="platform",
+            owners=OWNERS,
+            kinds={"postgres"},
+            metadata={"dagster/table_name": table},
+        )
+        for table, description in _DESCRIPTIONS.items()
+    ]

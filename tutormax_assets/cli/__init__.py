@@ -1,0 +1,24 @@
+"""The command line, ``tutormax``.
+
+Only Typer and Rich are imported here and at the top of the command modules, so that ``--help``
+answers at once.
+"""
+
+import typer
+
+from tutormax_assets.cli import db, demo, dev, generate, run, set_aside
+
+app = typer.Typer(
+    name="tutormax",
+    help="Nightly tutor performance metrics: computed with Polars, kept in PostgreSQL.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("backfill")(run.backfill)
+app.command("set-aside")(set_aside.set_aside)
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.command("dev")(dev.dev)
+app.add_typer(db.app, name="db")

@@ -1,0 +1,106 @@
+"""``tutormax db``: create, upgrade, look at and stop the database."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tutormax_assets.cli.terminal import (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    fail,
+    log_to_stderr,
+    output,
+    sentences,
+    settings,
+)
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from tutormax_assets.settings import Settings
+
+app = typer.Typer(help="Create, upgrade, look at and stop the database.", no_args_is_help=True)
+
+
+@app.command()
+def init() -> None:
+    """Create all tables in an empty database, source tables included: for demos and tests."""
+    from tutormax_assets.platform import schema
+
+    log_to_stderr()
+    environment = settings()
+    with _engine(environment) as engine:
+        schema.initialize(engine, timezone=environment.timezone)
+    output.print("All tables are there, empty. `tutormax generate` fills them with sample rows.")
+
+
+@app.command()
+def upgrade(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would change and change nothing.")
+    ] = False,
+) -> None:
+    """Bring tutor_performance_metrics to this version's form; no other table is touched.
+
+    A table that the replaced service filled is adopted: names become values, dates become midnight,
+    duplicates are set aside, keys and indexes are added.
+    """
+    from tutormax_assets.platform import schema
+
+    log_to_stderr()
+    environment = settings()
+    with _engine(environment) as engine:
+        report = schema.upgrade(engine, timezone=environment.timezone, dry_run=dry_run)
+    for line in report.lines():
+        output.print(line, markup=False)
+
+
+@app.command()
+def status() -> None:
+    """Show where the database is, its tables and the state of the migration."""
+    from tutormax_assets.platform import embedded, schema
+    from tutormax_assets.platform.connection import describe
+
+    environment = settings()
+    if environment.database_source == "embedded" and not embedded.is_running(environment.home_path):
+        output.print(f"The embedded PostgreSQL under {environment.home_path} is not running.")
+        output.print("`tutormax run` and `tutormax db init` start it.")
+        raise typer.Exit(EXIT_FAILED)
+    with _engine(environment) as engine:
+        output.print(f"Database: {describe(engine.url)} (from {environment.database_source})")
+        found = schema.status(engine)
+    for line in found.lines():
+        output.print(line, markup=False)
+    if not found.ready:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def stop() -> None:
+    """Stop the embedded server."""
+    from tutormax_assets.platform import embedded
+
+    environment = settings()
+    if environment.database_source != "embedded":
+        fail(
+            f"The database comes from {environment.database_source}; only the embedded one is "
+            "stopped from here.",
+            code=EXIT_USAGE,
+        )
+    with sentences():
+        stopped = embedded.stop(environment.home_path)
+    output.print("Stopped." if stopped else "It was not running.")
+
+
+@contextmanager
+def _engine(environment: "Settings") -> "Iterator[sa.Engine]":
+    from tutormax_assets.platform.connection import create_engine, database_url
+
+    with sentences():
+        engine = create_engine(database_url(environment))
+        try:
+            yield engine
+        finally:
+            engine.dispose()

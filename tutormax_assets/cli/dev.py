@@ -1,0 +1,38 @@
+"""``tutormax dev``: the Dagster UI over the same instance and database as the other commands."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from tutormax_assets.cli.terminal import EXIT_USAGE, fail, messages, sentences, settings
+
+
+def dev(
+    host: Annotated[str, typer.Option("--host", help="Address that the UI listens on.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, help="Its port.")] = 3000,
+) -> None:
+    """Start the Dagster UI and daemon over the same instance and database as the other commands.
+
+    Anybody who reaches the UI can start runs, so it listens on this machine only unless told.
+    """
+    environment = settings()
+    with sentences():
+        from tutormax_assets.aggregation import dagster_home
+        from tutormax_assets.platform.connection import database_url, describe
+        from tutormax_assets.resources import load_policy
+
+        load_policy(environment)
+        home = dagster_home(environment)
+        url = database_url(environment)
+    messages.print(f"Database: {describe(url)}. UI: http://{host}:{port}. Ctrl-C stops it.")
+    os.environ["DAGSTER_HOME"] = str(home)
+    command = [sys.executable, "-m", "dagster", "dev", "-m", "tutormax_assets.definitions"]
+    command += ["--host", host, "--port", str(port)]
+    try:
+        os.execv(sys.executable, command)  # noqa: S606 - our own command, no shell
+    except OSError as error:
+        fail(f"Dagster does not start: {error}", code=EXIT_USAGE)

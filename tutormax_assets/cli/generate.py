@@ -1,0 +1,63 @@
+"""``tutormax generate``: fill the source tables with a synthetic platform."""
+
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from tutormax_assets.cli.arguments import reference_date
+from tutormax_assets.cli.terminal import EXIT_FAILED, fail, messages, output, sentences, settings
+
+
+def generate(
+    tutors: Annotated[int, typer.Option("--tutors", min=1, help="Number of tutors.")] = 300,
+    sessions_per_tutor: Annotated[
+        int, typer.Option("--sessions-per-tutor", min=1, help="Sessions of a tutor, on average.")
+    ] = 50,
+    days: Annotated[
+        int, typer.Option("--days", min=1, help="Days before --end that rows lie in.")
+    ] = 120,
+    end: Annotated[
+        str | None,
+        typer.Option("--end", help="Day after the last one, YYYY-MM-DD; today when left out."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same rows.")] = 1,
+    bad_rows: Annotated[
+        float,
+        typer.Option("--bad-rows", min=0, max=1, help="Share of rows that break the contract."),
+    ] = 0.0,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the tutors that are there.")
+    ] = False,
+) -> None:
+    """Fill the source tables with a synthetic platform. Never for a database that customers use."""
+    with sentences():
+        from tutormax_assets import sample_platform
+        from tutormax_assets.platform.connection import create_engine, database_url
+
+        environment = settings()
+        last = reference_date("--end", end, environment)
+        engine = create_engine(database_url(environment))
+        with Progress(console=messages, transient=True, disable=not messages.is_terminal) as bar:
+            task = bar.add_task("generating", total=tutors)
+            try:
+                rows = sample_platform.generate(
+                    engine,
+                    tutors=tutors,
+                    sessions_per_tutor=sessions_per_tutor,
+                    days=days,
+                    end=last,
+                    seed=seed,
+                    bad_rows=bad_rows,
+                    append=append,
+                    progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+            except (
+                sample_platform.PlatformNotEmptyError,
+                sample_platform.PlatformTablesMissingError,
+            ) as error:
+                fail(str(error), code=EXIT_FAILED)
+            finally:
+                engine.dispose()
+    for table, count in rows.items():
+        output.print(f"{table}: {count:,} rows")

@@ -1,0 +1,243 @@
+"""``tutormax run`` and ``tutormax backfill``: compute reference dates and keep them."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date, timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tutormax_assets.cli.arguments import AsJson, reference_date
+from tutormax_assets.cli.terminal import (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    fail,
+    log_to_stderr,
+    messages,
+    output,
+    sentences,
+    settings,
+)
+
+if TYPE_CHECKING:
+    from tutormax_assets.aggregation import AggregationSummary
+    from tutormax_assets.resources import RunOptions
+    from tutormax_assets.settings import Settings
+
+Tutors = Annotated[
+    str | None,
+    typer.Option("--tutors", help="Only these tutors, ids separated by commas.", metavar="A,B"),
+]
+IncludeInactive = Annotated[
+    bool, typer.Option("--include-inactive", help="Tutors of any status, not only active ones.")
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Tutors that are written in one transaction.")
+]
+MaxRetries = Annotated[
+    int,
+    typer.Option("--max-retries", min=0, help="How often a batch is tried."),
+]
+RetryDelay = Annotated[
+    float, typer.Option("--retry-delay", min=0, help="Seconds before the second try.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Dagster does as well.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
+
+
+def run(
+    day: Annotated[
+        str | None,
+        typer.Option("--date", help="Reference date, YYYY-MM-DD; today when left out."),
+    ] = None,
+    tutors: Tutors = None,
+    include_inactive: IncludeInactive = False,
+    cleanup: Annotated[
+        bool, typer.Option("--cleanup", help="Delete old metrics afterwards.")
+    ] = False,
+    retention_days: Annotated[
+        int, typer.Option("--retention-days", min=1, help="Age from which --cleanup deletes.")
+    ] = 90,
+    batch_size: BatchSize = 5_000,
+    max_retries: MaxRetries = 3,
+    retry_delay: RetryDelay = 5,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compute the metrics of one reference date and keep them.
+
+    Exit code: 0 all saved, 1 something failed, 2 wrong use.
+    """
+    environment = _prepare(verbose=verbose, quiet=quiet)
+    with sentences():
+        from tutormax_assets import aggregation
+        from tutormax_assets.resources import RunOptions
+
+        [summary] = with_progress(
+            environment,
+            [reference_date("--date", day, environment)],
+            RunOptions(
+                tutor_ids=_tutor_ids(tutors),
+                include_inactive=include_inactive,
+                batch_size=batch_size,
+                max_retries=max_retries,
+                retry_delay_seconds=retry_delay,
+            ),
+            quiet=quiet,
+        )
+        if cleanup and summary.successful:
+            aggregation.cleanup(environment, retention_days=retention_days)
+    if as_json:
+        typer.echo(json.dumps(summary.to_dict()))
+    elif not quiet:
+        output.print(summary_block(summary))
+    if not summary.all_saved:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def backfill(
+    first: Annotated[str, typer.Option("--from", help="First reference date, YYYY-MM-DD.")],
+    last: Annotated[
+        str | None, typer.Option("--to", help="Last reference date; today when left out.")
+    ] = None,
+    tutors: Tutors = None,
+    include_inactive: IncludeInactive = False,
+    batch_size: BatchSize = 5_000,
+    max_retries: MaxRetries = 3,
+    retry_delay: RetryDelay = 5,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a range of reference dates, a month in one run.
+
+    A date that cannot be computed does not lose the others.
+
+    Exit code: 0 all saved, 1 something failed, 2 wrong use.
+    """
+    environment = _prepare(verbose=verbose, quiet=quiet)
+    with sentences():
+        from tutormax_assets.resources import RunOptions
+
+        start = reference_date("--from", first, environment)
+        end = reference_date("--to", last, environment)
+        if end < start:
+            fail(f"--to {end} lies before --from {start}.", code=EXIT_USAGE)
+        summaries = with_progress(
+            environment,
+            [start + timedelta(days=n) for n in range((end - start).days + 1)],
+            RunOptions(
+                tutor_ids=_tutor_ids(tutors),
+                include_inactive=include_inactive,
+                batch_size=batch_size,
+                max_retries=max_retries,
+                retry_delay_seconds=retry_delay,
+            ),
+            quiet=quiet,
+        )
+    failed = [summary for summary in summaries if not summary.all_saved]
+    if as_json:
+        report = {
+            "from": start.isoformat(),
+            "to": end.isoformat(),
+            "dates": len(summaries),
+            "failed_dates": len(failed),
+            "summaries": [summary.to_dict() for summary in summaries],
+        }
+        typer.echo(json.dumps(report))
+    elif not quiet:
+        output.print(_backfill_table(summaries))
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _prepare(*, verbose: bool, quiet: bool) -> "Settings":
+    if verbose and quiet:
+        fail("--verbose and --quiet exclude each other.", code=EXIT_USAGE)
+    log_to_stderr(verbose=verbose, quiet=quiet)
+    return settings()
+
+
+def _tutor_ids(text: str | None) -> list[str]:
+    if text is None:
+        return []
+    tutor_ids = [part.strip() for part in text.split(",") if part.strip()]
+    if not tutor_ids:
+        fail("--tutors names no tutor; expected ids separated by commas.", code=EXIT_USAGE)
+    return tutor_ids
+
+
+def with_progress(
+    environment: "Settings", days: Sequence[date], options: "RunOptions", *, quiet: bool = False
+) -> "list[AggregationSummary]":
+    """Compute reference dates, with a progress bar where a person watches."""
+    from tutormax_assets.aggregation import aggregate, steps
+
+    if quiet or not messages.is_terminal:
+        return aggregate(environment, days, options)
+    with _progress(total=steps(environment, len(days))):
+        return aggregate(environment, days, options)
+
+
+@contextmanager
+def _progress(*, total: int) -> Iterator[None]:
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=messages, transient=True) as progress:
+        task = progress.add_task("starting", total=total)
+
+        class StepHandler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                event = record.__dict__.get("dagster_event")
+                if event is not None and event.is_step_start:
+                    progress.update(task, description=event.step_key)
+                elif event is not None and event.is_step_success:
+                    progress.advance(task)
+
+        logger = logging.getLogger("tutormax_assets")
+        handler = StepHandler()
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+
+
+def summary_block(summary: "AggregationSummary") -> Table:
+    """The summary of one reference date as a person reads it."""
+    table = Table(title="Daily aggregation summary", title_justify="left", show_header=False)
+    table.add_row("Run date", str(summary.run_date.date()))
+    table.add_row("Total tutors", str(summary.total_tutors))
+    table.add_row("Successful", str(summary.successful))
+    table.add_row("Failed", str(summary.failed))
+    table.add_row("Metrics saved", str(summary.total_metrics_saved))
+    table.add_row("Success rate", f"{summary.success_rate}%")
+    table.add_row("Runtime", f"{summary.total_runtime_seconds:.2f}s")
+    for error in summary.errors:
+        table.add_row(f"Error {error['tutor_id']}", error["error"])
+    return table
+
+
+def _backfill_table(summaries: "list[AggregationSummary]") -> Table:
+    table = Table(title="Backfill summary", title_justify="left")
+    for column in ("Run date", "Tutors", "Successful", "Failed", "Metrics saved", "Error"):
+        table.add_column(column, justify="left" if column in ("Run date", "Error") else "right")
+    for summary in summaries:
+        table.add_row(
+            str(summary.run_date.date()),
+            str(summary.total_tutors),
+            str(summary.successful),
+            str(summary.failed),
+            str(summary.total_metrics_saved),
+            summary.errors[0]["error"] if summary.errors else "",
+        )
+    return table

@@ -1,0 +1,108 @@
+"""What a run is given: its options, the platform's database and the metrics policy."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import sqlalchemy as sa
+from pydantic import Field, PrivateAttr
+
+from tutormax_assets.metrics.policy import Policy, PolicyError
+from tutormax_assets.platform.connection import create_engine, database_url
+from tutormax_assets.settings import Settings, SettingsError, load_settings
+
+
+class RunOptions(dg.ConfigurableResource[None]):
+    """Options of one run, set in the Launchpad or by the CLI; the defaults need nothing."""
+
+    tutor_ids: list[str] = Field(
+        default=[],
+        description="Refresh only these tutors and leave the others' rows as they are.",
+    )
+    include_inactive: bool = Field(
+        default=False, description="Compute tutors of any status, not only active ones."
+    )
+    batch_size: int = Field(
+        default=5_000, ge=1, description="Tutors that are written in one transaction."
+    )
+    max_retries: int = Field(
+        default=3, ge=0, description="How often a batch is tried when the connection fails."
+    )
+    retry_delay_seconds: float = Field(
+        default=5, ge=0, description="Seconds before the second try; doubles with each further one."
+    )
+
+
+class PlatformDatabase(dg.ConfigurableResource[None]):
+    """The platform's PostgreSQL, as the environment of the process says.
+
+    It has no settings of its own, so that no password shows in the UI. The embedded server is
+    started when a run first needs it.
+    """
+
+    _url: sa.URL | None = PrivateAttr(default=None)
+    _engine: sa.Engine | None = PrivateAttr(default=None)
+
+    @property
+    def url(self) -> sa.URL:
+        """Where the database is."""
+        if self._url is None:
+            self._url = database_url(load_settings())
+        return self._url
+
+    @property
+    def engine(self) -> sa.Engine:
+        """The connection pool."""
+        if self._engine is None:
+            self._engine = create_engine(self.url)
+        return self._engine
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """Close the pool when the run ends."""
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+
+
+class MetricsPolicy(dg.ConfigurableResource[None]):
+    """Thresholds, weights and limits: the contract's, the TOML file's, then the run's overrides."""
+
+    overrides: dict[str, Any] = Field(
+        default={},
+        description=(
+            "Settings to replace for this run, as in the TOML file, such as"
+            " {late_limit_minutes: 5} or {thresholds: {avg_rating: {green: 4.7, red: 3.5}}}."
+        ),
+    )
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of this run.
+
+        Raises:
+            PolicyError: It contradicts itself, or the run overrides the windows.
+        """
+        if "windows" in self.overrides:
+            raise PolicyError(
+                "windows cannot be set for one run, because each window is an asset;"
+                " set them in the TOML file that TUTORMAX_POLICY names"
+            )
+        return load_policy(load_settings()).with_overrides(self.overrides)
+
+
+def load_policy(settings: Settings) -> Policy:
+    """The contract's policy with the overrides of the TOML file that the settings name.
+
+    Raises:
+        SettingsError: The file cannot be read.
+        PolicyError: The file's policy is malformed or contradicts itself.
+    """
+    if settings.policy is None:
+        return Policy()
+    try:
+        text = Path(settings.policy).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"TUTORMAX_POLICY names {settings.policy}, which cannot be read: {error.strerror}"
+        ) from None
+    return Policy.from_toml(text)
