@@ -28,8 +28,11 @@ def dev(
         load_policy(environment)
         home = dagster_home(environment)
         url = database_url(environment)
-    messages.print(f"Database: {describe(url)}. UI: http://{host}:{port}. Ctrl-C stops it.")
+    messages.print(f"Database: {describe(url)}")
+    messages.print(f"UI: http://{host}:{port} (Ctrl-C stops it)")
     os.environ["DAGSTER_HOME"] = str(home)
+    # Its successor is another package; what it does is the same.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Function `dev_command` is superseded")
     command = [sys.executable, "-m", "dagster", "dev", "-m", "tutormax_assets.definitions"]
     command += ["--host", host, "--port", str(port)]
     try:
