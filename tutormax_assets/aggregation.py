@@ -5,6 +5,7 @@ Names, arguments and defaults are those of the service that this project replace
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -347,10 +348,12 @@ def _failure(result: dg.ExecuteInProcessResult) -> str | None:
         if failure.user_failure_data is not None and failure.user_failure_data.description:
             return failure.user_failure_data.description
         error = failure.error
-        while error is not None and error.cause is not None:
+        while error is not None and error.cause and (error.cls_name or "").startswith("Dagster"):
             error = error.cause
         if error is not None:
-            return error.message.strip().splitlines()[0]
+            # Our own errors are sentences; of others the class is half of the message.
+            sentence = error.message.strip().splitlines()[0]
+            return re.sub(r"^tutormax_assets[\w.]*: ", "", sentence)
     return None if result.success else "the run failed before its first step"
 
 

@@ -23,6 +23,8 @@ def line_logger(_: dg.InitLoggerContext) -> logging.Logger:
 def _rewrite(record: logging.LogRecord) -> bool:
     # Dagster puts job, run id and step before the message, and the trace of errors behind it.
     record.msg = record.__dict__["dagster_meta"]["orig_message"]
-    if record.__dict__.get("dagster_event") is not None:
+    is_event = record.__dict__.get("dagster_event") is not None
+    # The engine says this like a step would, of every step after one that failed.
+    if is_event or record.msg.startswith("Dependencies for step "):
         record.levelno, record.levelname = logging.DEBUG, "DEBUG"
     return True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from tutormax_assets.cli.arguments import AsJson, reference_date
 from tutormax_assets.cli.terminal import (
@@ -177,7 +178,12 @@ def with_progress(
 ) -> "list[AggregationSummary]":
     """Compute reference dates, with a progress bar where a person watches."""
     from tutormax_assets.aggregation import aggregate, steps
+    from tutormax_assets.platform.connection import database_url
+    from tutormax_assets.resources import load_policy
 
+    # What is wrong with the settings is said before a run is on record.
+    database_url(environment)
+    load_policy(environment)
     if quiet or not messages.is_terminal:
         return aggregate(environment, days, options)
     with _progress(total=steps(environment, len(days))):
@@ -223,7 +229,7 @@ def summary_block(summary: "AggregationSummary") -> Table:
     table.add_row("Success rate", f"{summary.success_rate}%")
     table.add_row("Runtime", f"{summary.total_runtime_seconds:.2f}s")
     for error in summary.errors:
-        table.add_row(f"Error {error['tutor_id']}", error["error"])
+        table.add_row(Text(f"Error {error['tutor_id']}"), Text(error["error"]))
     return table
 
 
@@ -238,6 +244,6 @@ def _backfill_table(summaries: "list[AggregationSummary]") -> Table:
             str(summary.successful),
             str(summary.failed),
             str(summary.total_metrics_saved),
-            summary.errors[0]["error"] if summary.errors else "",
+            Text(summary.errors[0]["error"] if summary.errors else ""),
         )
     return table

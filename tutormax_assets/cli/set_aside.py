@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from tutormax_assets.cli.arguments import AsJson, reference_date
 from tutormax_assets.cli.terminal import EXIT_FAILED, fail, output, settings
@@ -47,7 +48,7 @@ def set_aside(
     for column in shown.columns:
         table.add_column(column)
     for row in shown.iter_rows():
-        table.add_row(*(str(value) for value in row))
+        table.add_row(*(Text(str(value)) for value in row))
     output.print(table)
     if len(shown) < len(rows):
         output.print(f"The first {len(shown)} are shown; --limit shows more.")

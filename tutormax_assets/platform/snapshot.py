@@ -5,6 +5,7 @@ its time. So the bounds are bound to transaction-local settings first, and the q
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 from adbc_driver_postgresql import dbapi
 
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors
-from tutormax_assets.platform.connection import conninfo
+from tutormax_assets.platform.connection import conninfo, describe
 
 _TUTORS = """
 SELECT tutor_id, status
@@ -67,8 +68,8 @@ _ONLY_TUTORS = """
 """
 
 
-class SourceSchemaError(Exception):
-    """A source table is not as the contract has it; the message names column, found, expected."""
+class SourceError(Exception):
+    """The platform cannot be read, or a table is not as the contract has it."""
 
 
 def read_tutors(url: sa.URL, *, tutor_ids: Sequence[str] = ()) -> pl.DataFrame:
@@ -76,6 +77,9 @@ def read_tutors(url: sa.URL, *, tutor_ids: Sequence[str] = ()) -> pl.DataFrame:
 
     Returns:
         ``SourceTutors``.
+
+    Raises:
+        SourceError: The platform cannot be read.
     """
     with _snapshot(url, tutor_ids=tutor_ids) as cursor:
         return _fetch(cursor, _TUTORS, SourceTutors, tutor_ids=tutor_ids)
@@ -88,6 +92,9 @@ def read_sessions(
 
     Returns:
         ``SourceSessions``.
+
+    Raises:
+        SourceError: The platform cannot be read.
     """
     with _snapshot(url, start=start, end=end, tutor_ids=tutor_ids) as cursor:
         return _fetch(cursor, _SESSIONS, SourceSessions, tutor_ids=tutor_ids)
@@ -100,6 +107,9 @@ def read_events(
 
     Returns:
         ``SourceEvents``.
+
+    Raises:
+        SourceError: The platform cannot be read.
     """
     with _snapshot(url, start=start, end=end, tutor_ids=tutor_ids) as cursor:
         return _fetch(cursor, _EVENTS, SourceEvents, tutor_ids=tutor_ids)
@@ -113,19 +123,31 @@ def _snapshot(
     end: datetime | None = None,
     tutor_ids: Sequence[str],
 ) -> Iterator[dbapi.Cursor]:
-    with dbapi.connect(conninfo(url)) as connection, connection.cursor() as cursor:
-        cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        cursor.execute(
-            "SELECT set_config('tutormax.start', $1, true),"
-            " set_config('tutormax.end', $2, true),"
-            " set_config('tutormax.tutor_ids', $3, true)",
-            (
-                start.isoformat() if start else "",
-                end.isoformat() if end else "",
-                json.dumps(list(tutor_ids)),
-            ),
-        )
-        yield cursor
+    try:
+        with dbapi.connect(conninfo(url)) as connection, connection.cursor() as cursor:
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            cursor.execute(
+                "SELECT set_config('tutormax.start', $1, true),"
+                " set_config('tutormax.end', $2, true),"
+                " set_config('tutormax.tutor_ids', $3, true)",
+                (
+                    start.isoformat() if start else "",
+                    end.isoformat() if end else "",
+                    json.dumps(list(tutor_ids)),
+                ),
+            )
+            yield cursor
+    except dbapi.Error as error:
+        raise SourceError(
+            f"The platform at {describe(url)} cannot be read: {_said(error)}."
+            " `tutormax db status` shows what is there."
+        ) from error
+
+
+def _said(error: dbapi.Error) -> str:
+    # The driver puts its own status and step before what PostgreSQL or libpq says.
+    said = re.search(r"(?:(?:ERROR|FATAL): +|\[libpq\] )(?!.*(?:ERROR|FATAL): )(.+)", str(error))
+    return said[1].strip() if said else str(error).splitlines()[0]
 
 
 def _fetch(
@@ -135,7 +157,5 @@ def _fetch(
     rows = pl.DataFrame(cursor.fetch_arrow())
     for name, expected in pl.Schema(schema).items():
         if rows.schema[name] != expected:
-            raise SourceSchemaError(
-                f"column {name} was read as {rows.schema[name]}; expected {expected}"
-            )
+            raise SourceError(f"column {name} was read as {rows.schema[name]}; expected {expected}")
     return rows
