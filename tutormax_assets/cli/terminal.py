@@ -45,10 +45,7 @@ def sentences() -> Iterator[None]:
     except (SchemaError, EmbeddedServerError, MetricsTableError) as error:
         fail(str(error), code=EXIT_FAILED)
     except sa.exc.DBAPIError as error:
-        fail(
-            f"PostgreSQL says: {reason(error)}. `tutormax db status` shows the database.",
-            code=EXIT_FAILED,
-        )
+        fail(f"PostgreSQL says: {reason(error)}", code=EXIT_FAILED)
 
 
 def settings() -> "Settings":

@@ -4,7 +4,15 @@ import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 HIGHER_IS_BETTER = (
     "avg_rating",
@@ -26,9 +34,9 @@ class _Part(BaseModel):
 class Weights(_Part):
     """Shares of the three parts of ``engagement_score``; they add up to 1."""
 
-    login: float = Field(default=0.4, ge=0)
-    session: float = Field(default=0.4, ge=0)
-    punctual: float = Field(default=0.2, ge=0)
+    login: StrictFloat = Field(default=0.4, ge=0)
+    session: StrictFloat = Field(default=0.4, ge=0)
+    punctual: StrictFloat = Field(default=0.2, ge=0)
 
     @model_validator(mode="after")
     def _add_up_to_one(self) -> Self:
@@ -44,8 +52,8 @@ class Weights(_Part):
 class Threshold(_Part):
     """Where a metric turns green (at the bound or better) and red (beyond the bound)."""
 
-    green: float
-    red: float
+    green: StrictFloat
+    red: StrictFloat
 
 
 class Thresholds(_Part):
@@ -80,10 +88,10 @@ class Thresholds(_Part):
 class TierFlags(_Part):
     """How many flags make a tier; the first match wins, from Exemplary down to Developing."""
 
-    exemplary_green: int = Field(default=5, ge=0, le=6)
-    at_risk_red: int = Field(default=3, ge=1, le=6)
-    needs_attention_red: int = Field(default=1, ge=1, le=6)
-    strong_green: int = Field(default=3, ge=0, le=6)
+    exemplary_green: StrictInt = Field(default=5, ge=0, le=6)
+    at_risk_red: StrictInt = Field(default=3, ge=1, le=6)
+    needs_attention_red: StrictInt = Field(default=1, ge=1, le=6)
+    strong_green: StrictInt = Field(default=3, ge=1, le=6)
 
     @model_validator(mode="after")
     def _every_tier_can_be_reached(self) -> Self:
@@ -103,19 +111,19 @@ class TierFlags(_Part):
 class Policy(_Part):
     """How metrics and tiers are computed. The defaults are the contract's."""
 
-    windows: tuple[Annotated[int, Field(ge=1, le=3660)], ...] = Field(
+    windows: tuple[Annotated[StrictInt, Field(ge=1, le=3660)], ...] = Field(
         default=(7, 30, 90), min_length=1, description="Lengths in days, shortest first."
     )
     session_score_scale: Literal[1, 100] = Field(
         default=1, description="Upper end of the platform's session engagement_score."
     )
-    neutral_session_score: float = Field(
+    neutral_session_score: StrictFloat = Field(
         default=50, ge=0, le=100, description="Session part where no session has a score."
     )
-    late_limit_minutes: int = Field(
+    late_limit_minutes: StrictInt = Field(
         default=10, ge=0, description="A session that starts later than this is not punctual."
     )
-    first_session_success_rating: int = Field(
+    first_session_success_rating: StrictInt = Field(
         default=4, ge=1, le=5, description="Rating from which a first session is a success."
     )
     weights: Weights = Weights()

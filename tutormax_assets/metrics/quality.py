@@ -31,20 +31,27 @@ class Rule:
 
 
 def session_rules(policy: Policy) -> list[Rule]:
-    """The contract of ``sessions`` and ``student_feedback``, on rows of ``SourceSessions``."""
+    """The contract of ``sessions`` and ``student_feedback``, on rows of ``with_repetitions``."""
     has_feedback = pl.col("feedback_id").is_not_null()
+    first_of_session = ~pl.col("session_repeats")
+    several = pl.col("several_feedback")
     another_tutors = pl.col("feedback_tutor_id").ne_missing(pl.col("tutor_id"))
-    several = pl.col("session_id").is_duplicated()
     outside = ~pl.col("overall_rating").is_between(1, 5).fill_null(False)
 
     def session(column: str, reason: str, broken: pl.Expr) -> Rule:
-        return Rule("sessions", "session_id", column, reason, broken)
+        return Rule("sessions", "session_id", column, reason, first_of_session & broken)
 
     def feedback(column: str, reason: str, broken: pl.Expr) -> Rule:
         return Rule("student_feedback", "feedback_id", column, reason, has_feedback & broken)
 
     return [
-        session("session_id", "duplicate", ~pl.col("session_id").is_first_distinct()),
+        Rule(
+            "sessions",
+            "session_id",
+            "session_id",
+            "duplicate",
+            ~first_of_session & (~has_feedback | pl.col("feedback_repeats")),
+        ),
         session(
             "engagement_score",
             f"not within 0 and {policy.session_score_scale}",
@@ -64,6 +71,19 @@ def session_rules(policy: Policy) -> list[Rule]:
         feedback("tutor_id", "not the session's tutor", ~several & another_tutors),
         feedback("overall_rating", "not within 1 and 5", ~several & ~another_tutors & outside),
     ]
+
+
+def with_repetitions(rows: pl.LazyFrame, /) -> pl.LazyFrame:
+    """``SourceSessions`` with whether a row repeats its session or its feedback.
+
+    A session with several feedback rows comes once for each of them.
+    """
+    session, feedback = pl.col("session_id"), pl.col("feedback_id")
+    return rows.with_columns(
+        (~session.is_first_distinct()).alias("session_repeats"),
+        (~feedback.is_first_distinct()).alias("feedback_repeats"),
+        (session.is_duplicated() & ~feedback.is_duplicated()).alias("several_feedback"),
+    )
 
 
 def event_rules() -> list[Rule]:
@@ -110,20 +130,27 @@ def good_sessions(
         ``SessionsSnapshot`` sorted by tutor and date, and ``SetAside``.
     """
     rules = session_rules(policy)
-    rating_is_broken = pl.any_horizontal(
-        r.broken for r in rules if r.source_table == "student_feedback"
+    marked = _marked(with_repetitions(rows), rules).with_columns(
+        _local_date("scheduled_start", timezone).alias("scheduled_date")
     )
     good = (
-        rows.with_columns(
-            _local_date("scheduled_start", timezone).alias("scheduled_date"),
-            pl.when(~rating_is_broken).then("overall_rating").alias("overall_rating"),
-            *_without_broken(rules, "sessions"),
+        marked.filter(~pl.col("session_repeats"))
+        .with_columns(
+            *(
+                _unless_broken(rules, source_table, column)
+                for source_table, column in (
+                    ("sessions", "engagement_score"),
+                    ("sessions", "late_start_minutes"),
+                    ("sessions", "session_number"),
+                )
+            ),
+            # Whatever is wrong with a feedback row, its rating is what is not used.
+            _unless_broken(rules, "student_feedback", "overall_rating", by_any_column=True),
         )
-        .filter(pl.col("session_id").is_first_distinct())
         .select(SessionsSnapshot.column_names())
         .sort("tutor_id", "scheduled_date")
     )
-    return good, _set_aside(rows, rules, date=_local_date("scheduled_start", timezone))
+    return good, _set_aside(marked, rules, date="scheduled_date")
 
 
 def good_events(rows: pl.LazyFrame, /, *, timezone: str) -> tuple[pl.LazyFrame, pl.LazyFrame]:
@@ -136,12 +163,14 @@ def good_events(rows: pl.LazyFrame, /, *, timezone: str) -> tuple[pl.LazyFrame, 
     Returns:
         ``TutorEventsSnapshot`` sorted by tutor and date, and ``SetAside``.
     """
-    used = rows.filter(pl.col("event_type").is_in([LOGIN, MESSAGE_RESPONSE]))
     rules = event_rules()
-    broken = pl.any_horizontal(r.broken for r in rules)
+    used = rows.filter(pl.col("event_type").is_in([LOGIN, MESSAGE_RESPONSE]))
+    marked = _marked(used, rules).with_columns(
+        _local_date("event_timestamp", timezone).alias("event_date")
+    )
+    broken = pl.any_horizontal(_mark(number) for number in range(len(rules)))
     good = (
-        used.with_columns(
-            _local_date("event_timestamp", timezone).alias("event_date"),
+        marked.with_columns(
             pl.col("event_type").cast(pl.Enum([LOGIN, MESSAGE_RESPONSE])),
             pl.when(_carries_response_time() & ~broken)
             .then(_response_time())
@@ -150,7 +179,7 @@ def good_events(rows: pl.LazyFrame, /, *, timezone: str) -> tuple[pl.LazyFrame, 
         .select(TutorEventsSnapshot.column_names())
         .sort("tutor_id", "event_date")
     )
-    return good, _set_aside(used, rules, date=_local_date("event_timestamp", timezone))
+    return good, _set_aside(marked, rules, date="event_date")
 
 
 def _carries_response_time() -> pl.Expr:
@@ -161,35 +190,48 @@ def _carries_response_time() -> pl.Expr:
 
 
 def _response_time() -> pl.Expr:
-    # Of 1e300 minutes no two can be added up, so they are as good as infinite.
+    # Of more than that no sum can be taken, so it is as good as infinite.
     minutes = pl.col("response_time_minutes").cast(pl.Float64, strict=False)
-    return pl.when(minutes.abs() < 1e300).then(minutes)
+    return pl.when(minutes.is_finite() & (minutes < 1e290)).then(minutes)
 
 
 def _local_date(column: str, timezone: str) -> pl.Expr:
     return pl.col(column).dt.convert_time_zone(timezone).dt.date()
 
 
-def _without_broken(rules: list[Rule], source_table: str) -> list[pl.Expr]:
-    broken_by_column: dict[str, list[pl.Expr]] = {}
-    for rule in rules:
-        if rule.source_table == source_table and rule.column != rule.key:
-            broken_by_column.setdefault(rule.column, []).append(rule.broken.fill_null(False))
-    return [
-        pl.when(~pl.any_horizontal(broken)).then(column).alias(column)
-        for column, broken in broken_by_column.items()
+def _mark(number: int) -> pl.Expr:
+    return pl.col(f"breaks_rule_{number}")
+
+
+def _marked(rows: pl.LazyFrame, rules: list[Rule]) -> pl.LazyFrame:
+    # One pass over all rows; what follows looks at the marks.
+    return rows.with_columns(
+        rule.broken.fill_null(False).alias(_mark(number).meta.output_name())
+        for number, rule in enumerate(rules)
+    )
+
+
+def _unless_broken(
+    rules: list[Rule], source_table: str, column: str, *, by_any_column: bool = False
+) -> pl.Expr:
+    marks = [
+        _mark(number)
+        for number, rule in enumerate(rules)
+        if rule.source_table == source_table and (by_any_column or rule.column == column)
     ]
+    return pl.when(~pl.any_horizontal(marks)).then(column).alias(column)
 
 
-def _set_aside(rows: pl.LazyFrame, rules: list[Rule], *, date: pl.Expr) -> pl.LazyFrame:
+def _set_aside(marked: pl.LazyFrame, rules: list[Rule], *, date: str) -> pl.LazyFrame:
+    broken = marked.filter(pl.any_horizontal(_mark(number) for number in range(len(rules))))
     return pl.concat(
-        rows.filter(rule.broken).select(
+        broken.filter(_mark(number)).select(
             pl.lit(rule.source_table).alias("source_table"),
             pl.col(rule.key).alias("row_key"),
             "tutor_id",
-            date.alias("date"),
+            pl.col(date).alias("date"),
             pl.lit(rule.column).alias("column"),
             pl.lit(rule.reason).alias("reason"),
         )
-        for rule in rules
+        for number, rule in enumerate(rules)
     ).select(SetAside.column_names())

@@ -1,0 +1,161 @@
+"""``tutormax generate``, ``tutormax db`` and ``tutormax set-aside``, on a given database."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tutormax_assets.partitions import today
+from tutormax_assets_tests.cli.conftest import Invoke, words
+from tutormax_assets_tests.conftest import PASSWORD, Platform, open_platform
+
+DAY = "2025-11-07"
+
+
+@pytest.fixture
+def empty_platform(empty_database: sa.URL, tmp_path: Path) -> Iterator[Platform]:
+    """A database without tables."""
+    with open_platform(empty_database, tmp_path / "home") as opened:
+        yield opened
+
+
+def test_a_database_is_created_filled_and_upgraded(
+    empty_platform: Platform, invoke: Invoke
+) -> None:
+    result = invoke("db", "status")
+    assert result.exit_code == 1
+    assert "tutors: missing" in result.stdout
+    result = invoke("generate")
+    assert result.exit_code == 1
+    assert "no table tutors" in result.stderr
+    assert "`tutormax db init`" in result.stderr
+
+    result = invoke("db", "init")
+    assert result.exit_code == 0
+    assert "All tables are there, empty." in result.stdout
+    result = invoke("db", "init")
+    assert result.exit_code == 1
+    assert "Error: expected an empty database but found tutors" in words(result.stderr)
+
+    small = ["generate", "--tutors", "3", "--sessions-per-tutor", "4", "--end", DAY]
+    result = invoke(*small, "--days", "30", "--seed", "2", "--bad-rows", "0.5")
+    assert result.exit_code == 0
+    assert "tutors: 3 rows" in result.stdout
+    assert "sessions: 12 rows" in result.stdout
+    result = invoke(*small)
+    assert result.exit_code == 1
+    assert "already holds 3 tutors" in result.stderr
+    assert "Nothing was written." in result.stderr
+    assert invoke(*small, "--append").exit_code == 0
+    with empty_platform.engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT count(*) FROM tutors")) == 6
+
+    result = invoke("db", "status")
+    assert result.exit_code == 0
+    shown = words(result.stdout)
+    assert f"Database: {empty_platform.url.query['host']}" in shown.replace(" /", "/").replace(
+        "Database:", "Database: "
+    )
+    assert "(from TUTORMAX_DATABASE_URL)" in shown
+    assert "tutor_performance_metrics: current" in shown
+    assert PASSWORD not in result.output
+    assert "postgres@" not in result.output
+
+
+@pytest.mark.parametrize("arguments", [["--end", "2999-01-01"], ["--tutors", "0"], ["--end", "x"]])
+def test_generate_is_told_wrong_use(
+    arguments: list[str], platform: Platform, invoke: Invoke
+) -> None:
+    assert invoke("generate", *arguments).exit_code == 2
+
+
+def test_an_upgrade_can_be_asked_first(platform: Platform, invoke: Invoke) -> None:
+    # As the replaced service left it: names for values, and a time of day.
+    platform.execute(
+        "ALTER TABLE tutor_performance_metrics"
+        " DROP CONSTRAINT uq_tutor_performance_metrics_tutor_date_window"
+    )
+    platform.execute(
+        "INSERT INTO tutors (tutor_id, name, email, onboarding_date, status, subjects)"
+        " VALUES ('t', 'n', 'e', now(), 'active', '{}')"
+    )
+    platform.execute(
+        'INSERT INTO tutor_performance_metrics (metric_id, tutor_id, calculation_date, "window",'
+        " sessions_completed, no_show_count, performance_tier)"
+        " VALUES ('m', 't', '2025-11-07 03:04Z', 'SEVEN_DAY', 1, 0, 'AT_RISK')"
+    )
+    before = platform.metrics()
+
+    asked = invoke("db", "upgrade", "--dry-run")
+    assert asked.exit_code == 0
+    assert platform.metrics().equals(before)
+    assert "not managed" in invoke("db", "status").stdout
+
+    done = invoke("db", "upgrade")
+    assert done.exit_code == 0
+    assert done.stdout == asked.stdout
+    [row] = platform.metrics().select("window", "performance_tier").rows()
+    assert row == ("7day", "At Risk")
+    assert invoke("db", "status").exit_code == 0
+
+
+def test_an_upgrade_of_a_strange_database_is_refused(
+    empty_platform: Platform, invoke: Invoke
+) -> None:
+    result = invoke("db", "upgrade")
+
+    assert result.exit_code == 1
+    assert "Error: expected the platform's table 'tutors'" in words(result.stderr)
+
+
+def test_only_the_embedded_server_is_stopped(platform: Platform, invoke: Invoke) -> None:
+    result = invoke("db", "stop")
+
+    assert result.exit_code == 2
+    assert "The database comes from TUTORMAX_DATABASE_URL" in result.stderr
+
+
+def test_the_demo_does_not_write_into_a_given_database(platform: Platform, invoke: Invoke) -> None:
+    result = invoke("demo")
+
+    assert result.exit_code == 2
+    assert "TUTORMAX_DATABASE_URL is set, and the demo writes synthetic rows" in result.stderr
+    with platform.engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT count(*) FROM tutors")) == 0
+
+
+def test_what_was_set_aside_is_shown(small_platform: Platform, invoke: Invoke) -> None:
+    result = invoke("set-aside", "--date", DAY)
+    assert result.exit_code == 1
+    assert f"Materialize sessions_set_aside for {DAY} first." in words(result.stderr)
+
+    small_platform.run(DAY)
+    result = invoke("set-aside", "--date", DAY, "--json", "--limit", "1000")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert (report["date"], report["values"]) == (DAY, len(report["rows"]))
+    stored = small_platform.partition("sessions_set_aside", DAY)
+    assert report["values"] == len(stored) + len(
+        small_platform.partition("tutor_events_set_aside", DAY)
+    )
+    assert set(report["rows"][0]) == set(stored.columns)
+    keys = [(row["source_table"], row["row_key"], row["column"]) for row in report["rows"]]
+    assert keys == sorted(keys)
+    assert {table for table, *_ in keys} == {"sessions", "student_feedback", "tutor_events"}
+
+    result = invoke("set-aside", "--date", DAY, "--limit", "2")
+    assert result.exit_code == 0
+    shown = words(result.stdout)
+    assert f"{report['values']} values set aside for {DAY}" in shown
+    assert "The first 2 are shown; --limit shows more." in shown
+    assert invoke("set-aside", "--date", "2999-01-01").exit_code == 2
+
+
+def test_generated_rows_end_today_unless_told(platform: Platform, invoke: Invoke) -> None:
+    assert invoke("generate", "--tutors", "2", "--days", "5").exit_code == 0
+
+    with platform.engine.connect() as connection:
+        newest = connection.scalar(sa.text("SELECT max(scheduled_start) FROM sessions"))
+    assert 0 < (today(timezone="UTC") - newest.date()).days <= 5

@@ -1,0 +1,167 @@
+"""Where the database is, and the locks that keep writers apart."""
+
+import polars as pl
+import psycopg
+import pytest
+import sqlalchemy as sa
+from adbc_driver_postgresql import dbapi
+from psycopg.conninfo import conninfo_to_dict
+
+from tutormax_assets.platform.connection import (
+    advisory_lock,
+    conninfo,
+    create_engine,
+    database_url,
+    describe,
+)
+from tutormax_assets.settings import Settings, SettingsError, load_settings
+
+SECRET = "hunter2"
+ADDRESS = f"reader:{SECRET}@db.example:6543/platform"
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return load_settings()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "postgres",
+        "postgresql",
+        "postgresql+psycopg",
+        "postgresql+psycopg2",
+        "postgresql+asyncpg",
+    ],
+)
+def test_every_usual_form_of_the_url_leads_to_psycopg(
+    monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    settings = settings_of(monkeypatch, TUTORMAX_DATABASE_URL=f"{scheme}://{ADDRESS}")
+
+    url = database_url(settings)
+
+    assert url.render_as_string(hide_password=False) == f"postgresql+psycopg://{ADDRESS}"
+    assert settings.database_source == "TUTORMAX_DATABASE_URL"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"mysql://{ADDRESS}",
+        f"postgresql+pg8000://{ADDRESS}",
+        f"sqlite:///{SECRET}",
+        ADDRESS,
+        SECRET,
+        f"postgresql://reader:{SECRET}@db.example:port/platform",
+        f"postgresql://reader:{SECRET}@[::1/platform",
+    ],
+)
+def test_another_url_is_refused_and_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    settings = settings_of(monkeypatch, TUTORMAX_DATABASE_URL=text)
+
+    with pytest.raises(SettingsError, match=r"TUTORMAX_DATABASE_URL .*expected postgresql:") as e:
+        database_url(settings)
+
+    assert SECRET not in str(e.value)
+
+
+def test_the_five_postgres_variables_make_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(
+        monkeypatch,
+        POSTGRES_HOST="db.example",
+        POSTGRES_PORT="6543",
+        POSTGRES_USER="reader",
+        POSTGRES_PASSWORD="p@ss:w/rd %41",
+        POSTGRES_DB="platform",
+    )
+
+    url = database_url(settings)
+
+    assert settings.database_source == "POSTGRES_*"
+    assert (url.host, url.port, url.username, url.password, url.database) == (
+        "db.example",
+        6543,
+        "reader",
+        "p@ss:w/rd %41",
+        "platform",
+    )
+    assert sa.make_url(url.render_as_string(hide_password=False)) == url
+
+
+def test_a_database_url_wins_over_postgres_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(
+        monkeypatch, TUTORMAX_DATABASE_URL=f"postgresql://{ADDRESS}", POSTGRES_HOST="elsewhere"
+    )
+
+    assert database_url(settings).host == "db.example"
+
+
+def test_a_database_is_described_without_user_and_password() -> None:
+    url = sa.make_url(f"postgresql+psycopg://{ADDRESS}?sslmode=require&passfile=x")
+    assert describe(url) == "db.example:6543/platform"
+    local = sa.make_url(f"postgresql+psycopg://reader:{SECRET}@/platform?host=/run/pg")
+    assert describe(local) == "/run/pg/platform"
+    assert describe(sa.make_url("postgresql+psycopg:///platform")) == "local socket/platform"
+
+
+def test_both_drivers_reach_the_same_database_under_our_name(engine: sa.Engine) -> None:
+    query = "SELECT current_database(), current_setting('application_name')"
+    expected = (engine.url.database, "tutormax_assets")
+    with engine.connect() as connection:
+        assert connection.execute(sa.text(query)).one() == expected
+    with psycopg.connect(conninfo(engine.url)) as plain:
+        assert plain.execute(query).fetchone() == expected
+    with dbapi.connect(conninfo(engine.url)) as arrow, arrow.cursor() as cursor:
+        cursor.execute(query)
+        assert pl.DataFrame(cursor.fetch_arrow()).rows() == [expected]
+
+
+def test_a_connection_string_keeps_awkward_passwords_and_options() -> None:
+    url = sa.URL.create(
+        "postgresql+psycopg",
+        username="reader",
+        password="it's a \\ 'secret' =",
+        host="db.example",
+        port=6543,
+        database="platform",
+        query={"sslmode": "require", "connect_timeout": "3"},
+    )
+
+    found = conninfo_to_dict(conninfo(url))
+
+    assert found["password"] == "it's a \\ 'secret' ="
+    assert (found["sslmode"], found["connect_timeout"]) == ("require", "3")
+    assert (found["host"], found["port"], found["dbname"]) == ("db.example", "6543", "platform")
+
+
+def test_a_connection_that_died_is_replaced_before_use(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        pid = connection.scalar(sa.text("SELECT pg_backend_pid()"))
+    killer = create_engine(engine.url)
+    with killer.connect() as other:
+        other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+    killer.dispose()
+
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT pg_backend_pid()")) != pid
+
+
+def test_an_advisory_lock_excludes_others_until_its_block_ends(engine: sa.Engine) -> None:
+    def is_free(name: str) -> bool:
+        key = sa.func.hashtextextended(f"tutormax_assets:{name}", 0)
+        with engine.begin() as connection:
+            return bool(connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(key))))
+
+    with advisory_lock(engine, "a/b'c"):
+        assert not is_free("a/b'c")
+        assert is_free("another")
+    assert is_free("a/b'c")
+
+    with pytest.raises(RuntimeError), advisory_lock(engine, "a"):
+        raise RuntimeError
+    assert is_free("a")

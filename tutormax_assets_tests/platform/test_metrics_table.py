@@ -1,0 +1,299 @@
+"""Writing ``tutor_performance_metrics``, in a real PostgreSQL."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from threading import Barrier
+from typing import Any
+
+import polars as pl
+import pytest
+import sqlalchemy as sa
+from polars.testing import assert_frame_equal
+
+from tutormax_assets.metrics.schemas import TutorTiers
+from tutormax_assets.platform import tables
+from tutormax_assets.platform.metrics_table import (
+    Batch,
+    MetricsTableError,
+    delete_before,
+    write_metrics,
+)
+from tutormax_assets_tests.conftest import add, metrics_of
+
+DAY = datetime(2025, 11, 7, tzinfo=UTC)
+WINDOWS = ("7day", "30day")
+VALUES: dict[str, Any] = {
+    "sessions_completed": 3,
+    "avg_rating": 4.33,
+    "first_session_success_rate": None,
+    "reschedule_rate": 0.0,
+    "no_show_count": 0,
+    "engagement_score": 66.67,
+    "learning_objectives_met_pct": 100.0,
+    "response_time_avg_minutes": None,
+    "performance_tier": "Strong",
+}
+AWKWARD = [
+    "O'Brien",
+    'say "hi"',
+    "a,b",
+    "back\\slash",
+    "\\N",
+    "line\nbreak",
+    "line\n\\.\nend",
+    " spaces ",
+    "tab\there",
+    "Ünïcødé 🎓",
+    "NULL",
+]
+
+
+def tiers(tutor_ids: Sequence[str], **values: Any) -> pl.DataFrame:
+    rows = [
+        {
+            **VALUES,
+            "tutor_id": tutor_id,
+            "window": window,
+            "green_flags": 3,
+            "red_flags": 0,
+            **values,
+        }
+        for window in WINDOWS
+        for tutor_id in tutor_ids
+    ]
+    return pl.DataFrame(rows, schema=pl.Schema(TutorTiers), infer_schema_length=None)
+
+
+def write(
+    engine: sa.Engine, rows: pl.DataFrame, *, day: datetime = DAY, batch_size: int = 100
+) -> list[Batch]:
+    return list(
+        write_metrics(engine, rows, calculation_date=day, batch_size=batch_size, max_retries=1)
+    )
+
+
+def versions(engine: sa.Engine) -> dict[tuple[str, str], str]:
+    """The version of each row as PostgreSQL keeps it: another one after any update."""
+    version = sa.literal_column("xmin::text || ' ' || ctid::text", sa.Text)
+    table = tables.tutor_performance_metrics
+    with engine.connect() as connection:
+        rows = connection.execute(sa.select(table.c.tutor_id, table.c.window, version))
+        return {(row[0], row[1]): row[2] for row in rows}
+
+
+@pytest.fixture
+def tutors(engine: sa.Engine) -> list[str]:
+    ids = ["t1", "t2", "t3"]
+    add(engine, tables.tutors, *({"tutor_id": tutor_id} for tutor_id in ids))
+    return ids
+
+
+def test_new_rows_are_inserted_with_all_values(engine: sa.Engine, tutors: list[str]) -> None:
+    batches = write(engine, tiers(tutors))
+
+    assert batches == [Batch(1, 1, tutors, inserted=6)]
+    assert batches[0].saved == 6
+    found = metrics_of(engine)
+    assert found["calculation_date"].unique().to_list() == [DAY]
+    assert found["metric_id"].n_unique() == 6
+    assert found["updated_at"].equals(found["created_at"])
+    expected = tiers(tutors).sort("tutor_id", "window")
+    names = ["tutor_id", "window", *VALUES]
+    assert_frame_equal(found.select(names), expected.select(names), check_dtypes=False)
+
+
+def test_writing_again_touches_no_row(engine: sa.Engine, tutors: list[str]) -> None:
+    write(engine, tiers(tutors))
+    before, rows = versions(engine), metrics_of(engine)
+
+    [batch] = write(engine, tiers(tutors).reverse())
+
+    assert (batch.inserted, batch.updated, batch.unchanged) == (0, 0, 6)
+    assert versions(engine) == before
+    assert_frame_equal(metrics_of(engine), rows)
+
+
+def test_only_rows_whose_values_moved_are_updated(engine: sa.Engine, tutors: list[str]) -> None:
+    write(engine, tiers(tutors))
+    before, rows = versions(engine), metrics_of(engine)
+    moved = (pl.col("tutor_id") == "t2") & (pl.col("window") == "30day")
+    changed = tiers(tutors).with_columns(
+        avg_rating=pl.when(moved).then(4.34).otherwise("avg_rating")
+    )
+
+    [batch] = write(engine, changed)
+
+    assert (batch.inserted, batch.updated, batch.unchanged) == (0, 1, 5)
+    after, found = versions(engine), metrics_of(engine)
+    assert {key for key in after if after[key] != before[key]} == {("t2", "30day")}
+    assert found.filter(moved)["avg_rating"].to_list() == [4.34]
+    assert found.filter(moved)["updated_at"].item() > rows.filter(moved)["updated_at"].item()
+    unmoved = ["metric_id", "created_at"]
+    assert_frame_equal(found.select(unmoved), rows.select(unmoved))
+    assert_frame_equal(found.filter(~moved), rows.filter(~moved))
+
+
+@pytest.mark.parametrize("column", [name for name, value in VALUES.items() if value is None])
+def test_a_null_becomes_a_value_and_back(engine: sa.Engine, tutors: list[str], column: str) -> None:
+    write(engine, tiers(tutors))
+    for value in (12.5, None):
+        [batch] = write(engine, tiers(tutors, **{column: value}))
+        assert (batch.updated, batch.unchanged) == (6, 0)
+        assert metrics_of(engine)[column].to_list() == [value] * 6
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(1, [["t1"], ["t2"], ["t3"]]), (2, [["t1", "t2"], ["t3"]]), (7, [["t1", "t2", "t3"]])],
+)
+def test_a_batch_holds_whole_tutors(
+    engine: sa.Engine, tutors: list[str], size: int, expected: list[list[str]]
+) -> None:
+    batches = write(engine, tiers(tutors), batch_size=size)
+
+    assert [batch.tutor_ids for batch in batches] == expected
+    assert [(batch.number, batch.of) for batch in batches] == [
+        (number, len(expected)) for number in range(1, len(expected) + 1)
+    ]
+    assert [batch.inserted for batch in batches] == [2 * len(members) for members in expected]
+    assert len(metrics_of(engine)) == 6
+
+
+def test_no_tutors_are_no_batches(engine: sa.Engine) -> None:
+    assert write(engine, tiers([])) == []
+
+
+def test_a_batch_that_fails_is_reported_and_the_others_are_saved(
+    engine: sa.Engine, tutors: list[str]
+) -> None:
+    rows = tiers(tutors)
+    with engine.begin() as connection:
+        connection.execute(tables.tutors.delete().where(tables.tutors.c.tutor_id == "t2"))
+
+    first, second, third = write(engine, rows, batch_size=1)
+
+    assert (first.error, third.error) == (None, None)
+    assert second.error == (
+        'insert or update on table "tutor_performance_metrics" violates foreign key constraint'
+        ' "fk_tutor_performance_metrics_tutor_id"'
+    )
+    assert second.saved == 0
+    assert metrics_of(engine)["tutor_id"].to_list() == ["t1", "t1", "t3", "t3"]
+
+
+def test_a_batch_is_saved_as_a_whole_or_not_at_all(engine: sa.Engine, tutors: list[str]) -> None:
+    [batch] = write(engine, tiers([*tutors, "unknown"]))
+
+    assert batch.error is not None
+    assert metrics_of(engine).is_empty()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TABLE tutor_performance_metrics",
+        "ALTER TABLE tutor_performance_metrics"
+        " DROP CONSTRAINT uq_tutor_performance_metrics_tutor_date_window",
+        "ALTER TABLE tutor_performance_metrics DROP COLUMN avg_rating",
+    ],
+)
+def test_a_table_of_another_form_names_the_command_that_mends_it(
+    engine: sa.Engine, tutors: list[str], statement: str
+) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+
+    with pytest.raises(MetricsTableError, match=r"cannot be written: .*`tutormax db upgrade`"):
+        write(engine, tiers(tutors))
+
+
+def test_two_writers_in_opposite_orders_end_equal(engine: sa.Engine) -> None:
+    # The batches of the two do not line up either.
+    tutor_ids = [f"{letter}{number}" for letter in "aBcD_é" for number in range(60)]
+    add(engine, tables.tutors, *({"tutor_id": tutor_id} for tutor_id in tutor_ids))
+    barrier = Barrier(2)
+
+    def writer(order: int) -> list[Batch]:
+        done = []
+        for turn in range(6):
+            rows = tiers(tutor_ids[::order], sessions_completed=turn, avg_rating=1.0 + turn / 2)
+            barrier.wait(timeout=30)
+            done += write(engine, rows, batch_size=len(tutor_ids) if order > 0 else 100)
+        return done
+
+    with ThreadPoolExecutor(2) as pool:
+        batches = [batch for done in pool.map(writer, (1, -1)) for batch in done]
+
+    assert [batch.error for batch in batches if batch.error] == []
+    found = metrics_of(engine)
+    assert len(found) == 2 * len(tutor_ids)
+    assert found["sessions_completed"].unique().to_list() == [5]
+    assert found["avg_rating"].unique().to_list() == [3.5]
+
+
+def test_ids_of_any_characters_are_kept(engine: sa.Engine) -> None:
+    add(engine, tables.tutors, *({"tutor_id": tutor_id} for tutor_id in AWKWARD))
+
+    [batch] = write(engine, tiers(AWKWARD))
+    assert (batch.error, batch.inserted) == (None, 2 * len(AWKWARD))
+    assert set(metrics_of(engine)["tutor_id"]) == set(AWKWARD)
+
+    [batch] = write(engine, tiers(AWKWARD))
+    assert batch.unchanged == 2 * len(AWKWARD)
+
+
+def test_the_id_follows_from_tutor_date_and_window(engine: sa.Engine, tutors: list[str]) -> None:
+    write(engine, tiers(tutors))
+    first = metrics_of(engine)["metric_id"]
+    assert delete_before(engine, DAY + timedelta(days=1)) == 6
+
+    write(engine, tiers(tutors, sessions_completed=9), batch_size=1)
+    assert metrics_of(engine)["metric_id"].to_list() == first.to_list()
+
+    write(engine, tiers(tutors), day=DAY - timedelta(days=1))
+    ids = metrics_of(engine)["metric_id"]
+    assert ids.n_unique() == len(ids) == 12
+    assert ids.str.len_chars().max() <= 50  # type: ignore[operator]
+
+
+def test_rows_before_an_instant_are_deleted(
+    engine: sa.Engine, tutors: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that it takes several transactions.
+    monkeypatch.setattr("tutormax_assets.platform.metrics_table._DELETE_BATCH_ROWS", 4)
+    days = [DAY - timedelta(days=n) for n in range(3)]
+    for day in days:
+        write(engine, tiers(tutors), day=day)
+
+    assert delete_before(engine, DAY) == 12
+    assert metrics_of(engine)["calculation_date"].unique().to_list() == [DAY]
+    assert delete_before(engine, DAY) == 0
+
+
+def test_a_failure_that_may_pass_is_tried_again(engine: sa.Engine, tutors: list[str]) -> None:
+    """A lock that another session holds is the failure; it goes away before the second try."""
+    holder = engine.connect()
+    holder.exec_driver_sql("LOCK TABLE tutor_performance_metrics IN ACCESS EXCLUSIVE MODE")
+    impatient = sa.create_engine(
+        engine.url, connect_args={"options": "-c lock_timeout=50ms"}, pool_size=1
+    )
+    refused: list[str] = []
+
+    @sa.event.listens_for(impatient, "handle_error")
+    def let_go(context: sa.engine.ExceptionContext) -> None:
+        refused.append(str(context.original_exception).splitlines()[0])
+        holder.close()
+
+    [batch] = write_metrics(
+        impatient,
+        tiers(tutors),
+        calculation_date=DAY,
+        batch_size=10,
+        max_retries=2,
+        retry_delay_seconds=0,
+    )
+    impatient.dispose()
+
+    assert refused == ["canceling statement due to lock timeout"]
+    assert (batch.error, batch.inserted) == (None, 6)

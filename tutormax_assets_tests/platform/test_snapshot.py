@@ -1,0 +1,286 @@
+"""Reading the platform, from a real PostgreSQL."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import polars as pl
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors
+from tutormax_assets.platform import tables
+from tutormax_assets.platform.connection import describe
+from tutormax_assets.platform.snapshot import (
+    SourceError,
+    read_events,
+    read_sessions,
+    read_tutors,
+)
+from tutormax_assets_tests.conftest import add
+
+START = datetime(2025, 11, 1, tzinfo=UTC)
+END = datetime(2025, 11, 7, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+INSTANTS = {
+    "before": START - MICROSECOND,
+    "first": START,
+    "last": END - MICROSECOND,
+    "after": END,
+}
+# The strings that break a query, a JSON document or a list when somebody pastes them together.
+AWKWARD = [
+    "O'Brien",
+    'say "hi"',
+    "a,b",
+    "back\\slash",
+    "{x}",
+    "Ünïcødé 🎓",
+    "line\nbreak",
+    "$1",
+    "%s",
+]
+
+
+def session(session_id: str, **values: Any) -> dict[str, Any]:
+    return {"session_id": session_id, "tutor_id": "t", "scheduled_start": START, **values}
+
+
+def event(event_id: str, **values: Any) -> dict[str, Any]:
+    return {"event_id": event_id, "tutor_id": "t", "event_timestamp": START, **values}
+
+
+def ids(rows: pl.DataFrame) -> set[str]:
+    return set(rows.to_series())
+
+
+def test_only_the_window_is_read_to_the_microsecond(engine: sa.Engine) -> None:
+    for name, at in INSTANTS.items():
+        add(engine, tables.sessions, session(name, scheduled_start=at))
+        add(engine, tables.tutor_events, event(name, event_timestamp=at))
+
+    sessions = read_sessions(engine.url, start=START, end=END)
+    events = read_events(engine.url, start=START, end=END)
+
+    assert ids(sessions) == ids(events) == {"first", "last"}
+    read = dict(sessions.select("session_id", "scheduled_start").iter_rows())
+    assert read == {name: INSTANTS[name] for name in ("first", "last")}
+    read = dict(events.select("event_id", "event_timestamp").iter_rows())
+    assert read == {name: INSTANTS[name] for name in ("first", "last")}
+
+
+@pytest.mark.parametrize("server_timezone", ["UTC", "Pacific/Apia"])
+def test_the_window_is_made_of_instants_whatever_the_timezones(
+    engine: sa.Engine, server_timezone: str
+) -> None:
+    name = sa.sql.quoted_name(str(engine.url.database), quote=True)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"ALTER DATABASE \"{name}\" SET timezone = '{server_timezone}'")
+    new_york = ZoneInfo("America/New_York")
+    # From midnight to midnight there, over the night in which the clocks go back.
+    start, end = datetime(2025, 11, 2, tzinfo=new_york), datetime(2025, 11, 3, tzinfo=new_york)
+    instants = {
+        "before": datetime(2025, 11, 2, 3, 59, 59, 999999, tzinfo=UTC),
+        "first": datetime(2025, 11, 2, 4, tzinfo=UTC),
+        "last": datetime(2025, 11, 3, 4, 59, 59, 999999, tzinfo=UTC),
+        "after": datetime(2025, 11, 3, 5, tzinfo=UTC),
+    }
+    for key, at in instants.items():
+        add(engine, tables.sessions, session(key, scheduled_start=at))
+        add(engine, tables.tutor_events, event(key, event_timestamp=at))
+
+    sessions = read_sessions(engine.url, start=start, end=end)
+
+    assert ids(sessions) == {"first", "last"}
+    assert ids(read_events(engine.url, start=start, end=end)) == {"first", "last"}
+    assert sessions.schema["scheduled_start"] == pl.Datetime("us", "UTC")
+    assert dict(sessions.select("session_id", "scheduled_start").iter_rows()) == {
+        key: instants[key] for key in ("first", "last")
+    }
+
+
+def test_sessions_come_with_their_rating_whenever_it_was_submitted(engine: sa.Engine) -> None:
+    add(
+        engine,
+        tables.sessions,
+        session(
+            "rated",
+            session_number=1,
+            actual_start=START,
+            tutor_initiated_reschedule=True,
+            late_start_minutes=7,
+            engagement_score=0.25,
+            learning_objectives_met=False,
+        ),
+        session("unrated", no_show=True),
+    )
+    add(
+        engine,
+        tables.student_feedback,
+        {
+            "feedback_id": "f",
+            "session_id": "rated",
+            "tutor_id": "another",
+            "overall_rating": 4,
+            "submitted_at": END + timedelta(days=40),
+        },
+    )
+
+    rows = read_sessions(engine.url, start=START, end=END).sort("session_id").to_dicts()
+
+    common = {"tutor_id": "t", "scheduled_start": START}
+    assert rows == [
+        {
+            **common,
+            "session_id": "rated",
+            "session_number": 1,
+            "started": True,
+            "tutor_initiated_reschedule": True,
+            "no_show": False,
+            "late_start_minutes": 7,
+            "engagement_score": 0.25,
+            "learning_objectives_met": False,
+            "feedback_id": "f",
+            "feedback_tutor_id": "another",
+            "overall_rating": 4,
+        },
+        {
+            **common,
+            "session_id": "unrated",
+            "session_number": 2,
+            "started": False,
+            "tutor_initiated_reschedule": False,
+            "no_show": True,
+            "late_start_minutes": 0,
+            "engagement_score": None,
+            "learning_objectives_met": None,
+            "feedback_id": None,
+            "feedback_tutor_id": None,
+            "overall_rating": None,
+        },
+    ]
+
+
+def test_a_filter_takes_ids_of_any_characters(engine: sa.Engine) -> None:
+    for number, tutor_id in enumerate([*AWKWARD, "another"]):
+        add(engine, tables.tutors, {"tutor_id": tutor_id})
+        add(engine, tables.sessions, session(f"s{number}", tutor_id=tutor_id))
+        add(engine, tables.tutor_events, event(f"e{number}", tutor_id=tutor_id))
+    window = {"start": START, "end": END}
+
+    assert ids(read_tutors(engine.url)) == {*AWKWARD, "another"}
+    assert ids(read_tutors(engine.url, tutor_ids=[*AWKWARD, "nobody"])) == set(AWKWARD)
+    sessions = read_sessions(engine.url, **window, tutor_ids=AWKWARD)
+    events = read_events(engine.url, **window, tutor_ids=AWKWARD)
+    assert set(sessions["tutor_id"]) == set(events["tutor_id"]) == set(AWKWARD)
+    assert len(sessions) == len(events) == len(AWKWARD)
+    assert read_tutors(engine.url, tutor_ids=["a"]).is_empty()
+    assert read_sessions(engine.url, **window, tutor_ids=["b"]).is_empty()
+
+
+def test_the_response_time_is_read_as_the_json_that_is_there(engine: sa.Engine) -> None:
+    expected = {
+        None: None,
+        "null": None,
+        "{}": None,
+        '{"response_time": 3}': None,
+        '{"response_time_minutes": null}': "null",
+        '{"response_time_minutes": 12.50}': "12.50",
+        '{"response_time_minutes": -3}': "-3",
+        '{"response_time_minutes": "fast"}': '"fast"',
+        '{"response_time_minutes": "12"}': '"12"',
+        '{"response_time_minutes": true}': "true",
+        '{"response_time_minutes": {"minutes": 1}}': '{"minutes": 1}',
+        '{"response_time_minutes": [1, 2]}': "[1, 2]",
+        '[{"response_time_minutes": 1}]': None,
+        '["response_time_minutes"]': None,
+        '"response_time_minutes"': None,
+        "5": None,
+        "true": None,
+    }
+    for metadata in expected:
+        value = sa.cast(sa.literal(metadata, sa.Text), JSONB)
+        values = {"event_type": "message_response", "metadata": value}
+        add(engine, tables.tutor_events, event(str(metadata), **values))
+    add(
+        engine,
+        tables.tutor_events,
+        event("login", metadata={"response_time_minutes": 3}),
+        event("other type", event_type="availability_change"),
+    )
+
+    rows = read_events(engine.url, start=START, end=END)
+
+    found = dict(rows.select("event_id", "response_time_minutes").iter_rows())
+    assert found == {**{str(key): value for key, value in expected.items()}, "login": None}
+
+
+def test_empty_tables_give_empty_frames_of_the_right_types(engine: sa.Engine) -> None:
+    for rows, schema in (
+        (read_tutors(engine.url), SourceTutors),
+        (read_tutors(engine.url, tutor_ids=["t"]), SourceTutors),
+        (read_sessions(engine.url, start=START, end=END), SourceSessions),
+        (read_events(engine.url, start=START, end=END), SourceEvents),
+    ):
+        assert rows.is_empty()
+        assert rows.schema == pl.Schema(schema)
+
+
+def test_types_that_differ_a_little_are_read_as_the_contract_has_them(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "ALTER TABLE sessions ALTER session_number TYPE bigint,"
+            " ALTER late_start_minutes TYPE smallint, ALTER engagement_score TYPE numeric(5, 2)"
+        )
+        connection.exec_driver_sql("ALTER TABLE tutors ALTER status TYPE text")
+        connection.exec_driver_sql("ALTER TABLE tutor_events ALTER metadata TYPE json")
+    add(engine, tables.sessions, session("s", engagement_score=0.5))
+
+    rows = read_sessions(engine.url, start=START, end=END)
+
+    assert rows.schema == pl.Schema(SourceSessions)
+    assert rows["engagement_score"].to_list() == [0.5]
+    assert read_tutors(engine.url).schema == pl.Schema(SourceTutors)
+    assert read_events(engine.url, start=START, end=END).schema == pl.Schema(SourceEvents)
+
+
+def test_a_column_of_another_type_is_named(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "ALTER TABLE sessions ALTER no_show DROP DEFAULT, ALTER no_show TYPE int USING 0"
+        )
+
+    with pytest.raises(SourceError, match="column no_show was read as Int32; expected Bool"):
+        read_sessions(engine.url, start=START, end=END)
+
+
+def test_every_read_is_one_snapshot_that_cannot_write(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE tutors RENAME TO kept")
+        connection.exec_driver_sql(
+            "CREATE VIEW tutors AS SELECT current_setting('transaction_isolation') AS tutor_id,"
+            " current_setting('transaction_read_only') AS status"
+        )
+
+    assert read_tutors(engine.url).rows() == [("repeatable read", "on")]
+
+
+def test_what_postgresql_says_is_repeated_without_user_and_password(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE tutors RENAME TO teachers")
+    url = engine.url.set(password="hunter2")
+    with pytest.raises(SourceError) as error:
+        read_tutors(url)
+    assert str(error.value) == (
+        f'The platform at {describe(url)} cannot be read: relation "tutors" does not exist.'
+        " `tutormax db status` shows what is there."
+    )
+
+    with pytest.raises(SourceError, match='database "nowhere" does not exist') as error:
+        read_events(url.set(database="nowhere"), start=START, end=END)
+    with pytest.raises(SourceError, match="No such file or directory") as elsewhere:
+        read_tutors(url.set(query={"host": "/nowhere"}))
+    for shown in (str(error.value), str(elsewhere.value)):
+        assert "hunter2" not in shown
+        assert "postgres@" not in shown

@@ -1,0 +1,304 @@
+"""The Python API: what callers of the replaced service use, on a real PostgreSQL."""
+
+import asyncio
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+import tutormax_assets
+from tutormax_assets import AggregationSummary, DailyMetricsAggregator, run_daily_aggregation
+from tutormax_assets.aggregation import aggregate, dagster_home, dagster_instance, steps
+from tutormax_assets.partitions import ReferenceDateError, today
+from tutormax_assets.platform import tables
+from tutormax_assets.resources import RunOptions
+from tutormax_assets.settings import SettingsError, load_settings
+from tutormax_assets_tests.conftest import Platform, open_platform
+
+DAY = date(2025, 11, 7)
+
+
+def arguments(function: object) -> dict[str, Any]:
+    assert callable(function)
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "self"
+    }
+
+
+def add_metrics(platform: Platform, *days: date) -> None:
+    platform.add(
+        tables.tutor_performance_metrics,
+        *(
+            {
+                "metric_id": f"of {day}",
+                "tutor_id": "T000001",
+                "calculation_date": datetime(day.year, day.month, day.day, tzinfo=UTC),
+                "window": "7day",
+            }
+            for day in days
+        ),
+    )
+
+
+def test_names_arguments_and_defaults_are_those_of_the_replaced_service() -> None:
+    assert arguments(run_daily_aggregation) == {
+        "reference_date": None,
+        "tutor_ids": None,
+        "include_inactive": False,
+        "cleanup_old_metrics": False,
+        "retention_days": 90,
+    }
+    assert arguments(DailyMetricsAggregator) == {
+        "reference_date": None,
+        "max_retries": 3,
+        "retry_delay_seconds": 5,
+        "batch_size": 5_000,
+    }
+    assert arguments(DailyMetricsAggregator.run) == {"tutor_ids": None, "include_inactive": False}
+    assert arguments(DailyMetricsAggregator.cleanup_old_metrics) == {
+        "session": None,
+        "retention_days": 90,
+    }
+    for function in (
+        run_daily_aggregation,
+        DailyMetricsAggregator.run,
+        DailyMetricsAggregator.cleanup_old_metrics,
+    ):
+        assert inspect.iscoroutinefunction(function)
+    assert list(inspect.signature(AggregationSummary).parameters) == [
+        "run_date",
+        "total_tutors",
+        "successful",
+        "failed",
+        "total_metrics_saved",
+        "total_runtime_seconds",
+        "errors",
+        "results",
+    ]
+
+
+def test_importing_the_package_alone_is_cheap(tmp_path: Path) -> None:
+    code = (
+        "import sys, tutormax_assets\n"
+        "heavy = {'dagster', 'polars', 'sqlalchemy', 'pydantic', 'psycopg'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert 'run_daily_aggregation' in dir(tutormax_assets)\n"
+        "from tutormax_assets import *\n"
+        "assert callable(run_daily_aggregation) and 'dagster' in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PATH": os.defpath, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = tutormax_assets.nonsense
+
+
+def test_a_run_of_today_with_cleanup(small_platform: Platform, tmp_path: Path) -> None:
+    now = today(timezone="UTC")
+    add_metrics(small_platform, *(now - timedelta(days=days) for days in (400, 91, 90)))
+    with open_platform(small_platform.url, tmp_path / "own") as platform:
+        summary = asyncio.run(
+            run_daily_aggregation(
+                tutor_ids=["T000001", "T000002"], include_inactive=True, cleanup_old_metrics=True
+            )
+        )
+        with dagster_instance(platform.settings) as instance:
+            [run] = instance.get_runs()
+
+    assert summary.run_date.date() == now
+    assert (summary.total_tutors, summary.successful, summary.failed) == (2, 2, 0)
+    assert (summary.total_metrics_saved, summary.success_rate) == (6, 100.0)
+    assert summary.total_runtime_seconds > 0
+
+    rows = small_platform.metrics()
+    dates = rows["calculation_date"].dt.date().unique().sort().to_list()
+    assert dates == [now - timedelta(days=90), now]
+    found = rows.filter(calculation_date=summary.run_date)
+    for result in summary.results:
+        of_tutor = found.filter(tutor_id=result.tutor_id)
+        assert (result.success, result.error) == (True, None)
+        assert sorted(result.metrics_saved) == of_tutor["metric_id"].sort().to_list()
+        assert sorted(result.windows_processed) == ["30day", "7day", "90day"]
+    assert [result.tutor_id for result in summary.results] == ["T000001", "T000002"]
+
+    assert run.job_name == "daily_metrics"
+    assert run.status is dg.DagsterRunStatus.SUCCESS
+    assert run.tags["dagster/partition"] == now.isoformat()
+
+    assert json.loads(json.dumps(summary.to_dict())) == {
+        "run_date": f"{now}T00:00:00+00:00",
+        "total_tutors": 2,
+        "successful": 2,
+        "failed": 0,
+        "total_metrics_saved": 6,
+        "total_runtime_seconds": round(summary.total_runtime_seconds, 2),
+        "success_rate": 100.0,
+        "errors": [],
+    }
+
+
+def test_tutors_who_cannot_be_written_are_in_errors_and_results(small_platform: Platform) -> None:
+    small_platform.execute(
+        "ALTER TABLE tutor_performance_metrics ADD CONSTRAINT no_such_tutor"
+        " CHECK (tutor_id <> 'T000002')"
+    )
+    aggregator = DailyMetricsAggregator(DAY, max_retries=1, retry_delay_seconds=0, batch_size=1)
+
+    with dagster_instance(small_platform.settings) as instance:
+        summary = asyncio.run(
+            aggregator.run(tutor_ids=["T000001", "T000002", "T000003"], include_inactive=True)
+        )
+        [run] = instance.get_runs(limit=1)
+        [check] = instance.get_records_for_run(
+            run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
+        ).records
+
+    assert (summary.total_tutors, summary.successful, summary.failed) == (3, 2, 1)
+    assert (summary.total_metrics_saved, summary.success_rate) == (6, 66.67)
+    [error] = summary.errors
+    assert error["tutor_id"] == "T000002"
+    assert 'violates check constraint "no_such_tutor"' in error["error"]
+    results = {result.tutor_id: result for result in summary.results}
+    assert {key for key, result in results.items() if result.success} == {"T000001", "T000003"}
+    assert results["T000002"].error == error["error"]
+    assert results["T000002"].metrics_saved == []
+    assert check.event_log_entry.dagster_event is not None
+    evaluation: Any = check.event_log_entry.dagster_event.event_specific_data
+    assert (evaluation.check_name, evaluation.passed) == ("every_tutor_saved", False)
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        (
+            "DROP TABLE tutor_performance_metrics",
+            'cannot be written: relation "tutor_performance_metrics" does not exist.* Run'
+            " `tutormax db upgrade` to bring the table to the expected form",
+        ),
+        (
+            "DROP TABLE sessions CASCADE",
+            'cannot be read: relation "sessions" does not exist.* `tutormax db status`',
+        ),
+        (
+            "ALTER TABLE sessions ALTER no_show TYPE text",
+            "column no_show was read as String; expected Bool",
+        ),
+    ],
+)
+def test_a_run_that_fails_as_a_whole_says_why(
+    small_platform: Platform, statement: str, expected: str
+) -> None:
+    small_platform.execute(statement)
+
+    summary = asyncio.run(run_daily_aggregation(DAY, cleanup_old_metrics=True))
+
+    [error] = summary.errors
+    assert error["tutor_id"] == "SYSTEM"
+    assert re.search(expected, error["error"])
+    assert (summary.successful, summary.success_rate, summary.results) == (0, 0, [])
+
+
+def test_cleanup_says_how_many_rows_it_deleted(small_platform: Platform) -> None:
+    now = today(timezone="UTC")
+    add_metrics(small_platform, *(now - timedelta(days=days) for days in range(4)))
+    aggregator = DailyMetricsAggregator()
+
+    deleted = asyncio.run(aggregator.cleanup_old_metrics(retention_days=2))
+    assert deleted == 1
+    assert asyncio.run(aggregator.cleanup_old_metrics(object(), retention_days=1)) == 1
+    assert asyncio.run(aggregator.cleanup_old_metrics()) == 0
+    assert len(small_platform.metrics()) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "timezone", "expected"),
+    [
+        (date(2025, 11, 7), "UTC", date(2025, 11, 7)),
+        (datetime(2025, 11, 7, 13, 30), "America/New_York", date(2025, 11, 7)),  # noqa: DTZ001
+        (datetime(2025, 11, 7, 3, tzinfo=UTC), "America/New_York", date(2025, 11, 6)),
+    ],
+)
+def test_a_reference_date_may_be_a_datetime(
+    monkeypatch: pytest.MonkeyPatch, value: date, timezone: str, expected: date
+) -> None:
+    monkeypatch.setenv("TUTORMAX_TIMEZONE", timezone)
+    assert DailyMetricsAggregator(value).reference_date == expected
+
+
+def test_what_cannot_be_computed_is_refused_before_anything_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ReferenceDateError, match="is in the future"):
+        DailyMetricsAggregator(today(timezone="UTC") + timedelta(days=2))
+    with pytest.raises(ReferenceDateError, match="before the first reference date"):
+        asyncio.run(run_daily_aggregation(date(2023, 12, 31)))
+    monkeypatch.setenv("POSTGRES_HOST", "db.example")
+    with pytest.raises(SettingsError, match="set all five"):
+        DailyMetricsAggregator()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_summary_without_tutors_has_a_success_rate() -> None:
+    summary = AggregationSummary(run_date=datetime(2025, 11, 7, tzinfo=UTC))
+    assert (summary.success_rate, summary.all_saved) == (0.0, True)
+    summary.total_tutors, summary.successful = 3, 2
+    assert summary.success_rate == 66.67
+
+
+def test_a_range_counts_its_steps_by_month() -> None:
+    settings = load_settings()
+    assert (steps(settings, 1), steps(settings, 31), steps(settings, 32)) == (8, 8, 16)
+
+
+def test_no_dates_are_no_runs() -> None:
+    assert aggregate(load_settings(), [], RunOptions()) == []
+
+
+def test_the_dagster_home_gets_a_configuration_unless_it_has_one(tmp_path: Path) -> None:
+    home = dagster_home(load_settings())
+    assert home == tmp_path / ".tutormax" / "dagster"
+    config = home / "dagster.yaml"
+    assert "telemetry" in config.read_text()
+
+    # The package was moved: the link leads nowhere.
+    config.unlink()
+    config.symlink_to(tmp_path / "gone")
+    dagster_home(load_settings())
+    assert "telemetry" in config.read_text()
+
+    config.unlink()
+    config.write_text("# mine")
+    dagster_home(load_settings())
+    assert config.read_text() == "# mine"
+
+
+def test_the_error_of_a_refused_connection_shows_no_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = sa.URL.create(
+        "postgresql", "reader", "hunter2", database="platform", query={"host": "/nowhere"}
+    )
+    monkeypatch.setenv("TUTORMAX_DATABASE_URL", url.render_as_string(hide_password=False))
+
+    summary = asyncio.run(run_daily_aggregation(DAY))
+
+    [error] = summary.errors
+    assert "The platform at /nowhere/platform cannot be read" in error["error"]
+    assert "hunter2" not in error["error"]

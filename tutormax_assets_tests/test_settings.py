@@ -1,0 +1,159 @@
+"""The environment: what is accepted, what is refused, and that no secret shows."""
+
+import traceback
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from tutormax_assets.settings import POSTGRES_VARIABLES, SettingsError, load_settings
+
+SECRET = "hunter2"
+POSTGRES = dict(
+    zip(POSTGRES_VARIABLES, ["db.example", "5432", "reader", SECRET, "platform"], strict=True)
+)
+
+
+def refusal() -> str:
+    with pytest.raises(SettingsError) as error:
+        load_settings()
+    shown = "".join(traceback.format_exception(error.value))
+    assert SECRET not in shown
+    return str(error.value)
+
+
+def test_an_empty_environment_means_the_embedded_database(tmp_path: Path) -> None:
+    settings = load_settings()
+
+    assert settings.database_source == "embedded"
+    assert settings.home_path == tmp_path / ".tutormax"
+    assert settings.storage_path == str(tmp_path / ".tutormax" / "storage")
+    assert settings.dagster_home_path == tmp_path / ".tutormax" / "dagster"
+    assert (settings.timezone, settings.first_date) == ("UTC", date(2024, 1, 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("TUTORMAX_HOME", "~/data")
+    monkeypatch.setenv("TUTORMAX_STORAGE", "s3://bucket/folder")
+    monkeypatch.setenv("TUTORMAX_TIMEZONE", "America/New_York")
+    monkeypatch.setenv("TUTORMAX_FIRST_DATE", "2025-02-03")
+    monkeypatch.setenv("TUTORMAX_POLICY", "policy.toml")
+    monkeypatch.setenv("DAGSTER_HOME", "dagster-home")
+
+    settings = load_settings()
+
+    assert settings.home_path == tmp_path / "user" / "data"
+    assert settings.storage_path == "s3://bucket/folder"
+    assert settings.timezone == "America/New_York"
+    assert settings.first_date == date(2025, 2, 3)
+    assert settings.policy == Path("policy.toml")
+    assert settings.dagster_home_path == tmp_path / "dagster-home"
+
+
+@pytest.mark.parametrize("missing", POSTGRES_VARIABLES)
+@pytest.mark.parametrize("as_empty", [False, True])
+def test_a_missing_postgres_variable_is_named(
+    monkeypatch: pytest.MonkeyPatch, missing: str, as_empty: bool
+) -> None:
+    for name, value in POSTGRES.items():
+        if name != missing:
+            monkeypatch.setenv(name, value)
+        elif as_empty:
+            monkeypatch.setenv(name, "")
+
+    if as_empty and missing == "POSTGRES_PASSWORD":
+        assert load_settings().database_source == "POSTGRES_*"
+        return
+    message = refusal()
+    found, _, rest = message.partition(" are set but ")
+    assert found.split(", ") == [name for name in POSTGRES if name != missing]
+    assert rest.startswith(f"{missing} is not; set all five, or TUTORMAX_DATABASE_URL, or none")
+
+
+def test_one_postgres_variable_alone_names_the_other_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_HOST", "db.example")
+
+    assert refusal().startswith(
+        "POSTGRES_HOST is set but "
+        "POSTGRES_PORT, POSTGRES_USER, POSTGRES_PASSWORD, POSTGRES_DB are not; set all five"
+    )
+
+
+def test_a_dot_env_file_is_read_and_the_real_environment_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text(
+        f"# our database\nTUTORMAX_DATABASE_URL=postgresql://u:{SECRET}@in-file/db\n"
+        "TUTORMAX_TIMEZONE='Europe/Berlin'\nSOMEBODY_ELSES=1\nTUTORMAX_HOME=\n",
+        encoding="utf-8",
+    )
+    settings = load_settings()
+    assert settings.database_source == "TUTORMAX_DATABASE_URL"
+    assert settings.timezone == "Europe/Berlin"
+    assert settings.home_path == tmp_path / ".tutormax"
+
+    monkeypatch.setenv("TUTORMAX_TIMEZONE", "Asia/Tokyo")
+    monkeypatch.setenv("TUTORMAX_DATABASE_URL", "postgresql://u:p@in-environment/db")
+    settings = load_settings()
+    assert settings.timezone == "Asia/Tokyo"
+    assert settings.database_url is not None
+    assert "in-environment" in settings.database_url.get_secret_value()
+
+
+def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "TUTORMAX_HOME",
+        "TUTORMAX_DATABASE_URL",
+        "TUTORMAX_STORAGE",
+        "TUTORMAX_TIMEZONE",
+        "TUTORMAX_FIRST_DATE",
+        "TUTORMAX_POLICY",
+        "DAGSTER_HOME",
+        "POSTGRES_HOST",
+        "POSTGRES_PORT",
+        "POSTGRES_USER",
+        "POSTGRES_DB",
+    ):
+        monkeypatch.setenv(name, "")
+    settings = load_settings()
+
+    monkeypatch.undo()
+    assert settings == load_settings().model_copy(update={"home": settings.home})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("TUTORMAX_TIMEZONE", "Mars/Olympus", "TUTORMAX_TIMEZONE: 'Mars/Olympus' is not an IANA"),
+        ("TUTORMAX_TIMEZONE", "../etc/passwd", "TUTORMAX_TIMEZONE: .* is not an IANA timezone"),
+        ("TUTORMAX_FIRST_DATE", "2025-13-01", "^TUTORMAX_FIRST_DATE: .*date"),
+        ("TUTORMAX_FIRST_DATE", "yesterday", "^TUTORMAX_FIRST_DATE: .*date"),
+    ],
+)
+def test_a_malformed_variable_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=expected):
+        load_settings()
+
+
+def test_a_malformed_port_is_named_without_any_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**POSTGRES, "POSTGRES_PORT": SECRET}.items():
+        monkeypatch.setenv(name, value)
+
+    assert refusal().startswith("POSTGRES_PORT: ")
+
+
+def test_no_secret_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUTORMAX_DATABASE_URL", f"postgresql://u:{SECRET}@h/db")
+    for name, value in POSTGRES.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+
+    for shown in (str(settings), repr(settings), settings.model_dump_json()):
+        assert SECRET not in shown
+    monkeypatch.setenv("TUTORMAX_TIMEZONE", "nowhere")
+    refusal()
