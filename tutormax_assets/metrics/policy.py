@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -11,6 +11,7 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -114,7 +115,7 @@ class Policy(_Part):
     windows: tuple[Annotated[StrictInt, Field(ge=1, le=3660)], ...] = Field(
         default=(7, 30, 90), min_length=1, description="Lengths in days, shortest first."
     )
-    session_score_scale: Literal[1, 100] = Field(
+    session_score_scale: StrictInt = Field(
         default=1, description="Upper end of the platform's session engagement_score."
     )
     neutral_session_score: StrictFloat = Field(
@@ -129,6 +130,13 @@ class Policy(_Part):
     weights: Weights = Weights()
     thresholds: Thresholds = Thresholds()
     tier_flags: TierFlags = TierFlags()
+
+    @field_validator("session_score_scale")
+    @classmethod
+    def _scale_is_known(cls, value: int) -> int:
+        if value not in (1, 100):
+            raise ValueError(f"{value} is not a scale; expected 1 or 100")
+        return value
 
     @model_validator(mode="after")
     def _windows_grow(self) -> Self:

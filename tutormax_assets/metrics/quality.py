@@ -34,7 +34,9 @@ def session_rules(policy: Policy) -> list[Rule]:
     """The contract of ``sessions`` and ``student_feedback``, on rows of ``with_repetitions``."""
     has_feedback = pl.col("feedback_id").is_not_null()
     first_of_session = ~pl.col("session_repeats")
-    several = pl.col("several_feedback")
+    # Which rating would be the right one is not guessed at.
+    comes_again = pl.col("session_comes_again")
+    first_of_feedback = has_feedback & ~pl.col("feedback_repeats")
     another_tutors = pl.col("feedback_tutor_id").ne_missing(pl.col("tutor_id"))
     outside = ~pl.col("overall_rating").is_between(1, 5).fill_null(False)
 
@@ -42,7 +44,7 @@ def session_rules(policy: Policy) -> list[Rule]:
         return Rule("sessions", "session_id", column, reason, first_of_session & broken)
 
     def feedback(column: str, reason: str, broken: pl.Expr) -> Rule:
-        return Rule("student_feedback", "feedback_id", column, reason, has_feedback & broken)
+        return Rule("student_feedback", "feedback_id", column, reason, first_of_feedback & broken)
 
     return [
         Rule(
@@ -50,7 +52,7 @@ def session_rules(policy: Policy) -> list[Rule]:
             "session_id",
             "session_id",
             "duplicate",
-            ~first_of_session & (~has_feedback | pl.col("feedback_repeats")),
+            ~first_of_session & ~first_of_feedback,
         ),
         session(
             "engagement_score",
@@ -67,9 +69,9 @@ def session_rules(policy: Policy) -> list[Rule]:
             "missing",
             pl.col("tutor_initiated_reschedule").is_null(),
         ),
-        feedback("session_id", "several for one session", several),
-        feedback("tutor_id", "not the session's tutor", ~several & another_tutors),
-        feedback("overall_rating", "not within 1 and 5", ~several & ~another_tutors & outside),
+        feedback("session_id", "of a session that comes more than once", comes_again),
+        feedback("tutor_id", "not the session's tutor", ~comes_again & another_tutors),
+        feedback("overall_rating", "not within 1 and 5", ~comes_again & ~another_tutors & outside),
     ]
 
 
@@ -82,7 +84,7 @@ def with_repetitions(rows: pl.LazyFrame, /) -> pl.LazyFrame:
     return rows.with_columns(
         (~session.is_first_distinct()).alias("session_repeats"),
         (~feedback.is_first_distinct()).alias("feedback_repeats"),
-        (session.is_duplicated() & ~feedback.is_duplicated()).alias("several_feedback"),
+        session.is_duplicated().alias("session_comes_again"),
     )
 
 

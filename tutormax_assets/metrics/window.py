@@ -157,7 +157,7 @@ def _share(part: str, whole: str) -> pl.Expr:
 
 
 def _rounded(expression: pl.Expr) -> pl.Expr:
-    # The nearest hundredth of the float itself, half to even, which is Python's round(x, 2).
+    # The nearest hundredth of the float itself, half to even: Python's round(x, 2), up to 1e13.
     # Polars rounds 100 * x instead: a product that came out at a half may lie beside it. Dekker's
     # product (T. J. Dekker, Numerische Mathematik 18, 1971) tells by how much.
     product = expression * 100

@@ -189,7 +189,7 @@ def test_of_two_feedback_rows_for_one_session_none_is_believed() -> None:
 
     assert good["overall_rating"].to_list().count(None) == 1
     assert good["overall_rating"].drop_nulls().to_list() == [3]
-    several = "several for one session"
+    several = "of a session that comes more than once"
     assert [row for row in told(set_aside) if row[0] == "student_feedback"] == [
         ("student_feedback", "f1", "session_id", several),
         ("student_feedback", "f2", "session_id", several),
@@ -200,8 +200,8 @@ def test_of_two_feedback_rows_each_is_set_aside_for_one_reason() -> None:
     _, set_aside = checked_sessions(*two_feedback_rows(feedback_tutor_id="t2"))
 
     assert set_aside.filter(source_table="student_feedback")["reason"].to_list() == [
-        "several for one session",
-        "several for one session",
+        "of a session that comes more than once",
+        "of a session that comes more than once",
     ]
 
 
@@ -223,12 +223,23 @@ def test_a_session_that_comes_twice_counts_once() -> None:
     assert told(set_aside) == [("sessions", "s1", "session_id", "duplicate")]
 
 
-def test_a_session_that_comes_twice_with_one_feedback_keeps_its_rating() -> None:
+def test_of_a_session_that_comes_twice_no_rating_is_believed() -> None:
     twice = {**GOOD_SESSION, "session_id": "s1", "feedback_id": "f1"}
     good, set_aside = checked_sessions(twice, twice)
 
-    assert good["overall_rating"].to_list() == [4]
-    assert told(set_aside) == [("sessions", "s1", "session_id", "duplicate")]
+    assert good["overall_rating"].to_list() == [None]
+    assert told(set_aside) == [
+        ("sessions", "s1", "session_id", "duplicate"),
+        ("student_feedback", "f1", "session_id", "of a session that comes more than once"),
+    ]
+
+
+def test_a_session_that_comes_twice_with_two_feedback_rows_has_no_believed_rating() -> None:
+    five: Row = {"session_id": "s1", "feedback_id": "f1", "overall_rating": 5}
+    one: Row = {"session_id": "s1", "feedback_id": "f2", "overall_rating": 1}
+    for rows in ([five, one, five, one], [one, five, one, five], [five, five, one]):
+        good, _ = checked_sessions(*rows)
+        assert good["overall_rating"].to_list() == [None]
 
 
 def test_every_broken_value_of_a_session_is_told() -> None:
@@ -421,7 +432,7 @@ def test_every_rule_names_a_column_and_a_reason_of_its_own() -> None:
     assert named == {
         *(("sessions", column, reason) for column, _, reason in BROKEN),
         ("sessions", "session_id", "duplicate"),
-        ("student_feedback", "session_id", "several for one session"),
+        ("student_feedback", "session_id", "of a session that comes more than once"),
         ("student_feedback", "tutor_id", ANOTHER),
         ("student_feedback", "overall_rating", "not within 1 and 5"),
         ("tutor_events", "metadata.response_time_minutes", "not a finite number"),
