@@ -13,11 +13,12 @@ from datetime import date, datetime, timedelta
 from importlib.resources import as_file, files
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import dagster as dg
 import polars as pl
 import sqlalchemy as sa
+from filelock import FileLock
 
 from tutormax_assets.assets.metrics_table import SUMMARY_METADATA
 from tutormax_assets.definitions import JOB_NAME, MAX_PARTITIONS_PER_RUN, build_definitions
@@ -34,6 +35,17 @@ SYSTEM = "SYSTEM"
 """Stands in place of a tutor's id in the error of a run that failed as a whole."""
 
 logger = logging.getLogger(LOGGER)
+
+
+class _RecordedError(Protocol):
+    """What is read here of Dagster's recorded errors, whose class is private."""
+
+    @property
+    def message(self) -> str: ...
+    @property
+    def cls_name(self) -> str | None: ...
+    @property
+    def cause(self) -> "_RecordedError | None": ...
 
 
 @dataclass
@@ -279,7 +291,10 @@ def cleanup(settings: Settings, *, retention_days: int) -> int:
 def dagster_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
     """The Dagster instance whose UI shows the runs: that of DAGSTER_HOME, else under the home."""
     home = dagster_home(settings)
-    with dg.DagsterInstance.from_config(str(home)) as instance:
+    # Dagster makes its tables when it first opens them, and two that do so at once collide.
+    with FileLock(home / "opening.lock"):
+        instance = dg.DagsterInstance.from_config(str(home))
+    with instance:
         yield instance
 
 
@@ -288,10 +303,11 @@ def dagster_home(settings: Settings) -> Path:
     home = settings.dagster_home_path
     home.mkdir(parents=True, exist_ok=True)
     config = home / "dagster.yaml"
-    if not config.exists():
-        config.unlink(missing_ok=True)
-        with as_file(files("tutormax_assets") / "dagster.yaml") as packaged:
-            config.symlink_to(packaged)
+    with FileLock(home / "opening.lock"):
+        if not config.exists():
+            config.unlink(missing_ok=True)
+            with as_file(files("tutormax_assets") / "dagster.yaml") as packaged:
+                config.symlink_to(packaged)
     return home
 
 
@@ -343,18 +359,24 @@ def _run_job(
 
 
 def _failure(result: dg.ExecuteInProcessResult) -> str | None:
+    if result.success:
+        return None
     for event in result.get_step_failure_events():
         failure = event.step_failure_data
         if failure.user_failure_data is not None and failure.user_failure_data.description:
             return failure.user_failure_data.description
-        error = failure.error
-        while error is not None and error.cause and (error.cls_name or "").startswith("Dagster"):
-            error = error.cause
-        if error is not None:
-            # Our own errors are sentences; of others the class is half of the message.
-            sentence = error.message.strip().splitlines()[0]
-            return re.sub(r"^tutormax_assets[\w.]*: ", "", sentence)
-    return None if result.success else "the run failed before its first step"
+        if failure.error is not None:
+            return _sentence(failure.error)
+    error = result.get_run_failure_event().job_failure_data.error
+    return "the run failed before its first step" if error is None else _sentence(error)
+
+
+def _sentence(error: _RecordedError) -> str:
+    # Dagster wraps what the code raised; what that in turn was raised from is detail.
+    while error.cause and (error.cls_name or "").startswith("Dagster"):
+        error = error.cause
+    # Our own errors are sentences; of others the class is half of the message.
+    return re.sub(r"^tutormax_assets[\w.]*: ", "", error.message.strip().splitlines()[0])
 
 
 def _failed_as_a_whole(summary: AggregationSummary) -> bool:

@@ -7,7 +7,7 @@ import sqlite3
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import partial
@@ -224,11 +224,17 @@ class Platform:
 
 
 @contextmanager
-def open_platform(url: sa.URL, home: Path, **variables: str) -> Iterator[Platform]:
-    """Lead the environment to a database and a home, with further variables if need be."""
+def open_platform(
+    url: sa.URL, home: Path, *, using: pytest.MonkeyPatch | None = None, **variables: str
+) -> Iterator[Platform]:
+    """Lead the environment to a database and a home, with further variables if need be.
+
+    It is put back when the block ends, or by the given ``MonkeyPatch``: a fixture takes that of
+    the test, so that what the test changes is put back before.
+    """
     home.mkdir(parents=True, exist_ok=True)
     url = url.set(password=PASSWORD)
-    with pytest.MonkeyPatch.context() as patch:
+    with nullcontext(using) if using else pytest.MonkeyPatch.context() as patch:
         _forget_the_developers_environment(patch, home)
         patch.setenv("TUTORMAX_DATABASE_URL", url.render_as_string(hide_password=False))
         patch.setenv("TUTORMAX_HOME", str(home))
@@ -248,35 +254,45 @@ def shared_dagster_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def platform(database: sa.URL, tmp_path: Path, shared_dagster_home: Path) -> Iterator[Platform]:
+def platform(
+    database: sa.URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_dagster_home: Path
+) -> Iterator[Platform]:
     """A platform without rows."""
     variables = {"DAGSTER_HOME": str(shared_dagster_home)}
-    with open_platform(database, tmp_path / "home", **variables) as opened:
+    with open_platform(database, tmp_path / "home", using=monkeypatch, **variables) as opened:
         yield opened
 
 
 @pytest.fixture
 def small_platform(
-    server_url: sa.URL, small_template: str, tmp_path: Path, shared_dagster_home: Path
+    server_url: sa.URL,
+    small_template: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shared_dagster_home: Path,
 ) -> Iterator[Platform]:
     """A generated platform of 30 tutors, some rows of which break the source contract."""
     variables = {"DAGSTER_HOME": str(shared_dagster_home)}
     with (
         new_database(server_url, template=small_template) as url,
-        open_platform(url, tmp_path / "home", **variables) as opened,
+        open_platform(url, tmp_path / "home", using=monkeypatch, **variables) as opened,
     ):
         yield opened
 
 
 @pytest.fixture
 def golden_platform(
-    server_url: sa.URL, golden_template: str, tmp_path: Path, shared_dagster_home: Path
+    server_url: sa.URL,
+    golden_template: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shared_dagster_home: Path,
 ) -> Iterator[Platform]:
     """The platform of the golden rows."""
     variables = {"DAGSTER_HOME": str(shared_dagster_home)}
     with (
         new_database(server_url, template=golden_template) as url,
-        open_platform(url, tmp_path / "home", **variables) as opened,
+        open_platform(url, tmp_path / "home", using=monkeypatch, **variables) as opened,
     ):
         yield opened
 

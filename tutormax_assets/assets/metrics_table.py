@@ -1,5 +1,6 @@
 """The PostgreSQL table that dashboards, managers and churn models read."""
 
+from datetime import date
 from typing import Any
 
 import dagster as dg
@@ -58,7 +59,7 @@ def tutor_performance_metrics_asset(
                 max_retries=run_options.max_retries,
                 retry_delay_seconds=run_options.retry_delay_seconds,
             ):
-                _log_batch(context, batch)
+                _log_batch(context, day, batch)
                 batches.append(batch)
             summary = _summary(batches)
             failed += summary["failed"]
@@ -85,15 +86,16 @@ def tutor_performance_metrics_asset(
     return tutor_performance_metrics
 
 
-def _log_batch(context: dg.AssetExecutionContext, batch: Batch) -> None:
+def _log_batch(context: dg.AssetExecutionContext, day: date, batch: Batch) -> None:
+    name = f"Batch {batch.number}/{batch.of} of {day}"
     size = f"{len(batch.tutor_ids)} tutors"
     if batch.error is None:
         context.log.info(
-            f"Batch {batch.number}/{batch.of} committed ({size}: {batch.inserted} rows inserted, "
+            f"{name} committed ({size}: {batch.inserted} inserted, "
             f"{batch.updated} updated, {batch.unchanged} unchanged)"
         )
     else:
-        context.log.error(f"Batch {batch.number}/{batch.of} failed ({size}): {batch.error}")
+        context.log.error(f"{name} failed ({size}): {batch.error}")
 
 
 def _summary(batches: list[Batch]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def fail(message: str, *, code: int) -> NoReturn:
 @contextmanager
 def sentences() -> Iterator[None]:
     """Turn what a user can mend into a sentence: exit 2 for the input, 1 for the surroundings."""
+    import psycopg
     import sqlalchemy as sa
 
     from tutormax_assets.metrics.policy import PolicyError
@@ -45,7 +46,8 @@ def sentences() -> Iterator[None]:
     except (SchemaError, EmbeddedServerError, MetricsTableError) as error:
         fail(str(error), code=EXIT_FAILED)
     except sa.exc.DBAPIError as error:
-        fail(f"PostgreSQL says: {reason(error)}", code=EXIT_FAILED)
+        who = "PostgreSQL" if isinstance(error.orig, psycopg.Error) else "Dagster's storage"
+        fail(f"{who} says: {reason(error)}", code=EXIT_FAILED)
 
 
 def settings() -> "Settings":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import sqlalchemy as sa
 from psycopg.conninfo import make_conninfo
@@ -65,19 +66,19 @@ def create_engine(url: sa.URL) -> sa.Engine:
         pool_pre_ping=True,
         pool_size=5,
         max_overflow=5,
-        connect_args={
-            "application_name": APPLICATION_NAME,
-            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-        },
+        connect_args=_defaults(url),
     )
 
 
 def conninfo(url: sa.URL) -> str:
     """The URL as a libpq connection string, the form that ADBC takes. It holds the password."""
-    arguments = url.translate_connect_args(username="user", database="dbname")
-    options = {key: value for key, value in url.query.items() if isinstance(value, str)}
+    _, arguments = url.get_dialect()().create_connect_args(url)
+    return make_conninfo(**_defaults(url), **arguments)
+
+
+def _defaults(url: sa.URL) -> dict[str, Any]:
     defaults = {"application_name": APPLICATION_NAME, "connect_timeout": CONNECT_TIMEOUT_SECONDS}
-    return make_conninfo(**{**defaults, **options, **arguments})
+    return {name: value for name, value in defaults.items() if name not in url.query}
 
 
 def describe(url: sa.URL) -> str:

@@ -105,9 +105,15 @@ def stop(home: Path) -> bool:
                 return False
             with suppress(psutil.NoSuchProcess):
                 postmaster.send_signal(signal.SIGINT)
-            deadline = time.monotonic() + _PATIENCE_SECONDS
+            begin = time.monotonic()
             while _is_alive(postmaster.pid):
-                if time.monotonic() > deadline:
+                waited = time.monotonic() - begin
+                if waited > _PATIENCE_SECONDS / 6:
+                    # In the midst of crash recovery it ends at once or not at all; the next start
+                    # recovers.
+                    with suppress(psutil.NoSuchProcess):
+                        postmaster.send_signal(signal.SIGQUIT)
+                if waited > _PATIENCE_SECONDS:
                     raise EmbeddedServerError(
                         f"PostgreSQL of {home} (process {postmaster.pid}) has not ended in "
                         f"{_PATIENCE_SECONDS:.0f} s; see {server.folder / 'server.log'}"

@@ -1,14 +1,14 @@
 """The commands on an embedded server of their own: the demo, and after a kill."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-import sqlalchemy as sa
+from polars.testing import assert_frame_equal
 
 from tutormax_assets.platform import embedded
 from tutormax_assets.platform.connection import create_engine
@@ -60,22 +60,15 @@ def test_the_demo_twice_and_a_run_after_a_kill(home: Path, invoke: Invoke) -> No
     engine.dispose()
 
     postmaster = postmaster_of(home)
-    for process in (*postmaster.children(), postmaster):
-        process.kill()
-    psutil.wait_procs([postmaster], timeout=30)
-    done = tutormax("run", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["total_metrics_saved"] == len(rows)
-    assert "Traceback" not in done.stderr
-    with engine.connect() as connection:
-        assert connection.scalar(sa.text("SELECT 1")) == 1
-    engine.dispose()
-    # Unless midnight passed in between, nothing changed.
-    assert metrics_of(engine).filter(calculation_date=rows["calculation_date"][0]).equals(rows)
-    engine.dispose()
-
+    for process in (postmaster, *postmaster.children()):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     done = tutormax("run", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # Nothing changed; had midnight passed in between, another date would be there as well.
+    found = metrics_of(engine).filter(calculation_date=rows["calculation_date"][0])
+    assert_frame_equal(found, rows)
+    engine.dispose()
 
     result = invoke("demo")
     assert result.exit_code == 0

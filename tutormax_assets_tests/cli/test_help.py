@@ -12,7 +12,6 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from tutormax_assets.cli import app
 from tutormax_assets_tests.cli.conftest import Invoke, words
 
-
 Command = TyperCommand | TyperGroup
 
 
@@ -75,7 +74,7 @@ def test_help_loads_nothing_heavy() -> None:
         "from tutormax_assets.cli import app\n"
         "try: app(['run', '--help'])\n"
         "except SystemExit as end: assert not end.code\n"
-        "heavy = {'dagster', 'polars', 'sqlalchemy', 'pydantic'} & set(sys.modules)\n"
+        "heavy = {'dagster', 'polars', 'sqlalchemy', 'psycopg'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run(

@@ -39,7 +39,10 @@ def test_a_run_prints_its_summary_and_logs_to_stderr(
     )
     said = [line.split(" ", 2)[2] for line in log]
     assert "INFO Found 29 tutors to process" in said
-    assert "INFO Batch 1/1 committed (29 tutors: 87 rows inserted, 0 updated, 0 unchanged)" in said
+    assert (
+        "INFO Batch 1/1 of 2025-11-07 committed (29 tutors: 87 inserted, 0 updated, 0 unchanged)"
+        in said
+    )
     assert "WARNING Set aside 5 of student_feedback: tutor_id is not the session's tutor" in said
     assert said[-1].startswith("INFO Run date 2025-11-07: 29 tutors, 29 successful, 0 failed, 87 ")
     assert len(small_platform.metrics()) == 87
@@ -135,7 +138,7 @@ def test_tutors_who_fail_are_listed_and_the_exit_code_says_so(
     result = invoke(*arguments, "--quiet")
 
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "ERROR Batch 2/2 failed (1 tutors): " in result.stderr
+    assert "ERROR Batch 2/2 of 2025-11-07 failed (1 tutors): " in result.stderr
     assert "INFO" not in result.stderr
     assert len(small_platform.metrics()) == 3
 
@@ -178,7 +181,10 @@ def test_a_database_that_refuses_ends_in_a_sentence(
         (["run", "--date", ""], "--date '' is not a date; expected YYYY-MM-DD"),
         (["run", "--verbose", "--quiet"], "--verbose and --quiet exclude each other"),
         (["run", "--tutors", " , "], "--tutors names no tutor; expected ids separated by commas"),
-        (["run", "--batch-size", "0"], "0 is not in the range"),
+        (
+            ["run", "--batch-size", "0"],
+            "'--batch-size': Input should be greater than or equal to 1",
+        ),
         (["backfill", "--from", "2025-11-07", "--to", "2025-11-06"], "--to 2025-11-06 lies before"),
         (["backfill", "--from", "x"], "--from 'x' is not a date"),
         (["backfill", "--from", "2025-11-07", "--to", "2999-01-01"], "--to 2999-01-01 is in the"),

@@ -121,6 +121,29 @@ def test_both_drivers_reach_the_same_database_under_our_name(engine: sa.Engine) 
         assert pl.DataFrame(cursor.fetch_arrow()).rows() == [expected]
 
 
+def test_both_drivers_take_the_options_of_the_url(engine: sa.Engine) -> None:
+    url = engine.url.update_query_dict({"application_name": "nightly"})
+    query = "SHOW application_name"
+
+    with psycopg.connect(conninfo(url)) as plain:
+        assert plain.execute(query).fetchone() == ("nightly",)
+    named = create_engine(url)
+    with named.connect() as connection:
+        found = connection.scalar(sa.text(query))
+    named.dispose()
+    assert found == "nightly"
+
+
+def test_both_drivers_take_several_hosts() -> None:
+    url = sa.make_url("postgresql+psycopg://u@/db?host=first:6543&host=second:6544")
+
+    found = conninfo_to_dict(conninfo(url))
+
+    [_, of_sqlalchemy] = url.get_dialect()().create_connect_args(url)
+    assert of_sqlalchemy["host"] == "first,second"
+    assert (found.get("host"), found.get("port")) == ("first,second", "6543,6544")
+
+
 def test_a_connection_string_keeps_awkward_passwords_and_options() -> None:
     url = sa.URL.create(
         "postgresql+psycopg",
