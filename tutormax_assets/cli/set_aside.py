@@ -45,10 +45,13 @@ def set_aside(
         typer.echo(json.dumps(report, default=str))
         return
     table = Table(title=f"{len(rows)} values set aside for {key}", title_justify="left")
-    for column in shown.columns:
-        table.add_column(column)
-    for row in shown.iter_rows():
-        table.add_row(*(Text(str(value)) for value in row))
+    for column in ("row_key", "tutor_id", "date", "value", "reason"):
+        # A key that is cut off or broken in two is of no use.
+        table.add_column(column, no_wrap=column in ("row_key", "tutor_id", "date"))
+    for row in shown.iter_rows(named=True):
+        cells = (row["row_key"], row["tutor_id"], row["date"])
+        value = f"{row['source_table']} {row['column']}"
+        table.add_row(*(Text(str(cell)) for cell in (*cells, value, row["reason"])))
     output.print(table)
     if len(shown) < len(rows):
         output.print(f"The first {len(shown)} are shown; --limit shows more.")
