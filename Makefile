@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check dev lock clean
+.PHONY: help install demo test e2e check dev lock clean
 
 help: ## Show these targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -21,6 +21,12 @@ dev: .venv/installed ## Start the Dagster UI on http://127.0.0.1:3000.
 test: .venv/installed-dev ## Run the tests.
 	@$(BIN)/python -m pytest -n 2 $(PYTEST)
 
+e2e: .venv/installed-dev ## Use the Dagster UI in a real browser; installs Debian's Chromium if there is none.
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+		apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || { \
+		echo "Chromium is missing and could not be installed. As root: apt-get install chromium" >&2; exit 1; }
+	@$(BIN)/python -m pytest e2e $(PYTEST)
+
 check: .venv/installed-dev ## Lint, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,6 +37,9 @@ lock: .venv/installed-dev ## Choose versions anew from pyproject.toml.
 		--upgrade --quiet --output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-header --no-strip-extras \
 		--upgrade --quiet --constraint requirements.lock --output-file requirements-dev.lock
+	$(BIN)/uv pip compile pyproject.toml --group build --extra postgres-instance --extra kubernetes --extra s3 --extra gcs \
+		--universal --generate-hashes --no-header --no-strip-extras \
+		--upgrade --quiet --constraint requirements.lock --output-file deploy/requirements.lock
 
 clean: ## Remove .venv and .tutormax; the embedded server is stopped first.
 	@if [ -x $(BIN)/tutormax ]; then $(BIN)/tutormax db stop || true; fi

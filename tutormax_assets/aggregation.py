@@ -5,15 +5,14 @@ Names, arguments and defaults are those of the service that this project replace
 
 import asyncio
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from importlib.resources import as_file, files
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -21,10 +20,20 @@ import sqlalchemy as sa
 from filelock import FileLock
 
 from tutormax_assets.assets.metrics_table import SUMMARY_METADATA
-from tutormax_assets.definitions import JOB_NAME, MAX_PARTITIONS_PER_RUN, build_definitions
+from tutormax_assets.automation.alerts import tell_of_runs
+from tutormax_assets.automation.retention import (
+    CleanupReport,
+    Retention,
+    clean_up,
+    observation_of_restored_date,
+)
+from tutormax_assets.automation.single_days import ATTENDED_TAG, RANGE_END_TAG, RANGE_START_TAG
+from tutormax_assets.checks import is_blocked_by, sentence
+from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.failures import error_sentence, is_blocking_check, step_failure
 from tutormax_assets.log import LOGGER
 from tutormax_assets.partitions import checked_reference_date, midnight, today
-from tutormax_assets.platform import metrics_table
+from tutormax_assets.platform.archive import RestoredDate, restore_date
 from tutormax_assets.platform.connection import create_engine, database_url
 from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.resources import RunOptions
@@ -35,17 +44,6 @@ SYSTEM = "SYSTEM"
 """Stands in place of a tutor's id in the error of a run that failed as a whole."""
 
 logger = logging.getLogger(LOGGER)
-
-
-class _RecordedError(Protocol):
-    """What is read here of Dagster's recorded errors, whose class is private."""
-
-    @property
-    def message(self) -> str: ...
-    @property
-    def cls_name(self) -> str | None: ...
-    @property
-    def cause(self) -> "_RecordedError | None": ...
 
 
 @dataclass
@@ -173,16 +171,23 @@ class DailyMetricsAggregator:
         return await asyncio.to_thread(self._run, tutor_ids, include_inactive)
 
     async def cleanup_old_metrics(self, session: object = None, retention_days: int = 90) -> int:
-        """Delete the metrics of dates older than so many days before today.
+        """Move the metrics of dates older than so many days before today to the archive.
+
+        Parquet partitions that are older than the settings allow are deleted, too.
 
         Args:
             session: Not used; callers of the replaced service pass their database session.
-            retention_days: Age in days from which metrics are deleted.
+            retention_days: Age in days up to which metrics stay in the table.
 
         Returns:
-            Number of rows deleted.
+            Number of rows that left the table.
+
+        Raises:
+            ArchiveError: The archive cannot be written, or not read back; its rows are in the
+                table.
         """
-        return await asyncio.to_thread(cleanup, self.settings, retention_days=retention_days)
+        report = await asyncio.to_thread(cleanup, self.settings, retention_days=retention_days)
+        return report.rows
 
     def _run(self, tutor_ids: Sequence[str] | None, include_inactive: bool) -> AggregationSummary:
         options = RunOptions(
@@ -205,20 +210,21 @@ async def run_daily_aggregation(
     cleanup_old_metrics: bool = False,
     retention_days: int = 90,
 ) -> AggregationSummary:
-    """Compute a date, and delete old metrics afterwards if asked to and anything was saved.
+    """Compute a date, and archive old metrics afterwards if asked to and anything was saved.
 
     Args:
         reference_date: A date, or a datetime whose date counts; today when left out.
         tutor_ids: Only these tutors; the others' rows stay as they are.
         include_inactive: Tutors of any status.
-        cleanup_old_metrics: Whether to delete old metrics afterwards.
-        retention_days: Age in days from which metrics are deleted.
+        cleanup_old_metrics: Whether to move old metrics to the archive afterwards.
+        retention_days: Age in days up to which metrics stay in the table.
 
     Returns:
         The summary, with one result per tutor.
 
     Raises:
         ReferenceDateError: The date lies in the future or before the first partition.
+        ArchiveError: The date is saved, but the archive cannot be written or not read back.
     """
     aggregator = DailyMetricsAggregator(reference_date=reference_date)
     summary = await aggregator.run(tutor_ids=tutor_ids, include_inactive=include_inactive)
@@ -230,7 +236,7 @@ async def run_daily_aggregation(
 def steps(settings: Settings, dates: int) -> int:
     """Number of steps in which so many consecutive reference dates are computed."""
     job = build_definitions(settings).resolve_job_def(JOB_NAME)
-    return len(job.nodes) * -(-dates // MAX_PARTITIONS_PER_RUN)
+    return len(job.nodes) * -(-dates // (settings.max_dates_per_run or dates))
 
 
 def aggregate(
@@ -240,6 +246,8 @@ def aggregate(
 
     When a run of several dates fails, each of them is run by itself, so that one date that cannot
     be computed does not lose the others.
+
+    The runs that count are told of in one alert, if anything went wrong in any of them.
 
     Args:
         settings: Where everything is.
@@ -251,19 +259,21 @@ def aggregate(
     """
     job = build_definitions(settings).resolve_job_def(JOB_NAME)
     summaries = []
+    run_ids = []
     with dagster_instance(settings) as instance:
-        for chunk in _chunks(days, MAX_PARTITIONS_PER_RUN):
-            done = _run_job(job, instance, settings, chunk, options)
+        for chunk in _chunks(days, settings.max_dates_per_run or len(days)):
+            run_id, done = _run_job(job, instance, settings, chunk, options)
+            of_chunk = [run_id]
             if len(chunk) > 1 and any(_failed_as_a_whole(summary) for summary in done):
                 logger.warning(
                     "The run of %s to %s failed; running each date by itself", chunk[0], chunk[-1]
                 )
-                done = [
-                    summary
-                    for day in chunk
-                    for summary in _run_job(job, instance, settings, [day], options)
-                ]
+                of_days = [_run_job(job, instance, settings, [day], options) for day in chunk]
+                of_chunk = [run_id for run_id, _ in of_days]
+                done = [summary for _, [summary] in of_days]
             summaries += done
+            run_ids += of_chunk
+        tell_of_runs(instance, run_ids, settings, logger)
     for summary in summaries:
         logger.info("%s", summary)
         for error in summary.errors:
@@ -271,20 +281,46 @@ def aggregate(
     return summaries
 
 
-def cleanup(settings: Settings, *, retention_days: int) -> int:
-    """Delete the metrics of dates older than so many days before today.
+def cleanup(
+    settings: Settings, *, retention_days: int | None = None, dry_run: bool = False
+) -> CleanupReport:
+    """Remove what is too old: metrics into the archive, Parquet partitions for good.
 
-    Returns:
-        Number of rows deleted.
+    Args:
+        settings: Where everything is, and how long it is kept.
+        retention_days: Age in days up to which metrics stay, in place of the settings'.
+        dry_run: Only look.
+
+    Raises:
+        ArchiveError: The archive cannot be written, or not read back; its rows are in the table.
+        MetricsTableError: The table is missing or not as this version expects it.
+        StorageError: The Parquet partitions cannot be reached.
     """
-    oldest = today(timezone=settings.timezone) - timedelta(days=retention_days)
-    engine = create_engine(database_url(settings))
-    try:
-        deleted = metrics_table.delete_before(engine, midnight(oldest, timezone=settings.timezone))
-    finally:
-        engine.dispose()
-    logger.info("Deleted %s metrics of dates before %s", deleted, oldest)
-    return deleted
+    specs = build_definitions(settings).resolve_all_asset_specs()
+    retention = Retention.as_of_today(
+        settings,
+        sorted(spec.key for spec in specs if "parquet" in spec.kinds),
+        retention_days=retention_days,
+    )
+    with _engine(settings) as engine, dagster_instance(settings) as instance:
+        return clean_up(retention, engine, instance, log=logger, dry_run=dry_run)
+
+
+def restore(
+    settings: Settings, days: Sequence[date], *, dry_run: bool = False
+) -> Iterator[RestoredDate]:
+    """Bring archived metrics of some dates back into the table, one date after the other.
+
+    Raises:
+        ArchiveError: The archive does not hold a date, or its file cannot be read.
+        MetricsTableError: The table is missing or refuses the rows of a date.
+    """
+    with _engine(settings) as engine, dagster_instance(settings) as instance:
+        for day in days:
+            restored = restore_date(engine, settings.archive_path, day, dry_run=dry_run)
+            if restored.rows_restored and not dry_run:
+                instance.report_runless_asset_event(observation_of_restored_date(restored))
+            yield restored
 
 
 @contextmanager
@@ -317,18 +353,13 @@ def _run_job(
     settings: Settings,
     days: Sequence[date],
     options: RunOptions,
-) -> list[AggregationSummary]:
+) -> tuple[str, list[AggregationSummary]]:
     started = perf_counter()
     keys = [day.isoformat() for day in days]
-    if len(keys) == 1:
-        partitions: dict[str, Any] = {"partition_key": keys[0]}
-    else:
-        partitions = {
-            "tags": {
-                "dagster/asset_partition_range_start": keys[0],
-                "dagster/asset_partition_range_end": keys[-1],
-            }
-        }
+    # Its failure is dealt with here, so that none of the sensors need to.
+    tags = {ATTENDED_TAG: "true"}
+    if len(keys) > 1:
+        tags |= {RANGE_START_TAG: keys[0], RANGE_END_TAG: keys[-1]}
     result = job.execute_in_process(
         instance=instance,
         run_config={
@@ -336,14 +367,16 @@ def _run_job(
             "loggers": {"line": {}},
         },
         raise_on_error=False,
-        **partitions,
+        partition_key=keys[0] if len(keys) == 1 else None,
+        tags=tags,
     )
     saved = {
         event.partition: event.step_materialization_data.materialization.metadata
         for event in result.get_asset_materialization_events()
         if event.asset_key == dg.AssetKey(METRICS_TABLE)
     }
-    error = _failure(result)
+    blocked = _blocked(result)
+    error = _failure(result) or " ".join(blocked.values()) or None
     summaries = []
     for day in days:
         summary = AggregationSummary(run_date=midnight(day, timezone=settings.timezone))
@@ -352,31 +385,36 @@ def _run_job(
             values: Any = saved[day.isoformat()][SUMMARY_METADATA].value
             for name in ("total_tutors", "successful", "failed", "total_metrics_saved", "errors"):
                 setattr(summary, name, values[name])
-        elif error is not None:
-            summary.errors.append({"tutor_id": SYSTEM, "error": error})
+            # What was saved may be wrong, or not known to be right.
+            said = blocked.get(day.isoformat(), None if blocked else error)
+        else:
+            said = blocked.get(day.isoformat(), error)
+        if said is not None and not summary.errors:
+            summary.errors.append({"tutor_id": SYSTEM, "error": said})
         summaries.append(summary)
-    return summaries
+    return result.run_id, summaries
+
+
+def _blocked(result: dg.ExecuteInProcessResult) -> dict[str | None, str]:
+    """What the checks say that blocked a date, by partition key."""
+    said: dict[str | None, list[str]] = {}
+    for evaluation in result.get_asset_check_evaluations():
+        if is_blocked_by(evaluation):
+            said.setdefault(evaluation.partition, []).append(sentence(evaluation))
+    return {key: " ".join(sentences) for key, sentences in said.items()}
 
 
 def _failure(result: dg.ExecuteInProcessResult) -> str | None:
     if result.success:
         return None
-    for event in result.get_step_failure_events():
-        failure = event.step_failure_data
-        if failure.user_failure_data is not None and failure.user_failure_data.description:
-            return failure.user_failure_data.description
-        if failure.error is not None:
-            return _sentence(failure.error)
+    failures = result.get_step_failure_events()
+    for event in failures:
+        if not is_blocking_check(event):
+            return step_failure(event)
+    if failures:
+        return None
     error = result.get_run_failure_event().job_failure_data.error
-    return "the run failed before its first step" if error is None else _sentence(error)
-
-
-def _sentence(error: _RecordedError) -> str:
-    # Dagster wraps what the code raised; what that in turn was raised from is detail.
-    while error.cause and (error.cls_name or "").startswith("Dagster"):
-        error = error.cause
-    # Our own errors are sentences; of others the class is half of the message.
-    return re.sub(r"^tutormax_assets[\w.]*: ", "", error.message.strip().splitlines()[0])
+    return "the run failed before its first step" if error is None else error_sentence(error)
 
 
 def _failed_as_a_whole(summary: AggregationSummary) -> bool:
@@ -410,13 +448,18 @@ def _results(
     rows = sa.select(table.c.tutor_id, table.c.window, table.c.metric_id).where(
         table.c.calculation_date == summary.run_date
     )
+    with _engine(settings) as engine, engine.connect() as connection:
+        for tutor_id, window, metric_id in connection.execute(rows):
+            if tutor_id in results and results[tutor_id].success:
+                results[tutor_id].metrics_saved.append(metric_id)
+                results[tutor_id].windows_processed.append(window)
+    return list(results.values())
+
+
+@contextmanager
+def _engine(settings: Settings) -> Iterator[sa.Engine]:
     engine = create_engine(database_url(settings))
     try:
-        with engine.connect() as connection:
-            for tutor_id, window, metric_id in connection.execute(rows):
-                if tutor_id in results and results[tutor_id].success:
-                    results[tutor_id].metrics_saved.append(metric_id)
-                    results[tutor_id].windows_processed.append(window)
+        yield engine
     finally:
         engine.dispose()
-    return list(results.values())

@@ -11,16 +11,21 @@ from tutormax_assets.assets.snapshots import (
     tutor_roster_asset,
 )
 from tutormax_assets.assets.tiers import tutor_tiers_asset
+from tutormax_assets.automation.alerts import alert_sensors
+from tutormax_assets.automation.retention import retention_job, retention_sensor
+from tutormax_assets.automation.schedule import nightly_freshness, nightly_schedule
+from tutormax_assets.automation.single_days import single_days_sensors
+from tutormax_assets.checks.sessions_snapshot import sessions_snapshot_checks
+from tutormax_assets.checks.tutor_events_snapshot import tutor_events_snapshot_checks
+from tutormax_assets.checks.tutor_performance_metrics import tutor_performance_metrics_checks
+from tutormax_assets.checks.tutor_tiers import tutor_tiers_checks
+from tutormax_assets.checks.window_metrics import window_metrics_checks
 from tutormax_assets.log import line_logger
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions, load_policy
 from tutormax_assets.settings import Settings, load_settings
 from tutormax_assets.storage import PartitionedParquetIOManager
 
 JOB_NAME = "daily_metrics"
-
-# A range of dates is one run, in which the platform is read once. A month at a time bounds what
-# the run holds in memory and what is lost with it.
-MAX_PARTITIONS_PER_RUN = 31
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
@@ -34,25 +39,50 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     daily = dg.DailyPartitionsDefinition(
         start_date=settings.first_date.isoformat(), timezone=settings.timezone, end_offset=1
     )
-    backfills = dg.BackfillPolicy.multi_run(max_partitions_per_run=MAX_PARTITIONS_PER_RUN)
+    # A range of dates is one run, in which the platform is read once. A month at a time bounds what
+    # the run holds in memory and what is lost with it.
+    backfills = (
+        dg.BackfillPolicy.multi_run(max_partitions_per_run=settings.max_dates_per_run)
+        if settings.max_dates_per_run
+        else dg.BackfillPolicy.single_run()
+    )
     assets = [
         tutor_roster_asset(daily, backfills),
         sessions_snapshot_asset(daily, backfills, window_days=policy.horizon_days),
         tutor_events_snapshot_asset(daily, backfills, window_days=policy.horizon_days),
         *(window_metrics_asset(daily, backfills, days=days) for days in policy.windows),
         tutor_tiers_asset(daily, backfills, windows=policy.windows),
-        tutor_performance_metrics_asset(daily, backfills),
+        tutor_performance_metrics_asset(
+            daily, backfills, freshness_policy=nightly_freshness(timezone=settings.timezone)
+        ),
+    ]
+    checks = [
+        sessions_snapshot_checks(daily),
+        tutor_events_snapshot_checks(daily),
+        *(window_metrics_checks(daily, days=days) for days in policy.windows),
+        tutor_tiers_checks(daily, windows=policy.windows),
+        tutor_performance_metrics_checks(daily, windows=policy.windows),
     ]
     database = PlatformDatabase()
     run_options = RunOptions.configure_at_launch()
+    daily_metrics = dg.define_asset_job(
+        JOB_NAME,
+        selection=dg.AssetSelection.assets(*assets),
+        description="Compute the metrics and tiers of a reference date and keep them.",
+    )
+    parquet_assets = sorted(
+        spec.key for asset in assets for spec in asset.specs if "parquet" in spec.kinds
+    )
+    retention = retention_job(settings, parquet_assets)
     return dg.Definitions(
         assets=[*platform_tables(), *assets],
-        jobs=[
-            dg.define_asset_job(
-                JOB_NAME,
-                selection=dg.AssetSelection.assets(*assets),
-                description="Compute the metrics and tiers of a reference date and keep them.",
-            )
+        asset_checks=checks,
+        jobs=[daily_metrics, retention],
+        schedules=[nightly_schedule(daily_metrics, running=settings.automation)],
+        sensors=[
+            *single_days_sensors(daily_metrics, assets, running=settings.automation),
+            *alert_sensors(timezone=settings.timezone, running=settings.automation),
+            retention_sensor(settings, parquet_assets, running=settings.automation),
         ],
         resources={
             "database": database,

@@ -52,6 +52,36 @@ class Settings(BaseSettings):
     policy: Path | None = Field(
         default=None, description="TOML file that overrides the metrics policy."
     )
+    alerts: SecretStr | None = Field(
+        default=None, description="Apprise URLs that alerts go to, separated by spaces."
+    )
+    ui_url: str = Field(
+        default="http://127.0.0.1:3000", description="Where the UI is, for the links in alerts."
+    )
+    max_dates_per_run: int = Field(
+        default=31,
+        ge=0,
+        description="Reference dates that a range run takes at most; 0 for a whole range.",
+    )
+    archive: str | None = Field(
+        default=None,
+        description="Base path of the archive of old metrics: a folder, s3://… or gs://….",
+    )
+    retention_days: int = Field(
+        default=90,
+        ge=1,
+        le=36_500,
+        description="Age in days beyond which metrics move from the table to the archive.",
+    )
+    snapshot_retention_days: int = Field(
+        default=30,
+        ge=1,
+        le=36_500,
+        description="Age in days beyond which Parquet partitions are deleted.",
+    )
+    automation: bool = Field(
+        default=False, description="Whether schedules and sensors run unless they are stopped."
+    )
     dagster_home: Path | None = Field(
         default=None,
         validation_alias="DAGSTER_HOME",
@@ -117,6 +147,11 @@ class Settings(BaseSettings):
     def storage_path(self) -> str:
         """Base path of the Parquet partitions; ``storage`` under the home unless it is set."""
         return self.storage or str(self.home_path / "storage")
+
+    @property
+    def archive_path(self) -> str:
+        """Base path of the archive of old metrics; ``archive`` under the home unless it is set."""
+        return self.archive or str(self.home_path / "archive")
 
 
 def load_settings() -> Settings:

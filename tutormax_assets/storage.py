@@ -7,19 +7,34 @@ is the same for one day and for a range.
 """
 
 import io
-import os
-import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from time import perf_counter
 
 import dagster as dg
 import polars as pl
+import sqlalchemy as sa
 from upath import UPath
 
+from tutormax_assets.parquet import StorageError, entries, write_parquet
 from tutormax_assets.platform.connection import advisory_lock
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 
 FramesByDate = dict[str, pl.LazyFrame]
 """Lazy frames by partition key, which is the reference date in ISO form."""
+
+
+@dataclass(frozen=True)
+class StoredPartition:
+    """A partition of an asset, as it lies in the storage."""
+
+    asset_key: dg.AssetKey
+    partition_key: str
+    path: UPath
+    size_bytes: int
 
 
 class PartitionedParquetIOManager(dg.ConfigurableIOManager):
@@ -34,9 +49,17 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
 
     def load_input(self, context: dg.InputContext) -> FramesByDate:
         """Scan the partitions that the run reads, restricted to the tutors it is filtered to."""
+        return self.scan(context.asset_key, context.asset_partition_keys)
+
+    def scan(self, asset_key: dg.AssetKey, partition_keys: Iterable[str]) -> FramesByDate:
+        """Scan partitions of an asset, restricted to the tutors that the run is filtered to.
+
+        Raises:
+            FileNotFoundError: A partition has not been materialized.
+        """
         frames = {
-            key: scan_partition(partition_path(self.base_path, context.asset_key, key))
-            for key in context.asset_partition_keys
+            key: scan_partition(partition_path(self.base_path, asset_key, key))
+            for key in partition_keys
         }
         only = self.run_options.tutor_ids
         if not only:
@@ -47,18 +70,22 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
         """Compute and store each partition, one after the other."""
         for key in context.asset_partition_keys:
             path = partition_path(self.base_path, context.asset_key, key)
+            started = perf_counter()
             rows = obj[key].collect()
+            computed = perf_counter()
             # A filtered run reads what is there and writes it back; nobody may write in between.
             with advisory_lock(self.database.engine, str(path)):
                 if only := self.run_options.tutor_ids:
                     rows = _merged(path, rows, only=only)
-                size = write_partition(path, rows)
+                size = write_parquet(path, rows)
             # Output metadata would be the same for every day of a range.
             context.step_context.add_asset_metadata(
                 {
                     "path": dg.MetadataValue.path(str(path)),
                     "size_bytes": size,
                     "dagster/partition_row_count": len(rows),
+                    "compute_seconds": round(computed - started, 3),
+                    "write_seconds": round(perf_counter() - computed, 3),
                 },
                 asset_key=context.asset_key,
                 partition_key=key,
@@ -86,28 +113,57 @@ def scan_partition(path: UPath) -> pl.LazyFrame:
     return pl.scan_parquet(io.BytesIO(path.read_bytes()))
 
 
-def write_partition(path: UPath, rows: pl.DataFrame) -> int:
-    """Store a partition so that a reader sees the old file or the new one, never a part of it.
+def partitions_before(
+    base_path: str, asset_keys: Iterable[dg.AssetKey], before: date
+) -> list[StoredPartition]:
+    """The stored partitions of these assets whose reference date lies before a day.
 
     Returns:
-        Size of the file in bytes.
+        The oldest first, and those of one date in the order of the assets.
+
+    Raises:
+        StorageError: The storage cannot be reached.
     """
-    if not isinstance(path, Path):
-        # An object store shows an object once it was put whole.
-        buffer = io.BytesIO()
-        rows.write_parquet(buffer, compression="zstd")
-        return int(path.write_bytes(buffer.getvalue()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    found = []
     try:
-        with temporary.open("wb") as file:
-            rows.write_parquet(file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path.stat().st_size
+        for asset_key in asset_keys:
+            for entry in entries(UPath(base_path).joinpath(*asset_key.path)):
+                key = entry.stem
+                if entry.suffix != ".parquet" or not _is_date(key) or key >= before.isoformat():
+                    continue
+                path = partition_path(base_path, asset_key, key)
+                with suppress(FileNotFoundError):  # Another cleanup was faster.
+                    found.append(StoredPartition(asset_key, key, path, path.stat().st_size))
+    # What a filesystem raises depends on which one it is.
+    except Exception as error:
+        raise StorageError(
+            f"The Parquet partitions at {base_path} cannot be listed: {error}."
+            " TUTORMAX_STORAGE says where they are; check that it is reachable."
+        ) from error
+    return sorted(found, key=lambda partition: partition.partition_key)
+
+
+def delete_partition(engine: sa.Engine, partition: StoredPartition) -> None:
+    """Delete a partition; one that is gone already is fine.
+
+    Raises:
+        StorageError: It cannot be deleted.
+    """
+    with advisory_lock(engine, str(partition.path)):
+        try:
+            partition.path.unlink(missing_ok=True)
+        except Exception as error:
+            raise StorageError(
+                f"{partition.path} cannot be deleted: {error}."
+                " Check the rights of the user that runs this."
+            ) from error
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _merged(path: UPath, rows: pl.DataFrame, *, only: list[str]) -> pl.DataFrame:

@@ -54,6 +54,7 @@ _DAGSTERS_OWN_WARNINGS = (
     "The `__fields__` attribute is deprecated",
     "InitResourceContext.dagster_run is deprecated",
     "Parameter `backfill_policy`",
+    "Specifying a partitions_def on an AssetCheckSpec",
 )
 
 _TEMPLATE = "tutormax_template"
@@ -64,6 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """One home for the whole run: made here, and handed on to the workers of pytest-xdist."""
     for message in _DAGSTERS_OWN_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
+    # Apprise imports it where Python still has it.
+    config.addinivalue_line("filterwarnings", "ignore:'imghdr' is deprecated")
     if hasattr(config, "workerinput"):
         config.stash[_SERVER_HOME] = Path(config.workerinput["server_home"])
         return

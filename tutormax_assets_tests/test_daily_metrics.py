@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import pytest
 import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
-from tutormax_assets import aggregation
 from tutormax_assets.aggregation import AggregationSummary, dagster_instance
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.platform import tables
+from tutormax_assets.settings import load_settings
 from tutormax_assets_tests.conftest import (
     GOLDEN,
     PASSWORD,
@@ -167,7 +167,8 @@ def test_a_range_gives_the_same_rows_as_single_runs_in_any_order(
     golden_run: GoldenRun, golden_platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So that it is two runs: one of two dates and one of the third.
-    monkeypatch.setattr(aggregation, "MAX_PARTITIONS_PER_RUN", 2)
+    monkeypatch.setenv("TUTORMAX_MAX_DATES_PER_RUN", "2")
+    golden_platform = replace(golden_platform, settings=load_settings())
 
     summaries = golden_platform.run(*WEEK_END, include_inactive=True)
 

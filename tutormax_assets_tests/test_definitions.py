@@ -10,10 +10,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from tutormax_assets.definitions import JOB_NAME, MAX_PARTITIONS_PER_RUN, build_definitions
+from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.metrics.policy import PolicyError
 from tutormax_assets.partitions import today
 from tutormax_assets.settings import Settings, SettingsError, load_settings
+from tutormax_assets_tests.checks.test_runs import ALL as ALL_CHECKS
 
 PLATFORM = {"tutors", "sessions", "student_feedback", "tutor_events"}
 COMPUTED = {
@@ -135,20 +136,30 @@ def test_one_job_computes_everything_in_process(definitions: dg.Definitions) -> 
     assert job.name == "daily_metrics"
     assert {key.to_user_string() for key in job.asset_layer.selected_asset_keys} == COMPUTED
     assert {check.to_user_string() for check in job.asset_layer.asset_graph.asset_check_keys} == {
-        "tutor_performance_metrics:every_tutor_saved"
+        f"{asset}:{check}" for asset, check in ALL_CHECKS
     }
     assert job.executor_def is dg.in_process_executor
-    assert [job.name for job in definitions.jobs or []] == ["daily_metrics"]
+    assert [job.name for job in definitions.jobs or []] == ["daily_metrics", "retention"]
 
 
-def test_all_share_their_partitions_and_how_many_a_run_takes(definitions: dg.Definitions) -> None:
+@pytest.mark.parametrize(
+    ("setting", "policy"),
+    [
+        ("", dg.BackfillPolicy.multi_run(max_partitions_per_run=31)),
+        ("7", dg.BackfillPolicy.multi_run(max_partitions_per_run=7)),
+        ("0", dg.BackfillPolicy.single_run()),
+    ],
+)
+def test_all_share_their_partitions_and_how_many_a_run_takes(
+    monkeypatch: pytest.MonkeyPatch, setting: str, policy: dg.BackfillPolicy
+) -> None:
+    monkeypatch.setenv("TUTORMAX_MAX_DATES_PER_RUN", setting)
+    definitions = build_definitions(load_settings())
     assets = assets_of(definitions)
 
     [daily] = {asset.partitions_def for asset in assets}
     assert isinstance(daily, dg.DailyPartitionsDefinition)
-    assert {asset.backfill_policy for asset in assets} == {
-        dg.BackfillPolicy.multi_run(max_partitions_per_run=MAX_PARTITIONS_PER_RUN)
-    }
+    assert {asset.backfill_policy for asset in assets} == {policy}
     assert {key.to_user_string() for asset in assets for key in asset.keys} == COMPUTED
     assert definitions.resolve_job_def(JOB_NAME).partitions_def == daily
 

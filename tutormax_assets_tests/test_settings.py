@@ -28,8 +28,12 @@ def test_an_empty_environment_means_the_embedded_database(tmp_path: Path) -> Non
     assert settings.database_source == "embedded"
     assert settings.home_path == tmp_path / ".tutormax"
     assert settings.storage_path == str(tmp_path / ".tutormax" / "storage")
+    assert settings.archive_path == str(tmp_path / ".tutormax" / "archive")
+    assert (settings.retention_days, settings.snapshot_retention_days) == (90, 30)
     assert settings.dagster_home_path == tmp_path / ".tutormax" / "dagster"
     assert (settings.timezone, settings.first_date) == ("UTC", date(2024, 1, 1))
+    assert (settings.alerts, settings.ui_url) == (None, "http://127.0.0.1:3000")
+    assert settings.max_dates_per_run == 31
     assert list(tmp_path.iterdir()) == []
 
 
@@ -37,18 +41,30 @@ def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     monkeypatch.setenv("TUTORMAX_HOME", "~/data")
     monkeypatch.setenv("TUTORMAX_STORAGE", "s3://bucket/folder")
+    monkeypatch.setenv("TUTORMAX_ARCHIVE", "gs://bucket/archive")
+    monkeypatch.setenv("TUTORMAX_RETENTION_DAYS", "400")
+    monkeypatch.setenv("TUTORMAX_SNAPSHOT_RETENTION_DAYS", "7")
     monkeypatch.setenv("TUTORMAX_TIMEZONE", "America/New_York")
     monkeypatch.setenv("TUTORMAX_FIRST_DATE", "2025-02-03")
     monkeypatch.setenv("TUTORMAX_POLICY", "policy.toml")
+    monkeypatch.setenv("TUTORMAX_ALERTS", f"slack://{SECRET} json://host")
+    monkeypatch.setenv("TUTORMAX_UI_URL", "https://dagster.example.com")
+    monkeypatch.setenv("TUTORMAX_MAX_DATES_PER_RUN", "0")
     monkeypatch.setenv("DAGSTER_HOME", "dagster-home")
 
     settings = load_settings()
 
     assert settings.home_path == tmp_path / "user" / "data"
     assert settings.storage_path == "s3://bucket/folder"
+    assert settings.archive_path == "gs://bucket/archive"
+    assert (settings.retention_days, settings.snapshot_retention_days) == (400, 7)
     assert settings.timezone == "America/New_York"
     assert settings.first_date == date(2025, 2, 3)
     assert settings.policy == Path("policy.toml")
+    assert settings.alerts is not None
+    assert settings.alerts.get_secret_value() == f"slack://{SECRET} json://host"
+    assert settings.ui_url == "https://dagster.example.com"
+    assert settings.max_dates_per_run == 0
     assert settings.dagster_home_path == tmp_path / "dagster-home"
 
 
@@ -148,6 +164,7 @@ def test_a_malformed_port_is_named_without_any_value(monkeypatch: pytest.MonkeyP
 
 def test_no_secret_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTORMAX_DATABASE_URL", f"postgresql://u:{SECRET}@h/db")
+    monkeypatch.setenv("TUTORMAX_ALERTS", f"slack://{SECRET}")
     for name, value in POSTGRES.items():
         monkeypatch.setenv(name, value)
     settings = load_settings()

@@ -4,7 +4,7 @@ They are built by functions, because the timezone and the windows are settings.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
@@ -16,14 +16,21 @@ warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", categor
 
 OWNERS = ["team:tutor-quality"]
 
+PLATFORM_POOL = "platform"
+"""Pool of whatever reads or writes the platform's database; the instance says how many at once."""
+
 
 def reference_dates(context: dg.AssetExecutionContext) -> dict[str, date]:
     """The reference dates of a run by partition key: one, or all of a range."""
     return {key: date.fromisoformat(key) for key in context.partition_keys}
 
 
-def frame_metadata(schema: type[dy.Schema]) -> Mapping[str, Any]:
-    """Column names, types and descriptions of a frame, as the UI shows them."""
+Lineage = Mapping[str, Sequence[tuple[str, str]]]
+"""By column, the columns that it is made from, each as asset and column."""
+
+
+def frame_metadata(schema: type[dy.Schema], lineage: Lineage) -> Mapping[str, Any]:
+    """Column names, types, descriptions and lineage of a frame, as the UI shows them."""
     columns = [
         dg.TableColumn(
             name,
@@ -35,4 +42,19 @@ def frame_metadata(schema: type[dy.Schema]) -> Mapping[str, Any]:
         )
         for name, column in schema.columns().items()
     ]
-    return {"dagster/column_schema": dg.TableSchema(columns)}
+    return {"dagster/column_schema": dg.TableSchema(columns), **lineage_metadata(lineage)}
+
+
+def lineage_metadata(lineage: Lineage) -> Mapping[str, Any]:
+    """Column lineage, as the UI shows it."""
+    return {
+        "dagster/column_lineage": dg.TableColumnLineage(
+            {
+                column: [
+                    dg.TableColumnDep(asset_key=dg.AssetKey(asset), column_name=source)
+                    for asset, source in sources
+                ]
+                for column, sources in lineage.items()
+            }
+        )
+    }

@@ -8,6 +8,23 @@ from tutormax_assets.metrics.window import window_metrics
 from tutormax_assets.resources import MetricsPolicy
 from tutormax_assets.storage import FramesByDate
 
+_SESSIONS, _EVENTS = "sessions_snapshot", "tutor_events_snapshot"
+_LINEAGE = {
+    "tutor_id": [("tutor_roster", "tutor_id")],
+    "sessions_completed": [(_SESSIONS, "started"), (_SESSIONS, "no_show")],
+    "avg_rating": [(_SESSIONS, "overall_rating")],
+    "first_session_success_rate": [(_SESSIONS, "session_number"), (_SESSIONS, "overall_rating")],
+    "reschedule_rate": [(_SESSIONS, "tutor_initiated_reschedule")],
+    "no_show_count": [(_SESSIONS, "no_show")],
+    "engagement_score": [
+        (_EVENTS, "event_type"),
+        (_SESSIONS, "engagement_score"),
+        (_SESSIONS, "late_start_minutes"),
+    ],
+    "learning_objectives_met_pct": [(_SESSIONS, "learning_objectives_met")],
+    "response_time_avg_minutes": [(_EVENTS, "response_time_minutes")],
+}
+
 
 def metrics_asset_name(days: int) -> str:
     """The name of the asset that holds the metrics of a window of so many days."""
@@ -30,7 +47,7 @@ def window_metrics_asset(
         group_name="metrics",
         owners=OWNERS,
         kinds={"polars", "parquet"},
-        metadata=frame_metadata(WindowMetrics),
+        metadata=frame_metadata(WindowMetrics, _LINEAGE),
     )
     def metrics_of_window(
         context: dg.AssetExecutionContext,

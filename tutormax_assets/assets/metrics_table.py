@@ -1,14 +1,17 @@
 """The PostgreSQL table that dashboards, managers and churn models read."""
 
+from collections.abc import Mapping
 from datetime import date
+from time import perf_counter
 from typing import Any
 
 import dagster as dg
 
-from tutormax_assets.assets import OWNERS, reference_dates
+from tutormax_assets.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates
+from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.partitions import midnight
 from tutormax_assets.platform.metrics_table import Batch, write_metrics
-from tutormax_assets.platform.tables import METRICS_TABLE
+from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 from tutormax_assets.storage import FramesByDate
 
@@ -17,39 +20,36 @@ SUMMARY_METADATA = "summary"
 
 
 def tutor_performance_metrics_asset(
-    daily: dg.DailyPartitionsDefinition, backfill_policy: dg.BackfillPolicy
+    daily: dg.DailyPartitionsDefinition,
+    backfill_policy: dg.BackfillPolicy,
+    *,
+    freshness_policy: dg.FreshnessPolicy,
 ) -> dg.AssetsDefinition:
     """Build the asset ``tutor_performance_metrics``."""
 
     @dg.asset(
         partitions_def=daily,
         backfill_policy=backfill_policy,
+        freshness_policy=freshness_policy,
+        pool=PLATFORM_POOL,
         group_name="persisted",
         owners=OWNERS,
         kinds={"postgres"},
-        metadata={"dagster/table_name": METRICS_TABLE},
-        check_specs=[
-            dg.AssetCheckSpec(
-                "every_tutor_saved",
-                asset=METRICS_TABLE,
-                description="Every tutor of the run is in the table with all windows.",
-            )
-        ],
+        metadata={"dagster/table_name": METRICS_TABLE, **_column_metadata()},
     )
     def tutor_performance_metrics(
         context: dg.AssetExecutionContext,
         database: PlatformDatabase,
         run_options: RunOptions,
         tutor_tiers: FramesByDate,
-        # Dagster takes the class without its argument only.
-    ) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    ) -> None:
         """Metrics and tiers as kept in PostgreSQL: one row per tutor, reference date and window.
 
         A row whose values did not move is not touched; rows of tutors that the run is not about
         stay as they are.
         """
-        failed = 0
         for key, day in reference_dates(context).items():
+            started = perf_counter()
             batches = []
             for batch in write_metrics(
                 database.engine,
@@ -62,28 +62,36 @@ def tutor_performance_metrics_asset(
                 _log_batch(context, day, batch)
                 batches.append(batch)
             summary = _summary(batches)
-            failed += summary["failed"]
             context.add_asset_metadata(
                 {
                     SUMMARY_METADATA: dg.MetadataValue.json(summary),
+                    **{name: value for name, value in summary.items() if name != "errors"},
+                    "write_seconds": round(perf_counter() - started, 3),
                     "dagster/partition_row_count": summary["total_metrics_saved"],
                 },
                 partition_key=key,
             )
-        return dg.MaterializeResult(
-            check_results=[
-                dg.AssetCheckResult(
-                    passed=failed == 0,
-                    metadata={"failed_tutors": failed},
-                    description=None
-                    if failed == 0
-                    else "Some tutors could not be written. The errors are in the summary of the "
-                    "materialization; run these tutors again once the cause is mended.",
-                )
-            ]
-        )
 
     return tutor_performance_metrics
+
+
+def _column_metadata() -> Mapping[str, Any]:
+    described = {name: column.description for name, column in TutorTiers.columns().items()}
+    columns = [
+        dg.TableColumn(
+            column.name,
+            type=str(column.type),
+            description=described.get(column.name),
+            constraints=dg.TableColumnConstraints(
+                nullable=bool(column.nullable), unique=column.primary_key
+            ),
+        )
+        for column in tutor_performance_metrics.columns
+    ]
+    lineage = {
+        name: [("tutor_tiers", name)] for name in described if name in tutor_performance_metrics.c
+    }
+    return {"dagster/column_schema": dg.TableSchema(columns), **lineage_metadata(lineage)}
 
 
 def _log_batch(context: dg.AssetExecutionContext, day: date, batch: Batch) -> None:

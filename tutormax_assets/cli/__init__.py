@@ -6,7 +6,7 @@ answers at once.
 
 import typer
 
-from tutormax_assets.cli import db, demo, dev, generate, run, set_aside
+from tutormax_assets.cli import alert, db, demo, dev, generate, retention, run, set_aside
 
 app = typer.Typer(
     name="tutormax",
@@ -18,7 +18,10 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("backfill")(run.backfill)
 app.command("set-aside")(set_aside.set_aside)
+app.command("cleanup")(retention.cleanup)
+app.command("restore")(retention.restore)
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("dev")(dev.dev)
+app.command("alert")(alert.alert)
 app.add_typer(db.app, name="db")

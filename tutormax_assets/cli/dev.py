@@ -17,6 +17,7 @@ def dev(
 ) -> None:
     """Start the Dagster UI and daemon over the same instance and database as the other commands.
 
+    Schedule and sensors run, unless TUTORMAX_AUTOMATION says otherwise or they are off in the UI.
     Anybody who reaches the UI can start runs, so it listens on this machine only unless told.
     """
     environment = settings()
@@ -31,6 +32,10 @@ def dev(
     messages.print(f"Database: {describe(url)}")
     messages.print(f"UI: http://{host}:{port} (Ctrl-C stops it)")
     os.environ["DAGSTER_HOME"] = str(home)
+    if "automation" not in environment.model_fields_set:
+        os.environ["TUTORMAX_AUTOMATION"] = "true"
+    if "ui_url" not in environment.model_fields_set:
+        os.environ["TUTORMAX_UI_URL"] = f"http://{host}:{port}"
     # Its successor is another package; what it does is the same.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:Function `dev_command` is superseded")
     command = [sys.executable, "-m", "dagster", "dev", "-m", "tutormax_assets.definitions"]

@@ -58,11 +58,14 @@ def run(
     tutors: Tutors = None,
     include_inactive: IncludeInactive = False,
     cleanup: Annotated[
-        bool, typer.Option("--cleanup", help="Delete old metrics afterwards.")
+        bool, typer.Option("--cleanup", help="Do `tutormax cleanup` afterwards.")
     ] = False,
     retention_days: Annotated[
-        int, typer.Option("--retention-days", min=1, help="Age from which --cleanup deletes.")
-    ] = 90,
+        int | None,
+        typer.Option(
+            "--retention-days", min=1, max=36_500, help="Age in days up to which --cleanup keeps."
+        ),
+    ] = None,
     batch_size: BatchSize = 5_000,
     max_retries: MaxRetries = 3,
     retry_delay: RetryDelay = 5,
@@ -91,12 +94,13 @@ def run(
             ),
             quiet=quiet,
         )
-        if cleanup and summary.successful:
-            aggregation.cleanup(environment, retention_days=retention_days)
     if as_json:
         typer.echo(json.dumps(summary.to_dict()))
     elif not quiet:
         output.print(summary_block(summary))
+    if cleanup and summary.successful:
+        with sentences():
+            aggregation.cleanup(environment, retention_days=retention_days)
     if not summary.all_saved:
         raise typer.Exit(EXIT_FAILED)
 

@@ -34,6 +34,8 @@ def sentences() -> Iterator[None]:
     import sqlalchemy as sa
 
     from tutormax_assets.metrics.policy import PolicyError
+    from tutormax_assets.parquet import StorageError
+    from tutormax_assets.platform.archive import ArchiveError
     from tutormax_assets.platform.embedded import EmbeddedServerError
     from tutormax_assets.platform.metrics_table import MetricsTableError, reason
     from tutormax_assets.platform.schema import SchemaError
@@ -43,7 +45,13 @@ def sentences() -> Iterator[None]:
         yield
     except (SettingsError, PolicyError) as error:
         fail(str(error), code=EXIT_USAGE)
-    except (SchemaError, EmbeddedServerError, MetricsTableError) as error:
+    except (
+        SchemaError,
+        EmbeddedServerError,
+        MetricsTableError,
+        ArchiveError,
+        StorageError,
+    ) as error:
         fail(str(error), code=EXIT_FAILED)
     except sa.exc.DBAPIError as error:
         who = "PostgreSQL" if isinstance(error.orig, psycopg.Error) else "Dagster's storage"

@@ -1,4 +1,4 @@
-"""Windows, thresholds, weights and scale: everything about a metric that may be set."""
+"""Windows, thresholds, weights, scale and limits: everything about a metric that may be set."""
 
 import tomllib
 from collections.abc import Mapping
@@ -109,8 +109,71 @@ class TierFlags(_Part):
         return self
 
 
+_Share = Annotated[StrictFloat, Field(ge=0, le=1)]
+
+
+class CheckLimits(_Part):
+    """How far data may be from the usual before an asset check warns, or fails and blocks."""
+
+    set_aside_warn_share: _Share = Field(
+        default=0.01, description="Rows set aside, of those read in a window: warns above."
+    )
+    set_aside_error_share: _Share = Field(
+        default=0.05, description="Rows set aside, of those read in a window: fails above."
+    )
+    set_aside_min_rows: StrictInt = Field(
+        default=100, ge=1, description="Rows read from which a share of them can fail a day."
+    )
+    other_tutor_feedback_share: _Share = Field(
+        default=0.005, description="Feedback that is not of the session's tutor: warns above."
+    )
+    unknown_tutors_error_share: _Share = Field(
+        default=0.05, description="Sessions of tutors who are not in tutors: fails above."
+    )
+    stale_warn_days: StrictInt = Field(
+        default=3, ge=1, description="Days from the newest row to the reference date: warns above."
+    )
+    stale_error_days: StrictInt = Field(
+        default=7, ge=1, description="Days from the newest row to the reference date: fails above."
+    )
+    stale_feedback_days: StrictInt = Field(
+        default=14, ge=1, description="Days from the newest rated session: warns above."
+    )
+    volume_share: _Share = Field(
+        default=0.5, description="How far the newest day may be from its weekday's median."
+    )
+    volume_deviations: StrictFloat = Field(
+        default=5, ge=0, description="The same in robust standard deviations; both are exceeded."
+    )
+    volume_min_weeks: StrictInt = Field(
+        default=4, ge=1, description="Earlier weeks with rows from which a median is taken."
+    )
+    null_share_rise: _Share = Field(
+        default=0.1, description="Rise of a column's null share since the day before: warns above."
+    )
+    tier_shift: StrictFloat = Field(
+        default=0.25, ge=0, description="Population stability index of the tiers: warns above."
+    )
+    comparison_min_tutors: StrictInt = Field(
+        default=50, ge=1, description="Tutors from which a day is compared with the day before."
+    )
+
+    @model_validator(mode="after")
+    def _warnings_come_before_errors(self) -> Self:
+        for warn, error in (
+            ("set_aside_warn_share", "set_aside_error_share"),
+            ("stale_warn_days", "stale_error_days"),
+        ):
+            if getattr(self, warn) > getattr(self, error):
+                raise ValueError(
+                    f"{warn} {getattr(self, warn):g} is above {error} {getattr(self, error):g}; "
+                    "a warning has to come at or before the failure"
+                )
+        return self
+
+
 class Policy(_Part):
-    """How metrics and tiers are computed. The defaults are the contract's."""
+    """How metrics and tiers are computed and checked. The defaults are the contract's."""
 
     windows: tuple[Annotated[StrictInt, Field(ge=1, le=3660)], ...] = Field(
         default=(7, 30, 90), min_length=1, description="Lengths in days, shortest first."
@@ -130,6 +193,7 @@ class Policy(_Part):
     weights: Weights = Weights()
     thresholds: Thresholds = Thresholds()
     tier_flags: TierFlags = TierFlags()
+    checks: CheckLimits = CheckLimits()
 
     @field_validator("session_score_scale")
     @classmethod

@@ -18,6 +18,12 @@ from tutormax_assets.metrics.schemas import (
     TutorEventsSnapshot,
 )
 
+DUPLICATE = "duplicate"
+"""Reason of a session that is there already."""
+
+NOT_THE_SESSIONS_TUTOR = "not the session's tutor"
+"""Reason of feedback that names another tutor than its session."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -51,7 +57,7 @@ def session_rules(policy: Policy) -> list[Rule]:
             "sessions",
             "session_id",
             "session_id",
-            "duplicate",
+            DUPLICATE,
             ~first_of_session & ~first_of_feedback,
         ),
         session(
@@ -70,7 +76,7 @@ def session_rules(policy: Policy) -> list[Rule]:
             pl.col("tutor_initiated_reschedule").is_null(),
         ),
         feedback("session_id", "of a session that comes more than once", comes_again),
-        feedback("tutor_id", "not the session's tutor", ~comes_again & another_tutors),
+        feedback("tutor_id", NOT_THE_SESSIONS_TUTOR, ~comes_again & another_tutors),
         feedback("overall_rating", "not within 1 and 5", ~comes_again & ~another_tutors & outside),
     ]
 

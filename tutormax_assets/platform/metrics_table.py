@@ -5,26 +5,32 @@ touched. Rows are written in the order of their key, so that two writers never w
 in a circle.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import polars as pl
+import psycopg
 import sqlalchemy as sa
 import tenacity
+from psycopg import sql
 from sqlalchemy.dialects import postgresql
 
 from tutormax_assets.metrics.schemas import TutorTiers
-from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
+from tutormax_assets.platform.tables import METRICS_KEY, METRICS_TABLE, tutor_performance_metrics
 
-_KEY = ("tutor_id", "calculation_date", "window")
 _VALUES = tuple(
     name
     for name in TutorTiers.column_names()
-    if name in tutor_performance_metrics.c and name not in _KEY
+    if name in tutor_performance_metrics.c and name not in METRICS_KEY
 )
-_DELETE_BATCH_ROWS = 50_000
+_READ = {
+    name: pl.String() if name == "performance_tier" else dtype
+    for name, dtype in pl.Schema(TutorTiers).items()
+    if name in tutor_performance_metrics.c
+}
 
 
 class MetricsTableError(Exception):
@@ -111,26 +117,43 @@ def write_metrics(
             yield Batch(number, batches, members.to_list(), inserted, updated, unchanged)
 
 
-def delete_before(engine: sa.Engine, cutoff: datetime) -> int:
-    """Delete the rows whose calculation date lies before an instant, in bounded transactions.
+def read_metrics(
+    engine: sa.Engine, *, calculation_date: datetime, tutor_ids: Sequence[str]
+) -> pl.DataFrame:
+    """The table's rows of one date and these tutors: their key in the date, and their values.
+
+    Args:
+        engine: The database that holds the table.
+        calculation_date: The instant that the reference date stands for.
+        tutor_ids: The tutors whose rows are read.
 
     Returns:
-        Number of rows deleted.
+        ``tutor_id``, ``window`` and the values as ``TutorTiers`` has them, tiers as text.
+
+    Raises:
+        MetricsTableError: The table cannot be read.
     """
-    table = tutor_performance_metrics
-    oldest = (
-        sa.select(table.c.metric_id)
-        .where(table.c.calculation_date < cutoff)
-        .order_by(table.c.calculation_date)
-        .limit(_DELETE_BATCH_ROWS)
+    query = sql.SQL(
+        # The driver and the planner would look at each of a list of ids by itself.
+        "COPY (SELECT {} FROM {} WHERE calculation_date = {}"
+        " AND tutor_id IN (SELECT jsonb_array_elements_text({}::jsonb))) TO STDOUT (FORMAT csv)"
+    ).format(
+        sql.SQL(", ").join(sql.Identifier(name) for name in _READ),
+        sql.Identifier(METRICS_TABLE),
+        sql.Literal(calculation_date),
+        sql.Literal(json.dumps(list(tutor_ids))),
     )
-    deleted = 0
-    while True:
-        with engine.begin() as connection:
-            rows = connection.execute(sa.delete(table).where(table.c.metric_id.in_(oldest)))
-        deleted += rows.rowcount
-        if rows.rowcount < _DELETE_BATCH_ROWS:
-            return deleted
+    try:
+        with engine.connect() as connection:
+            cursor = connection.connection.cursor()
+            with cursor.copy(query) as copy:
+                rows = b"".join(copy)
+    except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
+        raise MetricsTableError(
+            f"{METRICS_TABLE} cannot be read: {reason(error)}."
+            " `tutormax db status` shows what is there."
+        ) from error
+    return pl.read_csv(rows, has_header=False, schema=_READ, raise_if_empty=False)
 
 
 def reason(error: BaseException) -> str:
@@ -201,10 +224,10 @@ def _upsert_statement() -> sa.Select[int, int]:
         .where(~same)
         .order_by(staged.c.tutor_id, staged.c.window)
     )
-    insert = postgresql.insert(target).from_select(["metric_id", *_KEY, *_VALUES], rows)
+    insert = postgresql.insert(target).from_select(["metric_id", *METRICS_KEY, *_VALUES], rows)
     new_values = sa.tuple_(*(insert.excluded[name] for name in _VALUES))
     upsert: Any = insert.on_conflict_do_update(
-        index_elements=_KEY,
+        index_elements=METRICS_KEY,
         set_={**{name: insert.excluded[name] for name in _VALUES}, "updated_at": sa.func.now()},
         where=sa.tuple_(*(target.c[name] for name in _VALUES)).is_distinct_from(new_values),
     ).returning(sa.literal_column("xmax = 0").label("is_new"))

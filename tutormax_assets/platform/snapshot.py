@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from typing import Literal
 
 import dataframely as dy
 import polars as pl
@@ -17,6 +18,7 @@ from adbc_driver_postgresql import dbapi
 
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors
 from tutormax_assets.platform.connection import conninfo, describe
+from tutormax_assets.platform.metrics_table import reason
 
 _TUTORS = """
 SELECT tutor_id, status
@@ -60,6 +62,27 @@ WHERE t.event_timestamp >= current_setting('tutormax.start')::timestamptz
     AND t.event_timestamp < current_setting('tutormax.end')::timestamptz
     AND t.event_type IN ('login', 'message_response')
 """
+
+_NEWEST = {
+    "sessions": """
+SELECT max(scheduled_start) AS newest
+FROM sessions
+WHERE scheduled_start < current_setting('tutormax.end')::timestamptz
+""",
+    "tutor_events": """
+SELECT max(event_timestamp) AS newest
+FROM tutor_events
+WHERE event_timestamp < current_setting('tutormax.end')::timestamptz
+    AND event_type IN ('login', 'message_response')
+""",
+}
+
+_UNKNOWN_TUTORS = sa.text("""
+SELECT unnest(CAST(:tutor_ids AS text[])) AS tutor_id
+EXCEPT
+SELECT tutor_id FROM tutors
+ORDER BY tutor_id
+""")
 
 _ONLY_TUTORS = """
     AND t.tutor_id IN (
@@ -113,6 +136,42 @@ def read_events(
     """
     with _snapshot(url, start=start, end=end, tutor_ids=tutor_ids) as cursor:
         return _fetch(cursor, _EVENTS, SourceEvents, tutor_ids=tutor_ids)
+
+
+def newest(
+    url: sa.URL, table: Literal["sessions", "tutor_events"], *, before: datetime
+) -> datetime | None:
+    """The instant of the newest session, login or message response before another instant.
+
+    Returns:
+        The instant in UTC, or none where there is no such row.
+
+    Raises:
+        SourceError: The platform cannot be read.
+    """
+    with _snapshot(url, end=before, tutor_ids=()) as cursor:
+        found: datetime | None = _fetch(cursor, _NEWEST[table], _Newest, tutor_ids=()).item()
+        return found
+
+
+def unknown_tutors(engine: sa.Engine, tutor_ids: Sequence[str]) -> list[str]:
+    """Those of the ids that are not in the platform's tutors, sorted.
+
+    Raises:
+        SourceError: The platform cannot be read.
+    """
+    try:
+        with engine.connect() as connection:
+            return list(connection.scalars(_UNKNOWN_TUTORS, {"tutor_ids": list(tutor_ids)}))
+    except sa.exc.SQLAlchemyError as error:
+        raise SourceError(
+            f"The platform at {describe(engine.url)} cannot be read: {reason(error)}."
+            " `tutormax db status` shows what is there."
+        ) from error
+
+
+class _Newest(dy.Schema):
+    newest = dy.Datetime(time_zone="UTC", nullable=True)
 
 
 @contextmanager

@@ -5,6 +5,9 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 METRICS_TABLE = "tutor_performance_metrics"
 
+METRICS_KEY = ("tutor_id", "calculation_date", "window")
+"""What a row of the metrics table is unique by."""
+
 source_metadata = sa.MetaData()
 """The tutoring platform's tables. Only demos and tests create them."""
 
@@ -154,9 +157,7 @@ tutor_performance_metrics = sa.Table(
     ),
     # One index serves look-ups by tutor and, being unique, the upsert.
     sa.UniqueConstraint(
-        "tutor_id",
-        "calculation_date",
-        "window",
+        *METRICS_KEY,
         name="uq_tutor_performance_metrics_tutor_date_window",
     ),
     sa.Index("ix_tutor_performance_metrics_calculation_date", "calculation_date"),

@@ -30,6 +30,22 @@ def test_the_defaults_are_the_contracts() -> None:
             "needs_attention_red": 1,
             "strong_green": 3,
         },
+        "checks": {
+            "set_aside_warn_share": 0.01,
+            "set_aside_error_share": 0.05,
+            "set_aside_min_rows": 100,
+            "other_tutor_feedback_share": 0.005,
+            "unknown_tutors_error_share": 0.05,
+            "stale_warn_days": 3,
+            "stale_error_days": 7,
+            "stale_feedback_days": 14,
+            "volume_share": 0.5,
+            "volume_deviations": 5,
+            "volume_min_weeks": 4,
+            "null_share_rise": 0.1,
+            "tier_shift": 0.25,
+            "comparison_min_tutors": 50,
+        },
     }
 
 
@@ -104,6 +120,8 @@ def test_overrides_add_up_and_leave_the_original_alone() -> None:
         {"late_limit_minutes": 0},
         {"windows": [1, 3660]},
         {"tier_flags": {"exemplary_green": 6, "strong_green": 5, "at_risk_red": 6}},
+        {"checks": {"set_aside_warn_share": 0.05, "stale_warn_days": 7}},
+        {"checks": {"set_aside_error_share": 1, "tier_shift": 0}},
     ],
 )
 def test_what_the_bounds_allow(overrides: dict[str, Any]) -> None:
@@ -186,6 +204,13 @@ def test_what_the_bounds_allow(overrides: dict[str, Any]) -> None:
         ({"tier_flags": {"at_risk_red": 7}}, r"tier_flags\.at_risk_red: .*less than or equal to 6"),
         ({"tier_flags": {"exemplary_green": 7}}, r"exemplary_green: .*less than or equal to 6"),
         ({"tier_flags": {"needs_attention_red": 0}}, r"needs_attention_red: .*equal to 1"),
+        (
+            {"checks": {"set_aside_warn_share": 0.06}},
+            r"set_aside_warn_share 0\.06 is above set_aside_error_share 0\.05; a warning has to",
+        ),
+        ({"checks": {"stale_error_days": 2}}, "stale_warn_days 3 is above stale_error_days 2"),
+        ({"checks": {"null_share_rise": 1.5}}, r"checks\.null_share_rise: .*equal to 1"),
+        ({"checks": {"stale_days": 3}}, r"checks\.stale_days: Extra inputs"),
     ],
 )
 def test_a_contradiction_is_refused_with_its_reason(overrides: dict[str, Any], reason: str) -> None:

@@ -16,7 +16,6 @@ from tutormax_assets.platform import tables
 from tutormax_assets.platform.metrics_table import (
     Batch,
     MetricsTableError,
-    delete_before,
     write_metrics,
 )
 from tutormax_assets_tests.conftest import add, metrics_of
@@ -246,7 +245,8 @@ def test_ids_of_any_characters_are_kept(engine: sa.Engine) -> None:
 def test_the_id_follows_from_tutor_date_and_window(engine: sa.Engine, tutors: list[str]) -> None:
     write(engine, tiers(tutors))
     first = metrics_of(engine)["metric_id"]
-    assert delete_before(engine, DAY + timedelta(days=1)) == 6
+    with engine.begin() as connection:
+        assert connection.execute(tables.tutor_performance_metrics.delete()).rowcount == 6
 
     write(engine, tiers(tutors, sessions_completed=9), batch_size=1)
     assert metrics_of(engine)["metric_id"].to_list() == first.to_list()
@@ -255,20 +255,6 @@ def test_the_id_follows_from_tutor_date_and_window(engine: sa.Engine, tutors: li
     ids = metrics_of(engine)["metric_id"]
     assert ids.n_unique() == len(ids) == 12
     assert ids.str.len_chars().max() <= 50  # type: ignore[operator]
-
-
-def test_rows_before_an_instant_are_deleted(
-    engine: sa.Engine, tutors: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # So that it takes several transactions.
-    monkeypatch.setattr("tutormax_assets.platform.metrics_table._DELETE_BATCH_ROWS", 4)
-    days = [DAY - timedelta(days=n) for n in range(3)]
-    for day in days:
-        write(engine, tiers(tutors), day=day)
-
-    assert delete_before(engine, DAY) == 12
-    assert metrics_of(engine)["calculation_date"].unique().to_list() == [DAY]
-    assert delete_before(engine, DAY) == 0
 
 
 def test_a_failure_that_may_pass_is_tried_again(engine: sa.Engine, tutors: list[str]) -> None:

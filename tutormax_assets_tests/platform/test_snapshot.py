@@ -14,9 +14,11 @@ from tutormax_assets.platform import tables
 from tutormax_assets.platform.connection import describe
 from tutormax_assets.platform.snapshot import (
     SourceError,
+    newest,
     read_events,
     read_sessions,
     read_tutors,
+    unknown_tutors,
 )
 from tutormax_assets_tests.conftest import add
 
@@ -264,6 +266,32 @@ def test_every_read_is_one_snapshot_that_cannot_write(engine: sa.Engine) -> None
         )
 
     assert read_tutors(engine.url).rows() == [("repeatable read", "on")]
+
+
+def test_the_newest_row_before_an_instant(engine: sa.Engine) -> None:
+    assert newest(engine.url, "sessions", before=END) is None
+    for name, at in INSTANTS.items():
+        add(engine, tables.sessions, session(name, scheduled_start=at))
+        add(engine, tables.tutor_events, event(name, event_timestamp=at))
+    unused = event("unused", event_timestamp=END - MICROSECOND, event_type="availability_change")
+    add(engine, tables.tutor_events, unused)
+
+    assert newest(engine.url, "sessions", before=END) == END - MICROSECOND
+    assert newest(engine.url, "tutor_events", before=END - MICROSECOND) == START
+    assert newest(engine.url, "tutor_events", before=START - MICROSECOND) is None
+
+
+def test_unknown_tutors_are_those_not_in_tutors(engine: sa.Engine) -> None:
+    add(engine, tables.tutors, *({"tutor_id": name} for name in AWKWARD))
+
+    assert unknown_tutors(engine, AWKWARD) == []
+    assert unknown_tutors(engine, [*AWKWARD, "z", "y", "z"]) == ["y", "z"]
+    assert unknown_tutors(engine, []) == []
+
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE tutors RENAME TO teachers")
+    with pytest.raises(SourceError, match=r'read: relation "tutors" does not exist.* `tutormax db'):
+        unknown_tutors(engine, ["a"])
 
 
 def test_what_postgresql_says_is_repeated_without_user_and_password(engine: sa.Engine) -> None:

@@ -1,0 +1,1 @@
+"""What runs by itself: the schedule, the dates of a failed range one by one, retention, alerts."""

@@ -1,0 +1,57 @@
+"""When the night's run is due: the schedule, and the deadline by which it must have arrived."""
+
+from datetime import date, datetime, time, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import dagster as dg
+
+SCHEDULE_HOUR = 2
+"""Hour of the reference date at which it is computed: the platform's day is closed by then."""
+
+DEADLINE_HOUR = 4
+"""Hour by which its metrics must be in the table: retries of a bad night take less."""
+
+
+def nightly_schedule(job: Any, *, running: bool) -> Any:
+    """The schedule that computes each reference date in its first hours.
+
+    Hour and timezone follow the partitions of the job; the tick of a date is for that date.
+
+    Args:
+        job: The asset job, partitioned by reference date.
+        running: Whether it runs until someone stops it in the UI, or is stopped until someone
+            starts it.
+    """
+    return dg.build_schedule_from_partitioned_job(
+        job,
+        name=f"{job.name}_at_night",
+        hour_of_day=SCHEDULE_HOUR,
+        description=(
+            f"Computes the reference date that has just begun, at {SCHEDULE_HOUR:02}:00 in the"
+            " timezone of the partitions."
+        ),
+        default_status=(
+            dg.DefaultScheduleStatus.RUNNING if running else dg.DefaultScheduleStatus.STOPPED
+        ),
+    )
+
+
+def nightly_freshness(*, timezone: str) -> dg.FreshnessPolicy:
+    """What makes a missed night show in the UI: a materialization since midnight by the deadline.
+
+    Dagster looks at the newest materialization of any partition, so a backfill of old dates hides
+    a missed night here. The sensor for late nights looks at the date itself.
+    """
+    return dg.FreshnessPolicy.cron(
+        deadline_cron=f"0 {DEADLINE_HOUR} * * *",
+        lower_bound_delta=timedelta(hours=DEADLINE_HOUR),
+        timezone=timezone,
+    )
+
+
+def newest_due_date(now: datetime, *, timezone: str) -> date:
+    """The newest reference date whose deadline has passed."""
+    local = now.astimezone(ZoneInfo(timezone))
+    is_due = local.time() >= time(DEADLINE_HOUR)
+    return local.date() if is_due else local.date() - timedelta(days=1)

@@ -1,0 +1,183 @@
+"""The asset checks, one file for each asset that they check.
+
+What a check finds is a pure function of frames and limits. The Dagster shell around it reads the
+frames, and records what was found for each reference date by itself, in a range as in a single run.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+
+import dagster as dg
+import polars as pl
+
+# A plain AssetCheckResult loses its partition in a range. An evaluation keeps it, but the UI counts
+# it only if it points to the partition's newest materialization, and the pointer's type has no
+# public name.
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (  # noqa: TID251
+    AssetCheckEvaluationTargetMaterializationData,
+)
+
+from tutormax_assets.storage import PartitionedParquetIOManager
+
+FIRST_KEYS = 10
+"""How many of the offending keys the metadata of a failed check names."""
+
+# A status for each date rests on it, and the version that it may change in is pinned.
+warnings.filterwarnings(
+    "ignore", message="Specifying a partitions_def on an AssetCheckSpec", category=dg.PreviewWarning
+)
+
+Metadata = dict[str, int | float | str | pl.DataFrame]
+"""Counts, shares, queries, and frames of keys; never the values of a person's row."""
+
+ERROR = dg.AssetCheckSeverity.ERROR
+WARN = dg.AssetCheckSeverity.WARN
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found for one reference date.
+
+    Attributes:
+        passed: Whether the data is as expected.
+        description: What is wrong and what to do about it; of a check that passed because there
+            is nothing to compare, why.
+        metadata: What shows with it in the UI.
+        severity: Of a check that did not pass.
+    """
+
+    passed: bool
+    description: str | None = None
+    metadata: Metadata = field(default_factory=dict)
+    severity: dg.AssetCheckSeverity = ERROR
+
+
+def check_spec(
+    name: str,
+    description: str,
+    *,
+    asset: str,
+    daily: dg.DailyPartitionsDefinition,
+    blocking: bool = False,
+) -> dg.AssetCheckSpec:
+    """A check with a status of its own for each reference date.
+
+    Args:
+        name: What holds when the check passes.
+        description: What the check looks at.
+        asset: The asset that is checked.
+        daily: The partitions of the asset.
+        blocking: Whether nothing downstream is computed when it fails with an error.
+    """
+    return dg.AssetCheckSpec(
+        name,
+        asset=asset,
+        description=description,
+        blocking=blocking,
+        partitions_def=daily,
+    )
+
+
+def report(
+    context: dg.AssetCheckExecutionContext,
+    specs: Iterable[dg.AssetCheckSpec],
+    found: Mapping[str, Mapping[str, Finding]],
+) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+    """Record what was found, by partition key and check name.
+
+    Yields:
+        One evaluation for each of them, then the outputs that what is downstream waits for. Once
+        all are recorded Dagster fails the step if a blocking check failed with an error.
+    """
+    selected = [spec for spec in specs if spec.key in context.selected_asset_check_keys]
+    for asset_key in {spec.asset_key: None for spec in selected}:
+        newest = _newest_materializations(context.instance, asset_key, list(found))
+        for key, findings in found.items():
+            for spec in selected:
+                finding = findings[spec.name]
+                evaluation = dg.AssetCheckEvaluation(
+                    asset_key=asset_key,
+                    check_name=spec.name,
+                    passed=finding.passed,
+                    severity=finding.severity,
+                    description=finding.description,
+                    metadata={name: _shown(value) for name, value in finding.metadata.items()},
+                    blocking=spec.blocking,
+                    partition=key,
+                    target_materialization_data=newest.get(key),
+                )
+                if not finding.passed and finding.severity is WARN:
+                    context.log.warning(sentence(evaluation))
+                yield evaluation
+    for spec in selected:
+        yield dg.Output(None, spec.get_python_identifier())
+
+
+def sentence(evaluation: dg.AssetCheckEvaluation) -> str:
+    """What a check that did not pass says, and of what."""
+    asset = evaluation.asset_key.to_user_string()
+    of = f"{asset} of {evaluation.partition}" if evaluation.partition else asset
+    return f"{of}, check {evaluation.check_name}: {evaluation.description}"
+
+
+def is_blocked_by(evaluation: dg.AssetCheckEvaluation) -> bool:
+    """Whether what is downstream was not computed because of it."""
+    return bool(not evaluation.passed and evaluation.blocking and evaluation.severity is ERROR)
+
+
+def partition(storage: PartitionedParquetIOManager, asset: str, partition_key: str) -> pl.LazyFrame:
+    """A partition of an asset, restricted to the tutors of the run.
+
+    It is read here and not as an input of the check, of which Dagster records two events.
+    """
+    return storage.scan(dg.AssetKey(asset), [partition_key])[partition_key]
+
+
+def day_before(
+    storage: PartitionedParquetIOManager, asset: str, partition_key: str
+) -> pl.DataFrame | None:
+    """The partition of the day before, if there is one that can be read."""
+    before = date.fromisoformat(partition_key) - timedelta(days=1)
+    with suppress(OSError, pl.exceptions.PolarsError):
+        return partition(storage, asset, before.isoformat()).collect()
+    return None
+
+
+def first_keys(rows: pl.DataFrame, *columns: str) -> pl.DataFrame:
+    """The first of the offending keys, for the metadata of a check."""
+    return rows.select(columns).unique().sort(columns).head(FIRST_KEYS)
+
+
+def _newest_materializations(
+    instance: dg.DagsterInstance, asset_key: dg.AssetKey, partition_keys: list[str]
+) -> dict[str, AssetCheckEvaluationTargetMaterializationData]:
+    newest: dict[str, AssetCheckEvaluationTargetMaterializationData] = {}
+    # One query is enough where the run has just materialized each of them once.
+    for wanted in (partition_keys, *([key] for key in partition_keys)):
+        if set(wanted) <= newest.keys():
+            continue
+        records = instance.fetch_materializations(
+            dg.AssetRecordsFilter(asset_key=asset_key, asset_partitions=wanted), limit=len(wanted)
+        ).records
+        for record in reversed(records):
+            if record.partition_key is not None:
+                newest[record.partition_key] = AssetCheckEvaluationTargetMaterializationData(
+                    storage_id=record.storage_id,
+                    run_id=record.run_id,
+                    timestamp=record.timestamp,
+                )
+    return newest
+
+
+def _shown(value: int | float | str | pl.DataFrame) -> int | float | str | dg.TableMetadataValue:
+    if not isinstance(value, pl.DataFrame):
+        return value
+    columns = [dg.TableColumn(name, type=str(dtype)) for name, dtype in value.schema.items()]
+    # A table of the UI holds numbers and text.
+    rows = value.with_columns(pl.col(pl.Date, pl.Enum).cast(pl.String))
+    return dg.MetadataValue.table(
+        [dg.TableRecord(row) for row in rows.to_dicts()], dg.TableSchema(columns)
+    )

@@ -1,0 +1,278 @@
+"""Checks of ``sessions_snapshot``: what the platform's sessions and feedback are like."""
+
+from collections.abc import Iterator, Sequence
+from datetime import date, timedelta
+from functools import partial
+
+import dagster as dg
+import polars as pl
+
+from tutormax_assets.assets import PLATFORM_POOL
+from tutormax_assets.checks import (
+    ERROR,
+    WARN,
+    Finding,
+    Metadata,
+    check_spec,
+    first_keys,
+    partition,
+    report,
+)
+from tutormax_assets.checks.source import (
+    NOT_OF_ALL,
+    day_volume_is_usual,
+    few_rows_set_aside,
+    newest_date,
+    source_is_fresh,
+)
+from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
+from tutormax_assets.platform import snapshot
+from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
+from tutormax_assets.storage import PartitionedParquetIOManager
+
+ASSET = "sessions_snapshot"
+
+
+def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChecksDefinition:
+    """Build the checks of ``sessions_snapshot``."""
+    spec = partial(check_spec, asset=ASSET, daily=daily)
+    specs = [
+        spec(
+            "few_rows_set_aside",
+            "Most sessions and feedback of each window keep the source contract.",
+            blocking=True,
+        ),
+        spec("no_duplicate_sessions", "A session id is there once."),
+        spec("feedback_is_of_the_sessions_tutor", "Feedback names the tutor of its session."),
+        spec("tutors_are_known", "The tutor of a session is in tutors.", blocking=True),
+        spec(
+            "sessions_are_fresh",
+            "The newest session is about as new as the reference date.",
+            blocking=True,
+        ),
+        spec("feedback_is_fresh", "Sessions of the last weeks have feedback."),
+        spec(
+            "day_volume_is_usual",
+            "The newest day has about as many sessions as that weekday in the weeks before.",
+        ),
+    ]
+
+    @dg.multi_asset_check(name=f"{ASSET}_checks", specs=specs, can_subset=True, pool=PLATFORM_POOL)
+    def checks(
+        context: dg.AssetCheckExecutionContext,
+        database: PlatformDatabase,
+        run_options: RunOptions,
+        metrics_policy: MetricsPolicy,
+        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+    ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+        policy, limits = metrics_policy.policy, metrics_policy.policy.checks
+        found: dict[str, dict[str, Finding]] = {}
+        for key in context.partition_keys:
+            day = date.fromisoformat(key)
+            sessions = partition(io_manager, ASSET, key)
+            by_day, by_tutor, set_aside = pl.collect_all(
+                [
+                    sessions_by_day(sessions),
+                    sessions.group_by("tutor_id").len("rows"),
+                    partition(io_manager, "sessions_set_aside", key),
+                ]
+            )
+            unknown = snapshot.unknown_tutors(database.engine, by_tutor["tutor_id"].to_list())
+            found[key] = {
+                "few_rows_set_aside": few_rows_set_aside(
+                    rows_read(by_day, set_aside),
+                    set_aside,
+                    reference_date=day,
+                    windows=policy.windows,
+                    warn_share=limits.set_aside_warn_share,
+                    error_share=limits.set_aside_error_share,
+                    min_rows=limits.set_aside_min_rows,
+                ),
+                "no_duplicate_sessions": no_duplicate_sessions(set_aside),
+                "feedback_is_of_the_sessions_tutor": feedback_is_of_the_sessions_tutor(
+                    set_aside,
+                    rated=int(by_day["rated"].sum()),
+                    warn_share=limits.other_tutor_feedback_share,
+                ),
+                "tutors_are_known": tutors_are_known(
+                    by_tutor, unknown, error_share=limits.unknown_tutors_error_share
+                ),
+            }
+            if run_options.tutor_ids:
+                found[key] |= dict.fromkeys(
+                    ("sessions_are_fresh", "feedback_is_fresh", "day_volume_is_usual"), NOT_OF_ALL
+                )
+                continue
+            newest = newest_date(
+                by_day, database.url, "sessions", reference_date=day, timezone=daily.timezone
+            )
+            found[key] |= {
+                "sessions_are_fresh": source_is_fresh(
+                    newest,
+                    what="sessions",
+                    reference_date=day,
+                    warn_days=limits.stale_warn_days,
+                    error_days=limits.stale_error_days,
+                    query="SELECT max(scheduled_start) FROM sessions",
+                ),
+                "feedback_is_fresh": source_is_fresh(
+                    by_day.filter(pl.col("rated") > 0)["date"].max(),  # type: ignore[arg-type]
+                    what="rated sessions",
+                    reference_date=day,
+                    warn_days=limits.stale_feedback_days,
+                    since=day - timedelta(days=policy.horizon_days),
+                    query="SELECT max(submitted_at) FROM student_feedback",
+                ),
+                "day_volume_is_usual": day_volume_is_usual(
+                    by_day,
+                    what="sessions",
+                    reference_date=day,
+                    min_share=limits.volume_share,
+                    min_deviations=limits.volume_deviations,
+                    min_weeks=limits.volume_min_weeks,
+                ),
+            }
+        yield from report(context, specs, found)
+
+    return checks
+
+
+def sessions_by_day(sessions: pl.LazyFrame, /) -> pl.LazyFrame:
+    """Sessions and rated sessions by day: ``date``, ``rows``, ``rated``, sorted by date.
+
+    Args:
+        sessions: ``SessionsSnapshot``.
+    """
+    return (
+        sessions.group_by(pl.col("scheduled_date").alias("date"))
+        .agg(
+            pl.len().cast(pl.Int64).alias("rows"),
+            pl.col("overall_rating").count().cast(pl.Int64).alias("rated"),
+        )
+        .sort("date")
+    )
+
+
+def rows_read(by_day: pl.DataFrame, set_aside: pl.DataFrame, /) -> pl.DataFrame:
+    """Rows that were read by table and day: what can be used, and what is in no snapshot.
+
+    Args:
+        by_day: As ``sessions_by_day`` gives them.
+        set_aside: ``SetAside``.
+
+    Returns:
+        ``source_table``, ``date``, ``rows``.
+    """
+    # A session with a broken value is in the snapshot; one that is there twice is in it once.
+    repeated = set_aside.filter(
+        pl.col("source_table") == "sessions", pl.col("reason") == DUPLICATE
+    ).select("source_table", "date", pl.lit(1, pl.Int64).alias("rows"))
+    # Feedback that is set aside leaves no rating there.
+    unrated = (
+        set_aside.filter(pl.col("source_table") == "student_feedback")
+        .unique("row_key")
+        .select("source_table", "date", pl.lit(1, pl.Int64).alias("rows"))
+    )
+    return pl.concat(
+        [
+            by_day.select(pl.lit("sessions").alias("source_table"), "date", "rows"),
+            by_day.select(
+                pl.lit("student_feedback").alias("source_table"),
+                "date",
+                pl.col("rated").alias("rows"),
+            ),
+            repeated,
+            unrated,
+        ]
+    )
+
+
+def no_duplicate_sessions(set_aside: pl.DataFrame, /) -> Finding:
+    """Whether each session id was read once.
+
+    Args:
+        set_aside: ``SetAside``.
+    """
+    repeated = set_aside.filter(pl.col("source_table") == "sessions", pl.col("reason") == DUPLICATE)
+    if repeated.is_empty():
+        return Finding(True)
+    return Finding(
+        False,
+        f"{repeated['row_key'].n_unique()} session ids come more than once; one row of each is"
+        " used, and no rating of theirs. sessions has lost its primary key: mend it in the"
+        " platform.",
+        {
+            "session_ids": repeated["row_key"].n_unique(),
+            "first_rows": first_keys(repeated, "row_key", "tutor_id"),
+            "see_the_rest": "SELECT session_id, count(*) FROM sessions"
+            " GROUP BY session_id HAVING count(*) > 1",
+        },
+        WARN,
+    )
+
+
+def feedback_is_of_the_sessions_tutor(
+    set_aside: pl.DataFrame, /, *, rated: int, warn_share: float
+) -> Finding:
+    """Whether almost all feedback names the tutor of its session.
+
+    Args:
+        set_aside: ``SetAside``.
+        rated: Sessions whose feedback is used.
+        warn_share: Share of the feedback above which the check warns.
+    """
+    feedback = set_aside.filter(pl.col("source_table") == "student_feedback")
+    others = feedback.filter(pl.col("reason") == NOT_THE_SESSIONS_TUTOR)
+    count = others["row_key"].n_unique()
+    read = rated + feedback["row_key"].n_unique()
+    metadata: Metadata = {"of_another_tutor": count, "feedback_read": read}
+    if count <= warn_share * read:
+        return Finding(True, metadata=metadata)
+    return Finding(
+        False,
+        f"{count} of {read} rows of student_feedback name another tutor than their session:"
+        f" {count / read:.1%}, with {warn_share:.1%} expected at most. Their ratings are not used."
+        " Mend them in the platform and run the date again.",
+        {
+            **metadata,
+            "first_rows": first_keys(others, "row_key", "tutor_id"),
+            "see_the_rest": "SELECT f.feedback_id, f.tutor_id, s.session_id, s.tutor_id FROM"
+            " student_feedback AS f JOIN sessions AS s USING (session_id)"
+            " WHERE f.tutor_id IS DISTINCT FROM s.tutor_id",
+        },
+        WARN,
+    )
+
+
+def tutors_are_known(
+    by_tutor: pl.DataFrame, unknown_tutors: Sequence[str], /, *, error_share: float
+) -> Finding:
+    """Whether the tutors of the sessions are in the platform's tutors.
+
+    Args:
+        by_tutor: Sessions by tutor: ``tutor_id``, ``rows``.
+        unknown_tutors: Those of them who are not in ``tutors``.
+        error_share: Share of the sessions above which the check fails: then tutors are missing,
+            and the metrics of those who are there are not the whole.
+    """
+    unknown = by_tutor.filter(pl.col("tutor_id").is_in(unknown_tutors))
+    sessions, read = int(unknown["rows"].sum()), int(by_tutor["rows"].sum())
+    metadata: Metadata = {
+        "unknown_tutors": len(unknown),
+        "their_sessions": sessions,
+        "sessions_read": read,
+    }
+    if unknown.is_empty():
+        return Finding(True, metadata=metadata)
+    return Finding(
+        False,
+        f"{sessions} of {read} sessions are of {len(unknown)} tutors who are not in tutors; they"
+        " count for nobody. See to what loads the platform's database, then run the date again.",
+        {
+            **metadata,
+            "first_tutors": first_keys(unknown, "tutor_id"),
+            "see_the_rest": "SELECT s.tutor_id, count(*) FROM sessions AS s WHERE NOT EXISTS"
+            " (SELECT FROM tutors AS t WHERE t.tutor_id = s.tutor_id) GROUP BY s.tutor_id",
+        },
+        ERROR if sessions > error_share * read else WARN,
+    )

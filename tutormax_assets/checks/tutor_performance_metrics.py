@@ -1,0 +1,148 @@
+"""Checks of ``tutor_performance_metrics``: what PostgreSQL holds, read back."""
+
+from collections.abc import Iterator, Sequence
+from datetime import date
+from functools import partial
+
+import dagster as dg
+import polars as pl
+
+from tutormax_assets.assets import PLATFORM_POOL
+from tutormax_assets.checks import (
+    ERROR,
+    WARN,
+    Finding,
+    Metadata,
+    check_spec,
+    first_keys,
+    partition,
+    report,
+)
+from tutormax_assets.checks.tutor_tiers import every_tutor_has_all_windows
+from tutormax_assets.partitions import midnight
+from tutormax_assets.platform.metrics_table import read_metrics
+from tutormax_assets.platform.tables import METRICS_TABLE
+from tutormax_assets.resources import PlatformDatabase
+from tutormax_assets.storage import PartitionedParquetIOManager
+
+_KEY = ["tutor_id", "window"]
+
+
+def tutor_performance_metrics_checks(
+    daily: dg.DailyPartitionsDefinition, *, windows: Sequence[int]
+) -> dg.AssetChecksDefinition:
+    """Build the checks of ``tutor_performance_metrics``."""
+    # Nothing is downstream: what they block is that the run counts as a success.
+    spec = partial(check_spec, asset=METRICS_TABLE, daily=daily, blocking=True)
+    specs = [
+        spec("rows_are_as_computed", "The table's rows equal tutor_tiers, row for row."),
+        spec(
+            "every_tutor_has_all_windows",
+            "Every tutor of the roster is there with each window once.",
+        ),
+    ]
+
+    @dg.multi_asset_check(
+        name=f"{METRICS_TABLE}_checks",
+        specs=specs,
+        can_subset=True,
+        pool=PLATFORM_POOL,
+    )
+    def checks(
+        context: dg.AssetCheckExecutionContext,
+        database: PlatformDatabase,
+        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+    ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+        found = {}
+        for key in context.partition_keys:
+            day = date.fromisoformat(key)
+            computed, roster = pl.collect_all(
+                [
+                    partition(io_manager, "tutor_tiers", key),
+                    partition(io_manager, "tutor_roster", key),
+                ]
+            )
+            stored = read_metrics(
+                database.engine,
+                calculation_date=midnight(day, timezone=daily.timezone),
+                tutor_ids=pl.concat([computed["tutor_id"], roster["tutor_id"]]).unique().to_list(),
+            )
+            query = (
+                f"SELECT * FROM {METRICS_TABLE} WHERE calculation_date"  # noqa: S608 - only shown
+                f" = '{midnight(day, timezone=daily.timezone).isoformat()}'"
+            )
+            found[key] = {
+                "rows_are_as_computed": rows_are_as_computed(computed, stored, query=query),
+                "every_tutor_has_all_windows": every_tutor_has_all_windows(
+                    stored,
+                    roster,
+                    windows=windows,
+                    what_to_do="The summary of the materialization says why a tutor could not be"
+                    f" written; run these again: tutormax run --date {key} --tutors ID,ID. Rows"
+                    " that come twice are of a table without its unique key: tutormax db upgrade.",
+                ),
+            }
+        yield from report(context, specs, found)
+
+    return checks
+
+
+def rows_are_as_computed(computed: pl.DataFrame, stored: pl.DataFrame, /, *, query: str) -> Finding:
+    """Whether the table holds what was computed, row for row and value for value.
+
+    A row of a window that was not computed may be left of an earlier policy: that is a warning.
+
+    Args:
+        computed: ``TutorTiers``.
+        stored: The table's rows of the same date and tutors.
+        query: Shows the rows of the date.
+    """
+    values = [name for name in stored.columns if name not in _KEY]
+    expected = computed.select(*_KEY, *values).with_columns(
+        pl.col("performance_tier").cast(pl.String)
+    )
+    # A key that is there twice is what every_tutor_has_all_windows finds.
+    once = stored.unique(_KEY, keep="first", maintain_order=True)
+    different = expected.join(once, on=_KEY, suffix="_stored").filter(
+        pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_stored")) for name in values)
+    )
+    rows = pl.concat(
+        [
+            expected.join(once, on=_KEY, how="anti").select(
+                *_KEY, pl.lit("missing in the table").alias("problem")
+            ),
+            different.select(*_KEY, pl.lit("other values").alias("problem")),
+            once.join(expected, on=_KEY, how="anti").select(
+                *_KEY, pl.lit("not computed").alias("problem")
+            ),
+        ]
+    )
+    wrong = rows.filter(pl.col("problem") != "not computed")
+    metadata: Metadata = {
+        "rows_computed": len(expected),
+        "rows_in_the_table": len(stored),
+        "failed_tutors": wrong["tutor_id"].n_unique(),
+    }
+    if rows.is_empty():
+        return Finding(True, metadata=metadata)
+    counts = rows.group_by("problem").len("rows").sort("problem")
+    said = ", ".join(f"{count} {problem}" for problem, count in counts.iter_rows())
+    advice = (
+        "The summary of the materialization says why tutors could not be written; if it names"
+        " none, something else writes to the table. Run the date again once the cause is mended."
+        if len(wrong)
+        else "Rows that were not computed are of windows that the policy no longer has: delete"
+        " them, or leave them if their readers know."
+    )
+    return Finding(
+        False,
+        f"{len(rows)} rows of {metadata['failed_tutors'] or rows['tutor_id'].n_unique()} tutors are"
+        f" not as computed: {said}. {advice}",
+        {
+            **metadata,
+            "problems": counts,
+            "first_rows": first_keys(rows, *_KEY, "problem"),
+            "see_the_table": query,
+        },
+        WARN if wrong.is_empty() else ERROR,
+    )

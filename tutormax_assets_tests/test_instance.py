@@ -1,0 +1,267 @@
+"""The production instance of ``deploy/dagster.yaml`` on a real PostgreSQL."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+from tutormax_assets import sample_platform
+from tutormax_assets.aggregation import dagster_instance
+from tutormax_assets.assets import PLATFORM_POOL
+from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.settings import Settings
+from tutormax_assets_tests import next_minute
+from tutormax_assets_tests.conftest import Platform, new_database, open_platform
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+DAY = "2025-11-07"
+ASSETS = {"tutor_roster", "sessions_snapshot", "tutor_tiers", "tutor_performance_metrics"}
+
+
+@pytest.fixture
+def instance_url(empty_database: sa.URL) -> str:
+    """A database for Dagster, as ``DAGSTER_POSTGRES_URL`` names it."""
+    url = empty_database.set(drivername="postgresql+psycopg2")
+    return url.render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def production(
+    server_url: sa.URL, small_template: str, instance_url: str, tmp_path: Path
+) -> Iterator[Platform]:
+    """A generated platform whose runs are kept by the production instance."""
+    home = tmp_path / "dagster_home"
+    home.mkdir()
+    shutil.copy(DEPLOY / "dagster.yaml", home)
+    variables = {
+        "DAGSTER_HOME": str(home),
+        "DAGSTER_POSTGRES_URL": instance_url,
+        "DAGSTER_COMPUTE_LOGS": str(tmp_path / "compute_logs"),
+    }
+    with (
+        new_database(server_url, template=small_template) as url,
+        open_platform(url, tmp_path / "home", using=None, **variables) as opened,
+    ):
+        yield opened
+
+
+@contextmanager
+def process(*command: str, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that is stopped, with whatever it has started, when the block ends."""
+    with log.open("wb") as stream:
+        started = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield started
+        finally:
+            started.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                started.wait(timeout=15)
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float, logs: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            said = "\n".join(
+                f"{log.name}:\n{log.read_text(errors='replace')[-3000:]}"
+                for log in sorted(logs.glob("*.log"))
+            )
+            pytest.fail(f"This has not come about in {seconds:.0f} s.\n{said}")
+        time.sleep(0.5)
+
+
+def test_a_run_succeeds_and_its_events_are_in_postgresql(
+    production: Platform, instance_url: str, tmp_path: Path
+) -> None:
+    [summary] = production.run(DAY)
+
+    assert summary.total_metrics_saved == len(production.metrics()) > 0
+    engine = sa.create_engine(instance_url)
+    with engine.connect() as connection:
+        runs = connection.execute(sa.text("SELECT pipeline_name, status FROM runs")).all()
+        materialized = connection.scalars(
+            sa.text(
+                "SELECT asset_key FROM event_logs "
+                "WHERE dagster_event_type = 'ASSET_MATERIALIZATION' AND partition = :day"
+            ),
+            {"day": DAY},
+        ).all()
+    engine.dispose()
+    assert runs == [(JOB_NAME, "SUCCESS")]
+    assert {f'["{asset}"]' for asset in ASSETS} <= set(materialized)
+    assert not list((tmp_path / "dagster_home").rglob("*.db"))
+
+
+def test_the_instance_limits_runs_and_pools(production: Platform) -> None:
+    with dagster_instance(production.settings) as instance:
+        settings = instance.get_concurrency_config()
+        retries = instance.run_retries_max_retries
+
+    assert settings.run_queue_config is not None
+    assert settings.run_queue_config.max_concurrent_runs == 4
+    assert settings.run_queue_config.tag_concurrency_limits == [
+        {"key": "dagster/backfill", "limit": 2}
+    ]
+    assert settings.pool_config.default_pool_limit == 1
+    # Fewer, and the nightly run waits in the queue for as long as any backfill goes on.
+    assert settings.pool_config.op_granularity_run_buffer == 3 * 4
+    assert retries == 2
+
+
+def steps_of(settings: Settings, job: str) -> dict[str, dg.OpDefinition]:
+    nodes = build_definitions(settings).resolve_job_def(job).nodes
+    return {
+        node.name: node.definition for node in nodes if isinstance(node.definition, dg.OpDefinition)
+    }
+
+
+def test_whatever_uses_the_platforms_database_is_in_the_pool(production: Platform) -> None:
+    for job in build_definitions(production.settings).jobs or []:
+        steps = steps_of(production.settings, job.name)
+        pooled = {name for name, step in steps.items() if step.pool == PLATFORM_POOL}
+        assert pooled == {
+            name for name, step in steps.items() if "database" in step.required_resource_keys
+        }
+        assert pooled
+
+
+def pooled_events(
+    instance: dg.DagsterInstance, pooled: set[str]
+) -> list[tuple[float, str, str, str]]:
+    """Instant, run, step and kind of what the steps of the pool did, in order of time."""
+    kinds = {dg.DagsterEventType.STEP_START, dg.DagsterEventType.STEP_SUCCESS}
+    return sorted(
+        (entry.timestamp, entry.run_id, entry.step_key, event.event_type_value)
+        for run in instance.get_runs()
+        for entry in instance.all_logs(run.run_id, of_type=kinds)
+        if (event := entry.dagster_event) and entry.step_key in pooled
+    )
+
+
+def blocked_runs(instance: dg.DagsterInstance) -> set[str]:
+    return {
+        run.run_id
+        for run in instance.get_runs()
+        for entry in instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
+        if f"Step blocked by limit for pool {PLATFORM_POOL}" in entry.message
+    }
+
+
+def test_two_runs_at_once_take_turns_at_the_platforms_database(
+    production: Platform, tmp_path: Path
+) -> None:
+    """The first run is made to wait inside its step, by a lock, until the second one is there."""
+    code = "from tutormax_assets.cli import app; app(prog_name='tutormax')"
+    steps = steps_of(production.settings, JOB_NAME)
+    pooled = {name for name, step in steps.items() if step.pool == PLATFORM_POOL}
+    with dagster_instance(production.settings) as instance, ExitStack() as stack:
+        # Dagster makes its tables once, not by two runs at the same time.
+        assert instance.get_runs_count() == 0
+        lock = stack.enter_context(production.engine.connect())
+        lock.execute(sa.text("LOCK TABLE tutors, sessions, tutor_events"))
+        runs = [
+            stack.enter_context(
+                process("-c", code, "run", "--date", day, log=tmp_path / f"{day}.log")
+            )
+            for day in ("2025-11-06", DAY)
+        ]
+        wait_until(lambda: blocked_runs(instance), seconds=60, logs=tmp_path)
+        inside, waiting = pooled_events(instance, pooled), blocked_runs(instance)
+        lock.rollback()
+        wait_until(lambda: all(run.poll() is not None for run in runs), seconds=60, logs=tmp_path)
+        events = pooled_events(instance, pooled)
+
+    [(_, run_inside, _, kind)] = inside
+    assert kind == "STEP_START"
+    assert waiting.isdisjoint({run_inside})
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len({run_id for _, run_id, _, _ in events}) == 2
+    starts, ends = events[::2], events[1::2]
+    assert len(starts) == 2 * len(pooled)
+    # Each step ends before the next one begins.
+    for start, end in zip(starts, ends, strict=True):
+        assert (start[3], end[3]) == ("STEP_START", "STEP_SUCCESS")
+        assert start[1:3] == end[1:3]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_daemon_fires_a_schedule_that_is_due_in_the_next_minute(
+    production: Platform, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Code location and daemon are processes, as in production; the clock is the real one."""
+    port = free_port()
+    due = (datetime.now(UTC) + timedelta(seconds=75)).replace(second=0, microsecond=0)
+    production.execute("TRUNCATE tutors, students CASCADE")
+    # The platform goes on until today: a stale one stops the run.
+    sample_platform.generate(
+        production.engine, tutors=30, sessions_per_tutor=40, days=100, end=due.date(), seed=3
+    )
+    monkeypatch.setenv(next_minute.HOUR_AND_MINUTE, f"{due:%H:%M}")
+    monkeypatch.setenv("DAGSTER_CODE_LOCATION_HOST", "127.0.0.1")
+    monkeypatch.setenv("DAGSTER_CODE_LOCATION_PORT", str(port))
+    monkeypatch.setenv("PYTHONPATH", str(DEPLOY.parent))
+    location = ["api", "grpc", "-m", next_minute.__name__, "-h", "127.0.0.1", "-p", str(port)]
+    daemon = ["run", "-w", str(DEPLOY / "workspace.yaml")]
+
+    with dagster_instance(production.settings) as instance, ExitStack() as stack:
+
+        def run_of_schedule() -> dg.DagsterRun | None:
+            tags = {"dagster/schedule_name": next_minute.SCHEDULE_NAME}
+            return next(iter(instance.get_runs(dg.RunsFilter(tags=tags))), None)
+
+        def finished() -> bool:
+            run = run_of_schedule()
+            return run is not None and run.is_finished
+
+        log = tmp_path / "code_location.log"
+        stack.enter_context(process("-m", "dagster", *location, log=log))
+        # A schedule counts from when the daemon first sees it, and it looks once a minute.
+        wait_until(lambda: listens(port), seconds=15, logs=tmp_path)
+        stack.enter_context(process("-m", "dagster._daemon", *daemon, log=tmp_path / "daemon.log"))
+        left = (due - datetime.now(UTC)).total_seconds()
+        wait_until(run_of_schedule, seconds=left + 15, logs=tmp_path)
+        fired = datetime.now(UTC)
+        wait_until(finished, seconds=30, logs=tmp_path)
+        run = run_of_schedule()
+        assert run is not None
+        failed = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+
+    assert fired >= due
+    assert failed == []
+    assert run.status == dg.DagsterRunStatus.SUCCESS
+    assert run.job_name == JOB_NAME
+    # The reference date is that of the tick.
+    assert run.tags["dagster/partition"] == f"{due:%Y-%m-%d}"
+    assert production.metrics()["calculation_date"].unique().to_list() == [
+        due.replace(hour=0, minute=0)
+    ]
