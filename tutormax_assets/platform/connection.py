@@ -89,12 +89,17 @@ def describe(url: sa.URL) -> str:
 
 @contextmanager
 def advisory_lock(engine: sa.Engine, name: str) -> Iterator[None]:
-    """Hold PostgreSQL's advisory lock of that name; whoever else wants it waits.
+    """Hold PostgreSQL's advisory lock of that name; whoever else wants it waits."""
+    with engine.begin() as connection:
+        lock_for_transaction(connection, name)
+        yield
 
-    The lock belongs to a transaction, so it ends with the block, the process or the connection,
+
+def lock_for_transaction(connection: sa.Connection, name: str) -> None:
+    """Take PostgreSQL's advisory lock of that name; whoever else wants it waits.
+
+    The lock belongs to the transaction, so it ends with it, the process or the connection,
     whichever ends first, and passes through a transaction pooler.
     """
-    with engine.begin() as connection:
-        key = sa.func.hashtextextended(f"{APPLICATION_NAME}:{name}", 0)
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
-        yield
+    key = sa.func.hashtextextended(f"{APPLICATION_NAME}:{name}", 0)
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))

@@ -1,8 +1,8 @@
 """Writing ``tutor_performance_metrics``: COPY to a staging table, one upsert per batch of tutors.
 
 Every batch is its own transaction, and rows that are already there with the same values are not
-touched. Rows are written in the order of their key, so that two writers never wait for each other
-in a circle.
+touched. The writers of one date take turns, so that two runs of it at once neither collide nor wait
+for each other in a circle.
 """
 
 import json
@@ -19,6 +19,7 @@ from psycopg import sql
 from sqlalchemy.dialects import postgresql
 
 from tutormax_assets.metrics.schemas import TutorTiers
+from tutormax_assets.platform.connection import lock_for_transaction
 from tutormax_assets.platform.tables import METRICS_KEY, METRICS_TABLE, tutor_performance_metrics
 
 _VALUES = tuple(
@@ -178,6 +179,9 @@ def _upsert(engine: sa.Engine, rows: pl.DataFrame, calculation_date: datetime) -
         cursor = connection.connection.cursor()
         with cursor.copy(f"COPY staged_metrics ({staging}) FROM STDIN (FORMAT csv)") as copy:
             copy.write(rows.select(columns).write_csv(include_header=False))
+        # Who inserts a row that another transaction is inserting is refused by the primary key, of
+        # which ON CONFLICT knows nothing; so the writers of a date take turns.
+        lock_for_transaction(connection, f"{METRICS_TABLE}:{calculation_date.timestamp():.0f}")
         written = connection.execute(_UPSERT, {"calculation_date": calculation_date}).one()
         return written.inserted, written.written - written.inserted
 
