@@ -207,6 +207,25 @@ def test_a_table_of_another_form_names_the_command_that_mends_it(
         write(engine, tiers(tutors))
 
 
+def test_two_writers_of_rows_that_are_not_there_yet_do_not_collide(engine: sa.Engine) -> None:
+    tutor_ids = [f"t{number:03}" for number in range(150)]
+    add(engine, tables.tutors, *({"tutor_id": tutor_id} for tutor_id in tutor_ids))
+    days = [DAY + timedelta(days=turn) for turn in range(25)]
+    barrier = Barrier(2)
+
+    def writer(batch_size: int) -> list[str]:
+        errors = []
+        for day in days:
+            barrier.wait(timeout=30)
+            batches = write(engine, tiers(tutor_ids), day=day, batch_size=batch_size)
+            errors += [batch.error for batch in batches if batch.error]
+        return errors
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(writer, (150, 40))) == [[], []]
+    assert len(metrics_of(engine)) == 2 * len(tutor_ids) * len(days)
+
+
 def test_two_writers_in_opposite_orders_end_equal(engine: sa.Engine) -> None:
     # The batches of the two do not line up either.
     tutor_ids = [f"{letter}{number}" for letter in "aBcD_é" for number in range(60)]
