@@ -3,9 +3,11 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+LOCKS := requirements.lock requirements-dev.lock deploy/requirements.lock
+OSV_URL ?= https://api.osv.dev/v1/query
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test e2e check dev lock clean
+.PHONY: help install demo test e2e chaos check dev lock audit clean
 
 help: ## Show these targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -27,6 +29,9 @@ e2e: .venv/installed-dev ## Use the Dagster UI in a real browser; installs Debia
 		echo "Chromium is missing and could not be installed. As root: apt-get install chromium" >&2; exit 1; }
 	@$(BIN)/python -m pytest e2e $(PYTEST)
 
+chaos: .venv/installed-dev ## Break the product on purpose for about 20 minutes and show what was lost.
+	@$(BIN)/python -m chaos $(CHAOS)
+
 check: .venv/installed-dev ## Lint, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +45,14 @@ lock: .venv/installed-dev ## Choose versions anew from pyproject.toml.
 	$(BIN)/uv pip compile pyproject.toml --group build --extra postgres-instance --extra kubernetes --extra s3 --extra gcs \
 		--universal --generate-hashes --no-header --no-strip-extras \
 		--upgrade --quiet --constraint requirements.lock --output-file deploy/requirements.lock
+
+audit: .venv/installed-dev ## Ask osv.dev for known vulnerabilities of the locked versions.
+	@said=$$($(BIN)/pip-audit --disable-pip --require-hashes --strict --progress-spinner off \
+		--vulnerability-service osv --osv-url $(OSV_URL) $(addprefix --requirement ,$(LOCKS)) 2>&1) \
+		&& echo "$$said" || { case "$$said" in \
+		*requests.exceptions.*|*ConnectionError*) echo "Nothing was audited: $(OSV_URL) cannot be reached, or does not \
+	answer as it should. Try again, or name a mirror of it: make audit OSV_URL=..." ;; \
+		*) echo "$$said" ;; esac >&2; exit 1; }
 
 clean: ## Remove .venv and .tutormax; the embedded server is stopped first.
 	@if [ -x $(BIN)/tutormax ]; then $(BIN)/tutormax db stop || true; fi

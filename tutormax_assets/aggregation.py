@@ -5,10 +5,13 @@ Names, arguments and defaults are those of the service that this project replace
 
 import asyncio
 import logging
+import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +23,7 @@ import sqlalchemy as sa
 from filelock import FileLock
 
 from tutormax_assets.assets.metrics_table import SUMMARY_METADATA
+from tutormax_assets.assets.snapshots import SET_ASIDE_METADATA
 from tutormax_assets.automation.alerts import tell_of_runs
 from tutormax_assets.automation.retention import (
     CleanupReport,
@@ -30,7 +34,14 @@ from tutormax_assets.automation.retention import (
 from tutormax_assets.automation.single_days import ATTENDED_TAG, RANGE_END_TAG, RANGE_START_TAG
 from tutormax_assets.checks import is_blocked_by, sentence
 from tutormax_assets.definitions import JOB_NAME, build_definitions
-from tutormax_assets.failures import error_sentence, is_blocking_check, step_failure
+from tutormax_assets.failures import (
+    error_sentence,
+    is_blocking_check,
+    is_interrupted,
+    is_of_every_date,
+    step_failure,
+)
+from tutormax_assets.killed_runs import PROCESS_TAG, end_killed_runs, this_process
 from tutormax_assets.log import LOGGER
 from tutormax_assets.partitions import checked_reference_date, midnight, today
 from tutormax_assets.platform.archive import RestoredDate, restore_date
@@ -40,10 +51,17 @@ from tutormax_assets.resources import RunOptions
 from tutormax_assets.settings import Settings, load_settings
 from tutormax_assets.storage import partition_path, scan_partition
 
+MOST_ERRORS_SHOWN = 100
+"""Errors of a date that are logged and printed one by one."""
+
 SYSTEM = "SYSTEM"
 """Stands in place of a tutor's id in the error of a run that failed as a whole."""
 
 logger = logging.getLogger(LOGGER)
+
+# Dagster configures Python's logging anew for each run, and two threads that do so at once can
+# wait for each other for ever. Processes need no such lock.
+_one_run_of_this_process = threading.Lock()
 
 
 @dataclass
@@ -79,6 +97,8 @@ class AggregationSummary:
         errors: ``tutor_id`` and ``error`` of each failure; the id is ``SYSTEM`` where the run
             failed as a whole.
         results: One result per tutor.
+        set_aside: ``source_table``, ``column``, ``reason`` and number of the ``values`` that break
+            the source contract and were not used.
     """
 
     run_date: datetime
@@ -89,6 +109,7 @@ class AggregationSummary:
     total_runtime_seconds: float = 0.0
     errors: list[dict[str, str]] = field(default_factory=list)
     results: list[AggregationResult] = field(default_factory=list)
+    set_aside: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def success_rate(self) -> float:
@@ -98,9 +119,22 @@ class AggregationSummary:
         return round(100 * self.successful / self.total_tutors, 2)
 
     @property
+    def values_set_aside(self) -> int:
+        """Number of values that were not used."""
+        return sum(reason["values"] for reason in self.set_aside)
+
+    @property
     def all_saved(self) -> bool:
         """Whether nothing failed."""
         return not self.errors
+
+    def first_errors(self) -> Iterator[tuple[str, str]]:
+        """Whom or what the first errors are of, and what they say; how many more there are."""
+        for error in self.errors[:MOST_ERRORS_SHOWN]:
+            yield error["tutor_id"], error["error"]
+        more = len(self.errors) - MOST_ERRORS_SHOWN
+        if more > 0:
+            yield f"and {more} more", "the run in the Dagster UI shows all of them, as does --json"
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as JSON can hold it, without the results by tutor."""
@@ -113,6 +147,7 @@ class AggregationSummary:
             "total_runtime_seconds": round(self.total_runtime_seconds, 2),
             "success_rate": self.success_rate,
             "errors": self.errors,
+            "set_aside": self.set_aside,
         }
 
     def __str__(self) -> str:
@@ -121,6 +156,7 @@ class AggregationSummary:
             f"Run date {self.run_date.date()}: {self.total_tutors} tutors, "
             f"{self.successful} successful, {self.failed} failed, "
             f"{self.total_metrics_saved} metrics saved, success rate {self.success_rate}%, "
+            f"{self.values_set_aside} values set aside, "
             f"runtime {self.total_runtime_seconds:.2f}s"
         )
 
@@ -139,8 +175,8 @@ class DailyMetricsAggregator:
 
         Args:
             reference_date: A date, or a datetime whose date counts; today when left out.
-            max_retries: How often a batch is tried when the connection fails.
-            retry_delay_seconds: Seconds before the second try; doubles with each further one.
+            max_retries: How often reading or writing is tried again if that may help.
+            retry_delay_seconds: Seconds before the first retry; doubles with each further one.
             batch_size: Tutors that are written in one transaction.
 
         Raises:
@@ -245,9 +281,11 @@ def aggregate(
     """Run the job for consecutive reference dates, many in one run, and log each summary.
 
     When a run of several dates fails, each of them is run by itself, so that one date that cannot
-    be computed does not lose the others.
+    be computed does not lose the others; unless it failed for a reason that has nothing to do with
+    the dates, such as a database that is down.
 
-    The runs that count are told of in one alert, if anything went wrong in any of them.
+    The runs that count are told of in one alert, if anything went wrong in any of them. So are
+    earlier ones whose process was killed before it could tell.
 
     Args:
         settings: Where everything is.
@@ -256,28 +294,42 @@ def aggregate(
 
     Returns:
         One summary per date.
+
+    Raises:
+        KeyboardInterrupt: Someone stopped the process; what ran until then is on record.
     """
     job = build_definitions(settings).resolve_job_def(JOB_NAME)
     summaries = []
     run_ids = []
-    with dagster_instance(settings) as instance:
-        for chunk in _chunks(days, settings.max_dates_per_run or len(days)):
-            run_id, done = _run_job(job, instance, settings, chunk, options)
-            of_chunk = [run_id]
-            if len(chunk) > 1 and any(_failed_as_a_whole(summary) for summary in done):
-                logger.warning(
-                    "The run of %s to %s failed; running each date by itself", chunk[0], chunk[-1]
-                )
-                of_days = [_run_job(job, instance, settings, [day], options) for day in chunk]
-                of_chunk = [run_id for run_id, _ in of_days]
-                done = [summary for _, [summary] in of_days]
-            summaries += done
-            run_ids += of_chunk
-        tell_of_runs(instance, run_ids, settings, logger)
+    home = dagster_home(settings)
+    with dagster_instance(settings) as instance, this_process(home) as process:
+        tell_of_runs(instance, end_killed_runs(instance, home, logger), settings, logger)
+        run = partial(_run_job, job, instance, settings, options=options, process=process)
+        try:
+            for chunk in _chunks(days, settings.max_dates_per_run or len(days)):
+                result, done = run(chunk)
+                of_chunk = [result.run_id]
+                if (
+                    len(chunk) > 1
+                    and any(_failed_as_a_whole(summary) for summary in done)
+                    and not is_of_every_date(result.all_events)
+                ):
+                    logger.warning(
+                        "The run of %s to %s failed; running each date by itself",
+                        chunk[0],
+                        chunk[-1],
+                    )
+                    of_days = [run([day]) for day in chunk]
+                    of_chunk = [result.run_id for result, _ in of_days]
+                    done = [summary for _, [summary] in of_days]
+                summaries += done
+                run_ids += of_chunk
+        finally:
+            tell_of_runs(instance, run_ids, settings, logger)
     for summary in summaries:
         logger.info("%s", summary)
-        for error in summary.errors:
-            logger.error("%s: %s", error["tutor_id"], error["error"])
+        for tutor_id, error in summary.first_errors():
+            logger.error("%s: %s", tutor_id, error)
     return summaries
 
 
@@ -329,9 +381,39 @@ def dagster_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
     home = dagster_home(settings)
     # Dagster makes its tables when it first opens them, and two that do so at once collide.
     with FileLock(home / "opening.lock"):
-        instance = dg.DagsterInstance.from_config(str(home))
+        instance = _opened(home)
     with instance:
         yield instance
+
+
+def _opened(home: Path) -> dg.DagsterInstance:
+    """The instance. What a first opening that was killed has left is made anew."""
+    begun = home / "opening.begun"
+    folders = [home / "history", home / "schedules"]
+    if begun.exists():
+        # Dagster takes tables that are there for whole.
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    if any(folder.exists() for folder in folders):
+        return dg.DagsterInstance.from_config(str(home))
+    begun.touch()
+    instance = dg.DagsterInstance.from_config(str(home))
+    begun.unlink()
+    return instance
+
+
+def end_killed_process(settings: Settings, pid: int, reason: str) -> None:
+    """Put the runs of a process of this host that is gone on record as failed, and alert.
+
+    Args:
+        settings: Where everything is.
+        pid: The process.
+        reason: Why it is gone.
+    """
+    home = dagster_home(settings)
+    with dagster_instance(settings) as instance:
+        ended = end_killed_runs(instance, home, logger, pid=pid, reason=reason)
+        tell_of_runs(instance, ended, settings, logger)
 
 
 def dagster_home(settings: Settings) -> Path:
@@ -352,35 +434,48 @@ def _run_job(
     instance: dg.DagsterInstance,
     settings: Settings,
     days: Sequence[date],
+    *,
     options: RunOptions,
-) -> tuple[str, list[AggregationSummary]]:
+    process: str,
+) -> tuple[dg.ExecuteInProcessResult, list[AggregationSummary]]:
     started = perf_counter()
     keys = [day.isoformat() for day in days]
-    # Its failure is dealt with here, so that none of the sensors need to.
-    tags = {ATTENDED_TAG: "true"}
+    # Its failure is dealt with here, so that neither the sensors nor the daemon need to.
+    tags = {ATTENDED_TAG: "true", PROCESS_TAG: process, "dagster/max_retries": "0"}
     if len(keys) > 1:
         tags |= {RANGE_START_TAG: keys[0], RANGE_END_TAG: keys[-1]}
-    result = job.execute_in_process(
-        instance=instance,
-        run_config={
-            "resources": {"run_options": {"config": options.model_dump()}},
-            "loggers": {"line": {}},
-        },
-        raise_on_error=False,
-        partition_key=keys[0] if len(keys) == 1 else None,
-        tags=tags,
-    )
+    with _one_run_of_this_process:
+        result = job.execute_in_process(
+            instance=instance,
+            run_config={
+                "resources": {"run_options": {"config": options.model_dump()}},
+                "loggers": {"line": {}},
+            },
+            raise_on_error=False,
+            partition_key=keys[0] if len(keys) == 1 else None,
+            tags=tags,
+        )
+    if is_interrupted(result.all_events):
+        # Dagster catches what Ctrl-C and SIGTERM raise, to put it on record.
+        raise KeyboardInterrupt
     saved = {
         event.partition: event.step_materialization_data.materialization.metadata
         for event in result.get_asset_materialization_events()
         if event.asset_key == dg.AssetKey(METRICS_TABLE)
+    } | {
+        # Of a date whose writing was broken off.
+        event.partition: event.asset_observation_data.asset_observation.metadata
+        for event in result.get_asset_observation_events()
+        if event.asset_key == dg.AssetKey(METRICS_TABLE)
     }
+    set_aside = _set_aside(result)
     blocked = _blocked(result)
     error = _failure(result) or " ".join(blocked.values()) or None
     summaries = []
     for day in days:
         summary = AggregationSummary(run_date=midnight(day, timezone=settings.timezone))
         summary.total_runtime_seconds = (perf_counter() - started) / len(days)
+        summary.set_aside = set_aside.get(day.isoformat(), [])
         if day.isoformat() in saved:
             values: Any = saved[day.isoformat()][SUMMARY_METADATA].value
             for name in ("total_tutors", "successful", "failed", "total_metrics_saved", "errors"):
@@ -392,7 +487,18 @@ def _run_job(
         if said is not None and not summary.errors:
             summary.errors.append({"tutor_id": SYSTEM, "error": said})
         summaries.append(summary)
-    return result.run_id, summaries
+    return result, summaries
+
+
+def _set_aside(result: dg.ExecuteInProcessResult) -> dict[str | None, list[dict[str, Any]]]:
+    """What each snapshot says that it could not use, by partition key."""
+    reasons: dict[str | None, list[dict[str, Any]]] = {}
+    for event in result.get_asset_materialization_events():
+        found = event.step_materialization_data.materialization.metadata.get(SET_ASIDE_METADATA)
+        if isinstance(found, dg.TableMetadataValue):
+            of_table = [dict(record.data) for record in found.records]
+            reasons.setdefault(event.partition, []).extend(of_table)
+    return reasons
 
 
 def _blocked(result: dg.ExecuteInProcessResult) -> dict[str | None, str]:

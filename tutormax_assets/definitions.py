@@ -5,11 +5,7 @@ import dagster as dg
 from tutormax_assets.assets.metrics import window_metrics_asset
 from tutormax_assets.assets.metrics_table import tutor_performance_metrics_asset
 from tutormax_assets.assets.platform import platform_tables
-from tutormax_assets.assets.snapshots import (
-    sessions_snapshot_asset,
-    tutor_events_snapshot_asset,
-    tutor_roster_asset,
-)
+from tutormax_assets.assets.snapshots import platform_snapshot_assets
 from tutormax_assets.assets.tiers import tutor_tiers_asset
 from tutormax_assets.automation.alerts import alert_sensors
 from tutormax_assets.automation.retention import retention_job, retention_sensor
@@ -47,9 +43,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         else dg.BackfillPolicy.single_run()
     )
     assets = [
-        tutor_roster_asset(daily, backfills),
-        sessions_snapshot_asset(daily, backfills, window_days=policy.horizon_days),
-        tutor_events_snapshot_asset(daily, backfills, window_days=policy.horizon_days),
+        platform_snapshot_assets(daily, backfills, window_days=policy.horizon_days),
         *(window_metrics_asset(daily, backfills, days=days) for days in policy.windows),
         tutor_tiers_asset(daily, backfills, windows=policy.windows),
         tutor_performance_metrics_asset(

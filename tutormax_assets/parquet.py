@@ -16,7 +16,7 @@ class StorageError(Exception):
 def write_parquet(path: UPath, rows: pl.DataFrame) -> int:
     """Store a file so that a reader sees the old one or the new one, never a part of it.
 
-    Who writes holds a lock on the path.
+    Who writes has the path to itself.
 
     Returns:
         Size of the file in bytes.

@@ -1,14 +1,23 @@
 """What a run is given: its options, the platform's database and the metrics policy."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
+import tenacity
 from pydantic import Field, PrivateAttr
 
 from tutormax_assets.metrics.policy import Policy, PolicyError
-from tutormax_assets.platform.connection import create_engine, database_url
+from tutormax_assets.platform.connection import (
+    Timeouts,
+    create_engine,
+    database_url,
+    source_url,
+)
+from tutormax_assets.platform.faults import retrying
+from tutormax_assets.platform.snapshot import Source
 from tutormax_assets.settings import Settings, SettingsError, load_settings
 
 
@@ -23,14 +32,22 @@ class RunOptions(dg.ConfigurableResource[None]):
         default=False, description="Compute tutors of any status, not only active ones."
     )
     batch_size: int = Field(
-        default=5_000, ge=1, description="Tutors that are written in one transaction."
+        default=1_000, ge=1, description="Tutors that are written in one transaction."
     )
     max_retries: int = Field(
-        default=3, ge=0, description="How often a batch is tried when the connection fails."
+        default=3, ge=0, description="How often reading or writing is tried again if that may help."
     )
     retry_delay_seconds: float = Field(
-        default=5, ge=0, description="Seconds before the second try; doubles with each further one."
+        default=5,
+        ge=0,
+        description="Seconds before the first retry; doubles with each further one.",
     )
+
+    def retrying(self, log: logging.Logger) -> tenacity.Retrying:
+        """Calls a function again, as often as the options say, when its failure may pass."""
+        return retrying(
+            max_retries=self.max_retries, retry_delay_seconds=self.retry_delay_seconds, log=log
+        )
 
 
 class PlatformDatabase(dg.ConfigurableResource[None]):
@@ -41,18 +58,32 @@ class PlatformDatabase(dg.ConfigurableResource[None]):
     """
 
     _url: sa.URL | None = PrivateAttr(default=None)
+    _source: Source | None = PrivateAttr(default=None)
     _engine: sa.Engine | None = PrivateAttr(default=None)
 
     @property
     def url(self) -> sa.URL:
-        """Where the database is."""
+        """Where the database is that holds the metrics."""
         if self._url is None:
             self._url = database_url(load_settings())
         return self._url
 
     @property
+    def source(self) -> Source:
+        """Where the source tables are read."""
+        if self._source is None:
+            settings = load_settings()
+            self._source = Source(source_url(settings), Timeouts.of(settings))
+        return self._source
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """How long a statement may take and wait."""
+        return Timeouts.of(load_settings())
+
+    @property
     def engine(self) -> sa.Engine:
-        """The connection pool."""
+        """The connection pool of the database that holds the metrics."""
         if self._engine is None:
             self._engine = create_engine(self.url)
         return self._engine

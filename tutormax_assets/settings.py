@@ -39,6 +39,25 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         default=None, description="postgresql://user:password@host:port/database"
     )
+    source_url: SecretStr | None = Field(
+        default=None,
+        description=(
+            "Where the source tables are read unless it is the same: with another user, or from a"
+            " read replica."
+        ),
+    )
+    statement_timeout_seconds: int = Field(
+        default=600,
+        ge=1,
+        le=86_400,
+        description="Seconds after which PostgreSQL ends a statement of a run.",
+    )
+    lock_timeout_seconds: int = Field(
+        default=5,
+        ge=1,
+        le=86_400,
+        description="Seconds that a statement of a run waits for another session's lock.",
+    )
     storage: str | None = Field(
         default=None,
         description="Base path of the Parquet partitions: a folder, s3://… or gs://….",

@@ -1,6 +1,7 @@
 """Parquet partitions between the stages: one file a reference date, written atomically.
 
-A run filtered to some tutors reads only those tutors and replaces only their rows. Dagster's
+A run has its reference dates to itself, from before its first step to its end. One that is filtered
+to some tutors reads only those tutors and replaces only their rows. Dagster's
 ``UPathIOManager`` refuses to write several partitions in one run, and reads one as a frame but
 several as a dictionary; here both are always a dictionary by partition, so that an asset's body
 is the same for one day and for a range.
@@ -13,14 +14,17 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import dagster as dg
 import polars as pl
 import sqlalchemy as sa
+from pydantic import PrivateAttr
 from upath import UPath
 
+from tutormax_assets.automation.single_days import partition_keys
 from tutormax_assets.parquet import StorageError, entries, write_parquet
-from tutormax_assets.platform.connection import advisory_lock
+from tutormax_assets.platform.date_locks import DateLocks, try_lock_date
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 
 FramesByDate = dict[str, pl.LazyFrame]
@@ -41,14 +45,41 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
     """Keeps each partition of an asset as ``<base_path>/<asset>/<partition>.parquet``.
 
     Every frame has a ``tutor_id`` column.
+
+    It locks the reference dates of the run, since every step needs it: those that write Parquet,
+    and the one that writes the metrics table for its input. Dagster makes it ready before the first
+    step, when the run has no place in a pool yet that the run which is waited for may need. Where
+    an executor makes each step a process, the dates are locked for a step at a time.
     """
 
     base_path: str
     run_options: dg.ResourceDependency[RunOptions]
     database: dg.ResourceDependency[PlatformDatabase]
+    _locks: DateLocks | None = PrivateAttr(default=None)
+    _written: dict[UPath, tuple[int, float, int]] = PrivateAttr(default_factory=dict)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Wait until no other run computes a reference date of this run, and keep others waiting.
+
+        Raises:
+            MetricsTableError: The database cannot be reached.
+        """
+        keys = partition_keys(context.run) if context.run else []
+        if keys:
+            log: Any = context.log
+            self._locks = DateLocks(
+                self.database.engine, keys, retrying=self.run_options.retrying(log), log=log
+            )
+            self._locks.take()
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """Let the next run of these dates begin."""
+        if self._locks is not None:
+            self._locks.release()
 
     def load_input(self, context: dg.InputContext) -> FramesByDate:
         """Scan the partitions that the run reads, restricted to the tutors it is filtered to."""
+        self._renew_locks()
         return self.scan(context.asset_key, context.asset_partition_keys)
 
     def scan(self, asset_key: dg.AssetKey, partition_keys: Iterable[str]) -> FramesByDate:
@@ -73,11 +104,11 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
             started = perf_counter()
             rows = obj[key].collect()
             computed = perf_counter()
-            # A filtered run reads what is there and writes it back; nobody may write in between.
-            with advisory_lock(self.database.engine, str(path)):
-                if only := self.run_options.tutor_ids:
-                    rows = _merged(path, rows, only=only)
-                size = write_parquet(path, rows)
+            self._renew_locks()
+            if only := self.run_options.tutor_ids:
+                rows = _merged(path, rows, only=only)
+            size = _write(path, rows)
+            self._written[path] = _state(path)
             # Output metadata would be the same for every day of a range.
             context.step_context.add_asset_metadata(
                 {
@@ -90,6 +121,16 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
                 asset_key=context.asset_key,
                 partition_key=key,
             )
+
+    def _renew_locks(self) -> None:
+        if self._locks is None or not self._locks.renew():
+            return
+        for path, state in self._written.items():
+            if not path.exists() or _state(path) != state:
+                raise StorageError(
+                    f"{path} was written by another run while this one had lost its connection to"
+                    " the platform. What the other run saved stays; run the date again if need be."
+                )
 
 
 def partition_path(base_path: str, asset_key: dg.AssetKey, partition_key: str) -> UPath:
@@ -143,13 +184,20 @@ def partitions_before(
     return sorted(found, key=lambda partition: partition.partition_key)
 
 
-def delete_partition(engine: sa.Engine, partition: StoredPartition) -> None:
-    """Delete a partition; one that is gone already is fine.
+def delete_partition(engine: sa.Engine, partition: StoredPartition) -> bool:
+    """Delete a partition unless a run computes its date; one that is gone already is fine.
+
+    It does not wait for the run, which may in turn need the place in the pool that who waits has.
+
+    Returns:
+        Whether it is gone.
 
     Raises:
         StorageError: It cannot be deleted.
     """
-    with advisory_lock(engine, str(partition.path)):
+    with engine.begin() as connection:
+        if not try_lock_date(connection, partition.partition_key):
+            return False
         try:
             partition.path.unlink(missing_ok=True)
         except Exception as error:
@@ -157,6 +205,23 @@ def delete_partition(engine: sa.Engine, partition: StoredPartition) -> None:
                 f"{partition.path} cannot be deleted: {error}."
                 " Check the rights of the user that runs this."
             ) from error
+    return True
+
+
+def _write(path: UPath, rows: pl.DataFrame) -> int:
+    try:
+        return write_parquet(path, rows)
+    # Polars passes on what the system says as an error of its own.
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise StorageError(
+            f"{path} cannot be written: {error}. TUTORMAX_STORAGE says where it is; check that it"
+            " can be reached and has space."
+        ) from error
+
+
+def _state(path: UPath) -> tuple[int, float, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime, found.st_size
 
 
 def _is_date(text: str) -> bool:

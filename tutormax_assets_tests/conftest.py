@@ -206,7 +206,7 @@ class Platform:
         from tutormax_assets.aggregation import aggregate
         from tutormax_assets.resources import RunOptions
 
-        options = {"max_retries": 1, "retry_delay_seconds": 0, **options}
+        options = {"max_retries": 0, "retry_delay_seconds": 0, **options}
         return aggregate(
             self.settings, [date.fromisoformat(day) for day in days], RunOptions(**options)
         )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -17,12 +18,20 @@ import sqlalchemy as sa
 
 import tutormax_assets
 from tutormax_assets import AggregationSummary, DailyMetricsAggregator, run_daily_aggregation
-from tutormax_assets.aggregation import aggregate, dagster_home, dagster_instance, steps
+from tutormax_assets.aggregation import (
+    MOST_ERRORS_SHOWN,
+    aggregate,
+    dagster_home,
+    dagster_instance,
+    steps,
+)
+from tutormax_assets.failures import is_of_every_date
 from tutormax_assets.partitions import ReferenceDateError, today
 from tutormax_assets.platform import tables
+from tutormax_assets.platform.faults import TIMEOUT_SETTING
 from tutormax_assets.resources import RunOptions
 from tutormax_assets.settings import SettingsError, load_settings
-from tutormax_assets_tests.conftest import Platform, open_platform
+from tutormax_assets_tests.conftest import Platform, captured_log, open_platform
 
 DAY = date(2025, 11, 7)
 
@@ -63,7 +72,7 @@ def test_names_arguments_and_defaults_are_those_of_the_replaced_service() -> Non
         "reference_date": None,
         "max_retries": 3,
         "retry_delay_seconds": 5,
-        "batch_size": 5_000,
+        "batch_size": 1_000,
     }
     assert arguments(DailyMetricsAggregator.run) == {"tutor_ids": None, "include_inactive": False}
     assert arguments(DailyMetricsAggregator.cleanup_old_metrics) == {
@@ -85,6 +94,7 @@ def test_names_arguments_and_defaults_are_those_of_the_replaced_service() -> Non
         "total_runtime_seconds",
         "errors",
         "results",
+        "set_aside",
     ]
 
 
@@ -151,7 +161,20 @@ def test_a_run_of_today_with_cleanup(small_platform: Platform, tmp_path: Path) -
         "total_runtime_seconds": round(summary.total_runtime_seconds, 2),
         "success_rate": 100.0,
         "errors": [],
+        "set_aside": [],
     }
+
+
+def test_the_first_errors_are_shown_and_the_others_counted() -> None:
+    errors = [{"tutor_id": f"t{n}", "error": "refused"} for n in range(MOST_ERRORS_SHOWN + 2)]
+    summary = AggregationSummary(datetime(2025, 11, 7, tzinfo=UTC), errors=errors)
+
+    *shown, rest = summary.first_errors()
+
+    assert shown == [(f"t{n}", "refused") for n in range(MOST_ERRORS_SHOWN)]
+    assert rest[0] == "and 2 more"
+    summary.errors = errors[:MOST_ERRORS_SHOWN]
+    assert list(summary.first_errors()) == shown
 
 
 def test_tutors_who_cannot_be_written_are_in_errors_and_results(small_platform: Platform) -> None:
@@ -159,7 +182,7 @@ def test_tutors_who_cannot_be_written_are_in_errors_and_results(small_platform: 
         "ALTER TABLE tutor_performance_metrics ADD CONSTRAINT no_such_tutor"
         " CHECK (tutor_id <> 'T000002')"
     )
-    aggregator = DailyMetricsAggregator(DAY, max_retries=1, retry_delay_seconds=0, batch_size=1)
+    aggregator = DailyMetricsAggregator(DAY, max_retries=0, retry_delay_seconds=0, batch_size=1)
 
     with dagster_instance(small_platform.settings) as instance:
         summary = asyncio.run(
@@ -205,11 +228,11 @@ def test_tutors_who_cannot_be_written_are_in_errors_and_results(small_platform: 
         ),
         (
             "DROP TABLE sessions CASCADE",
-            'cannot be read: relation "sessions" does not exist.* `tutormax db status`',
+            "cannot be read: table sessions: found no such table.* `tutormax db status`",
         ),
         (
             "ALTER TABLE sessions ALTER no_show TYPE text",
-            "column no_show was read as String; expected Bool",
+            "table sessions, column no_show: found type text, expected boolean",
         ),
     ],
 )
@@ -275,7 +298,7 @@ def test_a_summary_without_tutors_has_a_success_rate() -> None:
 
 def test_a_range_counts_its_steps_by_month() -> None:
     settings = load_settings()
-    assert (steps(settings, 1), steps(settings, 31), steps(settings, 32)) == (15, 15, 30)
+    assert (steps(settings, 1), steps(settings, 31), steps(settings, 32)) == (13, 13, 26)
 
 
 def test_no_dates_are_no_runs() -> None:
@@ -308,8 +331,81 @@ def test_the_error_of_a_refused_connection_shows_no_password(
     )
     monkeypatch.setenv("TUTORMAX_DATABASE_URL", url.render_as_string(hide_password=False))
 
-    summary = asyncio.run(run_daily_aggregation(DAY))
+    summary = asyncio.run(DailyMetricsAggregator(DAY, max_retries=0).run())
 
     [error] = summary.errors
-    assert "The platform at /nowhere/platform cannot be read" in error["error"]
+    assert "The platform at /nowhere/platform cannot be reached" in error["error"]
     assert "hunter2" not in error["error"]
+
+
+def test_a_range_that_fails_whatever_the_date_is_not_tried_date_by_date(
+    small_platform: Platform,
+) -> None:
+    small_platform.execute("ALTER TABLE sessions RENAME TO gone")
+
+    with captured_log() as log:
+        summaries = small_platform.run("2025-11-06", "2025-11-07")
+
+    assert len(summaries) == 2
+    assert all("table sessions: found no such table" in str(one.errors) for one in summaries)
+    assert not any("running each date by itself" in line for line in log)
+
+
+def test_a_range_that_takes_too_long_is_tried_date_by_date(small_platform: Platform) -> None:
+    def error(cause: object) -> SimpleNamespace:
+        message = "tutormax_assets.platform.snapshot.SourceError: cannot be read: x. Raise "
+        return SimpleNamespace(cls_name="SourceError", message=f"{message}{cause}", cause=None)
+
+    def is_of_every(cause: str) -> bool:
+        event = SimpleNamespace(
+            event_type=dg.DagsterEventType.STEP_FAILURE,
+            step_failure_data=SimpleNamespace(error=error(cause)),
+        )
+        return is_of_every_date([event])  # type: ignore[list-item]
+
+    assert is_of_every("the roof")
+    assert not is_of_every(TIMEOUT_SETTING)
+
+
+def test_what_a_first_opening_that_was_killed_left_is_made_anew(tmp_path: Path) -> None:
+    home = dagster_home(load_settings())
+    (home / "history" / "runs").mkdir(parents=True)
+    # The file is there and its tables are not, which Dagster takes for whole.
+    (home / "history" / "runs" / "index.db").touch()
+    (home / "opening.begun").touch()
+
+    with dagster_instance(load_settings()) as instance:
+        instance.report_runless_asset_event(dg.AssetObservation("tutor_roster"))
+        assert instance.all_asset_keys()
+
+    with dagster_instance(load_settings()) as instance:
+        assert [key.to_user_string() for key in instance.all_asset_keys()] == ["tutor_roster"]
+
+
+def newest_runs(platform: Platform, count: int) -> list[list[float]]:
+    """The times at which the steps of the newest runs began and ended."""
+    with dagster_instance(platform.settings) as instance:
+        return [
+            [
+                record.event_log_entry.timestamp
+                for of_type in (dg.DagsterEventType.STEP_START, dg.DagsterEventType.STEP_SUCCESS)
+                for record in instance.get_records_for_run(run.run_id, of_type=of_type).records
+            ]
+            for run in instance.get_runs(limit=count)
+        ]
+
+
+def span_of_steps(times: list[float]) -> tuple[float, float]:
+    return min(times), max(times)
+
+
+def test_runs_of_one_process_take_turns(small_platform: Platform) -> None:
+    async def both() -> list[AggregationSummary]:
+        aggregators = [
+            DailyMetricsAggregator(DAY - timedelta(days=n), max_retries=0) for n in (0, 1)
+        ]
+        return list(await asyncio.gather(*(aggregator.run() for aggregator in aggregators)))
+
+    assert all(summary.all_saved for summary in asyncio.run(both()))
+    (_, end), (start, _) = sorted(map(span_of_steps, newest_runs(small_platform, 2)))
+    assert end <= start

@@ -314,7 +314,16 @@ def test_a_policy_of_a_run_is_used(small_platform: Platform) -> None:
     assert "At Risk" not in small_platform.metrics()["performance_tier"]
 
 
-def test_a_platform_without_tutors_is_no_failure(platform: Platform) -> None:
+def test_a_platform_without_tutors_fails_with_a_sentence(platform: Platform) -> None:
+    [summary] = platform.run(DAY)
+
+    [error] = summary.errors
+    assert "table tutors: found no row, expected at least one tutor" in error["error"]
+
+
+def test_a_platform_without_active_tutors_is_no_failure(platform: Platform) -> None:
+    platform.add(tables.tutors, {"tutor_id": "t", "status": "churned"})
+
     [summary] = platform.run(DAY)
 
     assert (summary.total_tutors, summary.success_rate, summary.all_saved) == (0, 0, True)

@@ -1,6 +1,7 @@
 """What ``deploy/`` says in several places is the same in all of them, and gives nothing away."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,19 @@ def test_compose_publishes_the_ui_on_loopback_and_nothing_else() -> None:
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
     assert list(published) == ["webserver"]
     assert [port.split(":")[0] for port in published["webserver"]] == ["127.0.0.1"]
+
+
+def test_the_sign_on_leads_to_the_webserver_on_loopback_and_nowhere_else() -> None:
+    sign_on = tomllib.loads((DEPLOY / "oauth2-proxy.cfg").read_text(encoding="utf-8"))
+    unit = (DEPLOY / "systemd/tutormax-webserver.service").read_text(encoding="utf-8")
+    [port] = re.findall(r"dagster-webserver -h 127\.0\.0\.1 -p (\d+)", unit)
+
+    assert sign_on["upstreams"] == [f"http://127.0.0.1:{port}/"]
+    assert sign_on["cookie_secure"]
+    # A group is asked for, so that not everybody whom the identity provider knows may.
+    assert sign_on["allowed_groups"]
+    assert not {"client_secret", "cookie_secret"} & sign_on.keys()
+    assert not [name for name in sign_on if name.startswith("skip_auth") or "insecure" in name]
 
 
 def test_only_the_code_location_knows_the_platforms_database() -> None:

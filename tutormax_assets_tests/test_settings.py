@@ -34,6 +34,8 @@ def test_an_empty_environment_means_the_embedded_database(tmp_path: Path) -> Non
     assert (settings.timezone, settings.first_date) == ("UTC", date(2024, 1, 1))
     assert (settings.alerts, settings.ui_url) == (None, "http://127.0.0.1:3000")
     assert settings.max_dates_per_run == 31
+    assert settings.source_url is None
+    assert (settings.statement_timeout_seconds, settings.lock_timeout_seconds) == (600, 5)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -50,6 +52,9 @@ def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("TUTORMAX_ALERTS", f"slack://{SECRET} json://host")
     monkeypatch.setenv("TUTORMAX_UI_URL", "https://dagster.example.com")
     monkeypatch.setenv("TUTORMAX_MAX_DATES_PER_RUN", "0")
+    monkeypatch.setenv("TUTORMAX_SOURCE_URL", f"postgresql://u:{SECRET}@replica/db")
+    monkeypatch.setenv("TUTORMAX_STATEMENT_TIMEOUT_SECONDS", "30")
+    monkeypatch.setenv("TUTORMAX_LOCK_TIMEOUT_SECONDS", "1")
     monkeypatch.setenv("DAGSTER_HOME", "dagster-home")
 
     settings = load_settings()
@@ -65,6 +70,9 @@ def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert settings.alerts.get_secret_value() == f"slack://{SECRET} json://host"
     assert settings.ui_url == "https://dagster.example.com"
     assert settings.max_dates_per_run == 0
+    assert settings.source_url is not None
+    assert settings.source_url.get_secret_value() == f"postgresql://u:{SECRET}@replica/db"
+    assert (settings.statement_timeout_seconds, settings.lock_timeout_seconds) == (30, 1)
     assert settings.dagster_home_path == tmp_path / "dagster-home"
 
 
@@ -145,6 +153,8 @@ def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> No
         ("TUTORMAX_TIMEZONE", "../etc/passwd", "TUTORMAX_TIMEZONE: .* is not an IANA timezone"),
         ("TUTORMAX_FIRST_DATE", "2025-13-01", "^TUTORMAX_FIRST_DATE: .*date"),
         ("TUTORMAX_FIRST_DATE", "yesterday", "^TUTORMAX_FIRST_DATE: .*date"),
+        ("TUTORMAX_STATEMENT_TIMEOUT_SECONDS", "0", "^TUTORMAX_STATEMENT_TIMEOUT_SECONDS: .*1"),
+        ("TUTORMAX_LOCK_TIMEOUT_SECONDS", "long", "^TUTORMAX_LOCK_TIMEOUT_SECONDS: .*integer"),
     ],
 )
 def test_a_malformed_variable_is_named(
@@ -164,6 +174,7 @@ def test_a_malformed_port_is_named_without_any_value(monkeypatch: pytest.MonkeyP
 
 def test_no_secret_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTORMAX_DATABASE_URL", f"postgresql://u:{SECRET}@h/db")
+    monkeypatch.setenv("TUTORMAX_SOURCE_URL", f"postgresql://u:{SECRET}@replica/db")
     monkeypatch.setenv("TUTORMAX_ALERTS", f"slack://{SECRET}")
     for name, value in POSTGRES.items():
         monkeypatch.setenv(name, value)

@@ -1,22 +1,27 @@
 """The PostgreSQL table that dashboards, managers and churn models read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
 import dagster as dg
+import polars as pl
 
 from tutormax_assets.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.partitions import midnight
-from tutormax_assets.platform.metrics_table import Batch, write_metrics
+from tutormax_assets.platform.metrics_table import Batch, MetricsTableError, write_metrics
 from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 from tutormax_assets.storage import FramesByDate
 
 SUMMARY_METADATA = "summary"
 """Metadata key under which a materialization says what was saved and what was not."""
+
+_LOGGED_ERRORS = 10
+_LOGGED_TUTORS = 10
 
 
 def tutor_performance_metrics_asset(
@@ -42,35 +47,40 @@ def tutor_performance_metrics_asset(
         database: PlatformDatabase,
         run_options: RunOptions,
         tutor_tiers: FramesByDate,
-    ) -> None:
+    ) -> Iterator[dg.MaterializeResult[None] | dg.AssetMaterialization | dg.AssetObservation]:
         """Metrics and tiers as kept in PostgreSQL: one row per tutor, reference date and window.
 
         A row whose values did not move is not touched; rows of tutors that the run is not about
         stay as they are.
         """
+        written: dict[str, Mapping[str, Any]] = {}
         for key, day in reference_dates(context).items():
             started = perf_counter()
+            tiers = tutor_tiers[key].collect()
             batches = []
-            for batch in write_metrics(
-                database.engine,
-                tutor_tiers[key].collect(),
-                calculation_date=midnight(day, timezone=daily.timezone),
-                batch_size=run_options.batch_size,
-                max_retries=run_options.max_retries,
-                retry_delay_seconds=run_options.retry_delay_seconds,
-            ):
-                _log_batch(context, day, batch)
-                batches.append(batch)
-            summary = _summary(batches)
-            context.add_asset_metadata(
-                {
-                    SUMMARY_METADATA: dg.MetadataValue.json(summary),
-                    **{name: value for name, value in summary.items() if name != "errors"},
-                    "write_seconds": round(perf_counter() - started, 3),
-                    "dagster/partition_row_count": summary["total_metrics_saved"],
-                },
-                partition_key=key,
-            )
+            try:
+                for batch in write_metrics(
+                    database.engine,
+                    tiers,
+                    calculation_date=midnight(day, timezone=daily.timezone),
+                    batch_size=run_options.batch_size,
+                    retrying=run_options.retrying(context.log),
+                    timeouts=database.timeouts,
+                ):
+                    _log_batch(context, day, batch)
+                    batches.append(batch)
+            except MetricsTableError as error:
+                yield from _of_a_step_that_fails(
+                    context.asset_key, written, key, _summary(tiers, batches, not_tried=str(error))
+                )
+                raise
+            metadata = {
+                **_metadata(_summary(tiers, batches)),
+                "write_seconds": round(perf_counter() - started, 3),
+            }
+            context.add_asset_metadata(metadata, partition_key=key)
+            written[key] = metadata
+        yield dg.MaterializeResult()
 
     return tutor_performance_metrics
 
@@ -96,30 +106,70 @@ def _column_metadata() -> Mapping[str, Any]:
 
 def _log_batch(context: dg.AssetExecutionContext, day: date, batch: Batch) -> None:
     name = f"Batch {batch.number}/{batch.of} of {day}"
-    size = f"{len(batch.tutor_ids)} tutors"
-    if batch.error is None:
-        context.log.info(
-            f"{name} committed ({size}: {batch.inserted} inserted, "
-            f"{batch.updated} updated, {batch.unchanged} unchanged)"
-        )
-    else:
-        context.log.error(f"{name} failed ({size}): {batch.error}")
+    rows = f"{batch.inserted} inserted, {batch.updated} updated, {batch.unchanged} unchanged"
+    if not batch.errors:
+        context.log.info(f"{name} committed ({len(batch.tutor_ids)} tutors: {rows})")
+        return
+    context.log.error(
+        f"{name}: {len(batch.errors)} of {len(batch.tutor_ids)} tutors left out ({rows})"
+    )
+    left_out: dict[str, list[str]] = {}
+    for tutor_id, error in batch.errors.items():
+        left_out.setdefault(error, []).append(tutor_id)
+    for error, tutor_ids in islice(left_out.items(), _LOGGED_ERRORS):
+        shown = ", ".join(tutor_ids[:_LOGGED_TUTORS])
+        more = len(tutor_ids) - _LOGGED_TUTORS
+        context.log.error(f"Left out {shown}{f' and {more} more' if more > 0 else ''}: {error}")
 
 
-def _summary(batches: list[Batch]) -> dict[str, Any]:
-    saved = [batch for batch in batches if batch.error is None]
-    failed = [batch for batch in batches if batch.error is not None]
+def _summary(
+    tiers: pl.DataFrame, batches: Sequence[Batch], *, not_tried: str = ""
+) -> dict[str, Any]:
+    """What was saved of a date and what was not.
+
+    Args:
+        tiers: What was to be saved.
+        batches: What became of it.
+        not_tried: Why batches are missing, if some are.
+    """
+    tutor_ids = tiers["tutor_id"].unique().sort().to_list()
+    tried = {tutor_id for batch in batches for tutor_id in batch.tutor_ids}
+    errors = dict.fromkeys((one for one in tutor_ids if one not in tried), not_tried)
+    for batch in batches:
+        errors |= batch.errors
     return {
-        "total_tutors": sum(len(batch.tutor_ids) for batch in batches),
-        "successful": sum(len(batch.tutor_ids) for batch in saved),
-        "failed": sum(len(batch.tutor_ids) for batch in failed),
-        "total_metrics_saved": sum(batch.saved for batch in saved),
-        "inserted": sum(batch.inserted for batch in saved),
-        "updated": sum(batch.updated for batch in saved),
-        "unchanged": sum(batch.unchanged for batch in saved),
+        "total_tutors": len(tutor_ids),
+        "successful": len(tutor_ids) - len(errors),
+        "failed": len(errors),
+        "total_metrics_saved": sum(batch.saved for batch in batches),
+        "inserted": sum(batch.inserted for batch in batches),
+        "updated": sum(batch.updated for batch in batches),
+        "unchanged": sum(batch.unchanged for batch in batches),
         "errors": [
-            {"tutor_id": tutor_id, "error": batch.error}
-            for batch in failed
-            for tutor_id in batch.tutor_ids
+            {"tutor_id": tutor_id, "error": errors[tutor_id]} for tutor_id in sorted(errors)
         ],
     }
+
+
+def _metadata(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        SUMMARY_METADATA: dg.MetadataValue.json(summary),
+        **{name: value for name, value in summary.items() if name != "errors"},
+        "dagster/partition_row_count": summary["total_metrics_saved"],
+    }
+
+
+def _of_a_step_that_fails(
+    asset_key: dg.AssetKey,
+    written: Mapping[str, Mapping[str, Any]],
+    broken_off: str,
+    summary: Mapping[str, Any],
+) -> Iterator[dg.AssetMaterialization | dg.AssetObservation]:
+    """What the step has saved all the same: it has no output that would say so.
+
+    A date that was broken off is not materialized: it is observed, if any of it was saved.
+    """
+    for key, metadata in written.items():
+        yield dg.AssetMaterialization(asset_key, partition=key, metadata=metadata)
+    if summary["successful"]:
+        yield dg.AssetObservation(asset_key, partition=broken_off, metadata=_metadata(summary))

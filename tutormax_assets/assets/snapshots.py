@@ -1,7 +1,8 @@
 """The platform as it was known when the run read it: roster, sessions and events."""
 
+from collections.abc import Iterator
 from datetime import datetime
-from time import perf_counter
+from typing import Literal
 
 import dagster as dg
 import dataframely as dy
@@ -18,63 +19,29 @@ from tutormax_assets.metrics.schemas import (
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.partitions import horizon, midnight
 from tutormax_assets.platform import snapshot
+from tutormax_assets.platform.contract import NEEDED_COLUMNS
+from tutormax_assets.platform.snapshot import PlatformRows
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
 from tutormax_assets.storage import FramesByDate
 
-
-def tutor_roster_asset(
-    daily: dg.DailyPartitionsDefinition, backfill_policy: dg.BackfillPolicy
-) -> dg.AssetsDefinition:
-    """Build the asset ``tutor_roster``."""
-
-    @dg.asset(
-        deps=["tutors"],
-        partitions_def=daily,
-        backfill_policy=backfill_policy,
-        pool=PLATFORM_POOL,
-        group_name="snapshots",
-        owners=OWNERS,
-        kinds={"polars", "parquet"},
-        metadata=frame_metadata(TutorRoster, _ROSTER_LINEAGE),
-    )
-    def tutor_roster(
-        context: dg.AssetExecutionContext, database: PlatformDatabase, run_options: RunOptions
-    ) -> FramesByDate:
-        """The tutors that a reference date is computed for: active ones unless the run says all.
-
-        One row per tutor per reference date, as known when it ran.
-        """
-        tutors = snapshot.read_tutors(database.url, tutor_ids=run_options.tutor_ids)
-        if unknown := sorted(set(run_options.tutor_ids) - set(tutors["tutor_id"])):
-            context.log.warning(f"Unknown tutors are left out: {', '.join(unknown)}")
-        if run_options.tutor_ids and tutors.is_empty():
-            raise dg.Failure(
-                f"None of the tutors is known: {', '.join(unknown)}. Check the ids.",
-                allow_retries=False,
-            )
-        roster = quality.good_tutors(
-            tutors.lazy(), include_inactive=run_options.include_inactive
-        ).collect()
-        inactive = sorted(set(tutors["tutor_id"]) - set(roster["tutor_id"]))
-        if run_options.tutor_ids and inactive:
-            context.log.warning(
-                f"Inactive tutors are left out: {', '.join(inactive)}."
-                " Set include_inactive to compute them."
-            )
-        context.log.info(f"Found {len(roster)} tutors to process")
-        return {key: roster.lazy() for key in context.partition_keys}
-
-    return tutor_roster
+SET_ASIDE_METADATA = "set_aside_by_reason"
+"""Metadata key under which a materialization says which values were not used, and why."""
 
 
-def sessions_snapshot_asset(
+def platform_snapshot_assets(
     daily: dg.DailyPartitionsDefinition, backfill_policy: dg.BackfillPolicy, *, window_days: int
 ) -> dg.AssetsDefinition:
-    """Build the assets ``sessions_snapshot`` and ``sessions_set_aside``."""
+    """Build the assets that are read from the platform, all of them in one step."""
 
     @dg.multi_asset(
-        name="sessions_snapshot",
+        name="platform_snapshot",
         outs={
+            "tutor_roster": _out(
+                TutorRoster,
+                _ROSTER_LINEAGE,
+                "The tutors that a reference date is computed for: active ones unless the run says "
+                "all. One row per tutor per reference date, as known when it ran.",
+            ),
             "sessions_snapshot": _out(
                 SessionsSnapshot,
                 _SESSIONS_LINEAGE,
@@ -88,49 +55,6 @@ def sessions_snapshot_asset(
                 "Values of sessions and feedback that break the source contract, by the keys of "
                 "their rows. One row per broken value per reference date.",
             ),
-        },
-        deps=["sessions", "student_feedback"],
-        partitions_def=daily,
-        backfill_policy=backfill_policy,
-        pool=PLATFORM_POOL,
-        group_name="snapshots",
-    )
-    def sessions_snapshot(
-        context: dg.AssetExecutionContext,
-        database: PlatformDatabase,
-        run_options: RunOptions,
-        metrics_policy: MetricsPolicy,
-    ) -> tuple[FramesByDate, FramesByDate]:
-        """Read the sessions once for all reference dates of the run, and slice them by date."""
-        start, end = _horizon(context, daily, window_days)
-        started = perf_counter()
-        rows = snapshot.read_sessions(
-            database.url, start=start, end=end, tutor_ids=run_options.tutor_ids
-        )
-        good, set_aside = pl.collect_all(
-            quality.good_sessions(
-                rows.lazy(), policy=metrics_policy.policy, timezone=daily.timezone
-            )
-        )
-        _log_read(context, "sessions", rows, set_aside)
-        _add_read_metadata(context, "sessions_snapshot", rows, perf_counter() - started)
-        _add_set_aside_metadata(context, "sessions_snapshot", set_aside, window_days)
-        return (
-            _by_reference_date(context, good, "scheduled_date", window_days),
-            _by_reference_date(context, set_aside, "date", window_days),
-        )
-
-    return sessions_snapshot
-
-
-def tutor_events_snapshot_asset(
-    daily: dg.DailyPartitionsDefinition, backfill_policy: dg.BackfillPolicy, *, window_days: int
-) -> dg.AssetsDefinition:
-    """Build the assets ``tutor_events_snapshot`` and ``tutor_events_set_aside``."""
-
-    @dg.multi_asset(
-        name="tutor_events_snapshot",
-        outs={
             "tutor_events_snapshot": _out(
                 TutorEventsSnapshot,
                 _EVENTS_LINEAGE,
@@ -144,35 +68,81 @@ def tutor_events_snapshot_asset(
                 "row per broken value per reference date.",
             ),
         },
-        deps=["tutor_events"],
+        deps=list(NEEDED_COLUMNS),
+        internal_asset_deps={
+            asset: {dg.AssetKey(table) for table in tables} for asset, tables in _READ_FROM.items()
+        },
+        can_subset=True,
         partitions_def=daily,
         backfill_policy=backfill_policy,
         pool=PLATFORM_POOL,
         group_name="snapshots",
     )
-    def tutor_events_snapshot(
-        context: dg.AssetExecutionContext, database: PlatformDatabase, run_options: RunOptions
-    ) -> tuple[FramesByDate, FramesByDate]:
-        """Read the events once for all reference dates of the run, and slice them by date."""
+    def platform_snapshot(
+        context: dg.AssetExecutionContext,
+        database: PlatformDatabase,
+        run_options: RunOptions,
+        metrics_policy: MetricsPolicy,
+    ) -> Iterator[dg.Output[FramesByDate]]:
+        """Read the platform at one instant for all reference dates of the run; slice by date."""
+        selected = _selected(context)
         start, end = _horizon(context, daily, window_days)
-        started = perf_counter()
-        rows = snapshot.read_events(
-            database.url, start=start, end=end, tutor_ids=run_options.tutor_ids
+        rows = run_options.retrying(context.log)(
+            snapshot.read,
+            database.source,
+            tables={_READ_FROM[asset][0] for asset in selected},
+            start=start,
+            end=end,
+            tutor_ids=run_options.tutor_ids,
         )
-        good, set_aside = pl.collect_all(quality.good_events(rows.lazy(), timezone=daily.timezone))
-        _log_read(context, "events", rows, set_aside)
-        _add_read_metadata(context, "tutor_events_snapshot", rows, perf_counter() - started)
-        _add_set_aside_metadata(context, "tutor_events_snapshot", set_aside, window_days)
-        return (
-            _by_reference_date(context, good, "event_date", window_days),
-            _by_reference_date(context, set_aside, "date", window_days),
+        for table in rows.empty_tables:
+            context.log.warning(f"Table {table}: found no row, expected those of the platform")
+        good_sessions = quality.good_sessions(
+            rows.sessions.lazy(), policy=metrics_policy.policy, timezone=daily.timezone
         )
+        good_events = quality.good_events(rows.events.lazy(), timezone=daily.timezone)
+        if "tutor_roster" in selected:
+            roster = _roster(context, rows, run_options)
+            yield dg.Output(dict.fromkeys(context.partition_keys, roster), "tutor_roster")
+        yield from _cleaned(context, "sessions", rows, good_sessions, window_days)
+        yield from _cleaned(context, "tutor_events", rows, good_events, window_days)
 
-    return tutor_events_snapshot
+    return platform_snapshot
+
+
+def _selected(context: dg.AssetExecutionContext) -> set[str]:
+    return {key.to_user_string() for key in context.selected_asset_keys}
+
+
+def _roster(
+    context: dg.AssetExecutionContext, rows: PlatformRows, run_options: RunOptions
+) -> pl.LazyFrame:
+    """The tutors to compute; says which of those asked for are not among them."""
+    tutors = rows.tutors
+    if unknown := sorted(set(run_options.tutor_ids) - set(tutors["tutor_id"])):
+        context.log.warning(f"Unknown tutors are left out: {', '.join(unknown)}")
+    if run_options.tutor_ids and tutors.is_empty():
+        raise dg.Failure(
+            f"None of the tutors is known: {', '.join(unknown)}. Check the ids.",
+            allow_retries=False,
+        )
+    roster = quality.good_tutors(
+        tutors.lazy(), include_inactive=run_options.include_inactive
+    ).collect()
+    inactive = sorted(set(tutors["tutor_id"]) - set(roster["tutor_id"]))
+    if run_options.tutor_ids and inactive:
+        context.log.warning(
+            f"Inactive tutors are left out: {', '.join(inactive)}."
+            " Set include_inactive to compute them."
+        )
+    context.log.info(f"Found {len(roster)} tutors to process")
+    _add_read_metadata(context, "tutor_roster", rows, "tutors")
+    return roster.lazy()
 
 
 def _out(schema: type[dy.Schema], lineage: Lineage, description: str) -> dg.AssetOut:
     return dg.AssetOut(
+        is_required=False,
         description=description,
         owners=OWNERS,
         kinds={"polars", "parquet"},
@@ -187,6 +157,31 @@ def _horizon(
     return midnight(first, timezone=daily.timezone), midnight(last, timezone=daily.timezone)
 
 
+def _cleaned(
+    context: dg.AssetExecutionContext,
+    table: Literal["sessions", "tutor_events"],
+    rows: PlatformRows,
+    cleaned: tuple[pl.LazyFrame, pl.LazyFrame],
+    window_days: int,
+) -> Iterator[dg.Output[FramesByDate]]:
+    """The good rows of a table and what was set aside, each by reference date."""
+    kept, aside = f"{table}_snapshot", f"{table}_set_aside"
+    selected = _selected(context) & {kept, aside}
+    if not selected:
+        return
+    good, set_aside = pl.collect_all(cleaned)
+    what = table.removeprefix("tutor_")
+    context.log.info(f"Read {rows.count(table)} {what}, set {len(set_aside)} values aside")
+    for source_table, column, reason, count in _reasons(set_aside).iter_rows():
+        context.log.warning(f"Set aside {count} of {source_table}: {column} is {reason}")
+    if kept in selected:
+        _add_read_metadata(context, kept, rows, table)
+        _add_set_aside_metadata(context, kept, set_aside, window_days)
+        yield dg.Output(_by_reference_date(context, good, _DATE_COLUMNS[table], window_days), kept)
+    if aside in selected:
+        yield dg.Output(_by_reference_date(context, set_aside, "date", window_days), aside)
+
+
 def _by_reference_date(
     context: dg.AssetExecutionContext, rows: pl.DataFrame, column: str, window_days: int
 ) -> FramesByDate:
@@ -196,20 +191,20 @@ def _by_reference_date(
     }
 
 
-def _log_read(
-    context: dg.AssetExecutionContext, name: str, rows: pl.DataFrame, set_aside: pl.DataFrame
-) -> None:
-    context.log.info(f"Read {len(rows)} {name}, set {len(set_aside)} values aside")
-    for source_table, column, reason, count in _reasons(set_aside).iter_rows():
-        context.log.warning(f"Set aside {count} of {source_table}: {column} is {reason}")
-
-
 def _add_read_metadata(
-    context: dg.AssetExecutionContext, asset: str, rows: pl.DataFrame, seconds: float
+    context: dg.AssetExecutionContext,
+    asset: str,
+    rows: PlatformRows,
+    table: snapshot.Table,
 ) -> None:
     for key in context.partition_keys:
         context.add_asset_metadata(
-            {"rows_read_by_run": len(rows), "read_seconds": round(seconds, 3)},
+            {
+                "rows_read_by_run": rows.count(table),
+                "read_seconds": round(rows.seconds[table], 3),
+                "read_at": dg.MetadataValue.timestamp(rows.read_at),
+                "source_snapshot": rows.snapshot,
+            },
             asset_key=asset,
             partition_key=key,
         )
@@ -224,7 +219,7 @@ def _add_set_aside_metadata(
         context.add_asset_metadata(
             {
                 "values_set_aside": int(reasons["values"].sum()),
-                "set_aside_by_reason": dg.MetadataValue.table(
+                SET_ASIDE_METADATA: dg.MetadataValue.table(
                     [dg.TableRecord(reason) for reason in reasons.to_dicts()],
                     dg.TableSchema(
                         [dg.TableColumn(name, str(dtype)) for name, dtype in reasons.schema.items()]
@@ -241,6 +236,15 @@ def _reasons(set_aside: pl.DataFrame) -> pl.DataFrame:
     return reasons.agg(pl.len().alias("values")).sort(pl.all())
 
 
+# The first one is the table whose rows an asset has one row of each.
+_READ_FROM: dict[str, tuple[snapshot.Table, *tuple[str, ...]]] = {
+    "tutor_roster": ("tutors",),
+    "sessions_snapshot": ("sessions", "student_feedback"),
+    "sessions_set_aside": ("sessions", "student_feedback"),
+    "tutor_events_snapshot": ("tutor_events",),
+    "tutor_events_set_aside": ("tutor_events",),
+}
+_DATE_COLUMNS = {"sessions": "scheduled_date", "tutor_events": "event_date"}
 _ROSTER_LINEAGE = {
     "tutor_id": [("tutors", "tutor_id")],
     "status": [("tutors", "status")],

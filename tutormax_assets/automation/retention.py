@@ -158,14 +158,20 @@ class Retention:
     ) -> Iterator[StoredPartition]:
         """Delete these Parquet partitions, one after the other.
 
+        Those of a date that is being computed stay.
+
         Raises:
             StorageError: One cannot be deleted.
         """
+        deleted = 0
         for partition in due:
-            delete_partition(engine, partition)
-            yield partition
-        if due:
-            log.info("Deleted %s Parquet partitions before %s", len(due), self.partitions_from)
+            if delete_partition(engine, partition):
+                deleted += 1
+                yield partition
+            else:
+                log.warning("%s stays until the run of its date has ended", partition.path)
+        if deleted:
+            log.info("Deleted %s Parquet partitions before %s", deleted, self.partitions_from)
 
 
 @dataclass

@@ -11,6 +11,8 @@ from typing import Any
 
 import dagster as dg
 
+from tutormax_assets.failures import is_of_every_date
+
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 PARTITION_TAG = "dagster/partition"
@@ -51,6 +53,7 @@ def runs_of_single_days(
     *,
     job_name: str,
     asset_keys: Set[dg.AssetKey],
+    failures: Sequence[dg.DagsterEvent] = (),
 ) -> list[dg.RunRequest] | dg.SkipReason:
     """One run per date of a failed range run, or why there are none.
 
@@ -61,6 +64,7 @@ def runs_of_single_days(
         run: The failed run.
         job_name: The job that computes a date.
         asset_keys: The assets of that job.
+        failures: The events that say why it failed.
     """
     if ATTENDED_TAG in run.tags:
         return dg.SkipReason("The process that ran it runs the dates one by one.")
@@ -77,6 +81,8 @@ def runs_of_single_days(
             f"It is a run of {len(keys)} dates, and at most {MAX_DATES} are run one by one;"
             " run it again in smaller ranges."
         )
+    if is_of_every_date(failures):
+        return dg.SkipReason("It failed for a reason that each of its dates would fail for.")
     checks = run.asset_check_selection
     return [
         dg.RunRequest(
@@ -110,6 +116,14 @@ def single_days_sensors(
     status = dg.DefaultSensorStatus.RUNNING if running else dg.DefaultSensorStatus.STOPPED
     asset_keys = frozenset(key for asset in assets for key in asset.keys)
 
+    def requests(context: dg.RunFailureSensorContext) -> list[dg.RunRequest] | dg.SkipReason:
+        return runs_of_single_days(
+            context.dagster_run,
+            job_name=job.name,
+            asset_keys=asset_keys,
+            failures=[context.failure_event, *context.get_step_failure_events()],
+        )
+
     @dg.run_failure_sensor(
         name="single_days_of_failed_ranges",
         description="Runs each date of a failed range run by itself, so that none is lost.",
@@ -120,7 +134,7 @@ def single_days_sensors(
     def of_this_location(
         context: dg.RunFailureSensorContext,
     ) -> list[dg.RunRequest] | dg.SkipReason:
-        return runs_of_single_days(context.dagster_run, job_name=job.name, asset_keys=asset_keys)
+        return requests(context)
 
     @dg.run_failure_sensor(
         name="single_days_of_failed_command_line_ranges",
@@ -137,6 +151,6 @@ def single_days_sensors(
     ) -> list[dg.RunRequest] | dg.SkipReason:
         if context.dagster_run.remote_job_origin is not None:
             return dg.SkipReason("It is a run of a code location.")
-        return runs_of_single_days(context.dagster_run, job_name=job.name, asset_keys=asset_keys)
+        return requests(context)
 
     return [of_this_location, of_no_location]

@@ -66,6 +66,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         policy, limits = metrics_policy.policy, metrics_policy.policy.checks
+        retrying = run_options.retrying(context.log)
         found: dict[str, dict[str, Finding]] = {}
         for key in context.partition_keys:
             day = date.fromisoformat(key)
@@ -77,7 +78,9 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                     partition(io_manager, "sessions_set_aside", key),
                 ]
             )
-            unknown = snapshot.unknown_tutors(database.engine, by_tutor["tutor_id"].to_list())
+            unknown = retrying(
+                snapshot.unknown_tutors, database.source, by_tutor["tutor_id"].to_list()
+            )
             found[key] = {
                 "few_rows_set_aside": few_rows_set_aside(
                     rows_read(by_day, set_aside),
@@ -104,7 +107,12 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                 )
                 continue
             newest = newest_date(
-                by_day, database.url, "sessions", reference_date=day, timezone=daily.timezone
+                by_day,
+                database.source,
+                "sessions",
+                reference_date=day,
+                retrying=retrying,
+                timezone=daily.timezone,
             )
             found[key] |= {
                 "sessions_are_fresh": source_is_fresh(

@@ -6,7 +6,7 @@ from typing import Literal, cast
 from zoneinfo import ZoneInfo
 
 import polars as pl
-import sqlalchemy as sa
+import tenacity
 
 from tutormax_assets.checks import ERROR, WARN, Finding, Metadata, first_keys
 from tutormax_assets.metrics.policy import window_name
@@ -193,9 +193,10 @@ def day_volume_is_usual(
 
 def newest_date(
     by_day: pl.DataFrame,
-    url: sa.URL,
+    source: snapshot.Source,
     table: Literal["sessions", "tutor_events"],
     *,
+    retrying: tenacity.Retrying,
     reference_date: date,
     timezone: str,
 ) -> date | None:
@@ -206,7 +207,8 @@ def newest_date(
     """
     if not by_day.is_empty():
         return cast("date", by_day["date"].max())
-    found = snapshot.newest(url, table, before=midnight(reference_date, timezone=timezone))
+    before = midnight(reference_date, timezone=timezone)
+    found = retrying(snapshot.newest, source, table, before=before)
     return found and found.astimezone(ZoneInfo(timezone)).date()
 
 

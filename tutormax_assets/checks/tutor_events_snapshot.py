@@ -51,6 +51,7 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         policy, limits = metrics_policy.policy, metrics_policy.policy.checks
+        retrying = run_options.retrying(context.log)
         found: dict[str, dict[str, Finding]] = {}
         for key in context.partition_keys:
             day = date.fromisoformat(key)
@@ -75,7 +76,12 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
                 found[key] |= dict.fromkeys(("events_are_fresh", "day_volume_is_usual"), NOT_OF_ALL)
                 continue
             newest = newest_date(
-                by_day, database.url, "tutor_events", reference_date=day, timezone=daily.timezone
+                by_day,
+                database.source,
+                "tutor_events",
+                reference_date=day,
+                retrying=retrying,
+                timezone=daily.timezone,
             )
             found[key] |= {
                 "events_are_fresh": source_is_fresh(

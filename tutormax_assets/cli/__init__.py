@@ -4,6 +4,9 @@ Only Typer and Rich are imported here and at the top of the command modules, so 
 answers at once.
 """
 
+import sys
+from functools import partial
+
 import typer
 
 from tutormax_assets.cli import alert, db, demo, dev, generate, retention, run, set_aside
@@ -25,3 +28,13 @@ app.command("generate")(generate.generate)
 app.command("dev")(dev.dev)
 app.command("alert")(alert.alert)
 app.add_typer(db.app, name="db")
+
+
+def main() -> None:
+    """What the program ``tutormax`` does: the command that its arguments name."""
+    if sys.argv[1:2] in (["run"], ["backfill"]):
+        # Ctypes, too, is imported for these only.
+        from tutormax_assets.cli.supervision import in_a_child
+
+        in_a_child(partial(app, prog_name="tutormax"))
+    app(prog_name="tutormax")

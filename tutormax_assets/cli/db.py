@@ -1,7 +1,7 @@
 """``tutormax db``: create, upgrade, look at and stop the database."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from tutormax_assets.settings import Settings
 
 app = typer.Typer(help="Create, upgrade, look at and stop the database.", no_args_is_help=True)
+
+_LONGEST_NAME_BYTES = 63
+
+
+def _name(value: str) -> str:
+    # PostgreSQL cuts a longer one off, and a line end would end a comment of the script.
+    if value.isprintable() and 0 < len(value.encode()) <= _LONGEST_NAME_BYTES:
+        return value
+    raise typer.BadParameter(
+        f"found {value!r}, expected 1 to {_LONGEST_NAME_BYTES} bytes of printable characters"
+    )
 
 
 @app.command()
@@ -61,20 +72,50 @@ def upgrade(
 def status() -> None:
     """Show where the database is, its tables and the state of the migration."""
     from tutormax_assets.platform import embedded, schema
-    from tutormax_assets.platform.connection import describe
+    from tutormax_assets.platform.connection import create_engine, describe, source_url
 
     environment = settings()
     if environment.database_source == "embedded" and not embedded.is_running(environment.home_path):
         output.print(f"The embedded PostgreSQL under {environment.home_path} is not running.")
         output.print("`tutormax run` and `tutormax db init` start it.")
         raise typer.Exit(EXIT_FAILED)
-    with _engine(environment) as engine:
-        output.print(f"Database: {describe(engine.url)} (from {environment.database_source})")
-        found = schema.status(engine)
+    with ExitStack() as opened:
+        opened.enter_context(sentences())
+        engine = opened.enter_context(_engine(environment))
+        _print(f"Database: {describe(engine.url)} (from {environment.database_source})")
+        source = None
+        if environment.source_url is not None:
+            source = create_engine(source_url(environment))
+            opened.callback(source.dispose)
+            _print(f"Source tables: {describe(source.url)} (from TUTORMAX_SOURCE_URL)")
+        found = schema.status(engine, source=source)
     for line in found.lines():
-        output.print(line, markup=False)
+        _print(line)
     if not found.ready:
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def roles(
+    reader: Annotated[
+        str, typer.Option("--reader", help="Role that reads the source tables.", callback=_name)
+    ] = "tutormax_reader",
+    writer: Annotated[
+        str, typer.Option("--writer", help="Role that writes the metrics.", callback=_name)
+    ] = "tutormax_writer",
+    schema: Annotated[
+        str, typer.Option("--schema", help="Schema that holds the tables.", callback=_name)
+    ] = "public",
+) -> None:
+    """Print SQL for two roles with the rights that a run needs and no other; nothing is executed.
+
+    The owner of the tables gives it to psql, after `tutormax db upgrade`.
+    """
+    from tutormax_assets.platform.roles import grants
+
+    if reader == writer:
+        fail(f"--reader and --writer are both {reader!r}; expected two names.", code=EXIT_USAGE)
+    typer.echo(grants(reader=reader, writer=writer, schema=schema))
 
 
 @app.command()
@@ -92,6 +133,10 @@ def stop() -> None:
     with sentences():
         stopped = embedded.stop(environment.home_path)
     output.print("Stopped." if stopped else "It was not running.")
+
+
+def _print(line: str) -> None:
+    output.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager

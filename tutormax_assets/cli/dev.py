@@ -2,6 +2,7 @@
 
 import os
 import sys
+from ipaddress import ip_address
 from typing import Annotated
 
 import typer
@@ -31,6 +32,13 @@ def dev(
         url = database_url(environment)
     messages.print(f"Database: {describe(url)}")
     messages.print(f"UI: http://{host}:{port} (Ctrl-C stops it)")
+    if not _is_loopback(host):
+        messages.print(
+            f"[bold yellow]Warning:[/] the UI has no sign-on, and whoever reaches {host}:{port} can"
+            " start runs and delete their history. Leave it on 127.0.0.1 and put your own sign-on"
+            " in front: see deploy/README.md.",
+            soft_wrap=True,
+        )
     os.environ["DAGSTER_HOME"] = str(home)
     if "automation" not in environment.model_fields_set:
         os.environ["TUTORMAX_AUTOMATION"] = "true"
@@ -44,3 +52,10 @@ def dev(
         os.execv(sys.executable, command)  # noqa: S606 - our own command, no shell
     except OSError as error:
         fail(f"Dagster does not start: {error}", code=EXIT_USAGE)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -41,10 +41,10 @@ BatchSize = Annotated[
 ]
 MaxRetries = Annotated[
     int,
-    typer.Option("--max-retries", min=0, help="How often a batch is tried."),
+    typer.Option("--max-retries", min=0, help="How often reading or writing is tried again."),
 ]
 RetryDelay = Annotated[
-    float, typer.Option("--retry-delay", min=0, help="Seconds before the second try.")
+    float, typer.Option("--retry-delay", min=0, help="Seconds before the first retry; doubles.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Dagster does as well.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
@@ -66,7 +66,7 @@ def run(
             "--retention-days", min=1, max=36_500, help="Age in days up to which --cleanup keeps."
         ),
     ] = None,
-    batch_size: BatchSize = 5_000,
+    batch_size: BatchSize = 1_000,
     max_retries: MaxRetries = 3,
     retry_delay: RetryDelay = 5,
     verbose: Verbose = False,
@@ -112,7 +112,7 @@ def backfill(
     ] = None,
     tutors: Tutors = None,
     include_inactive: IncludeInactive = False,
-    batch_size: BatchSize = 5_000,
+    batch_size: BatchSize = 1_000,
     max_retries: MaxRetries = 3,
     retry_delay: RetryDelay = 5,
     verbose: Verbose = False,
@@ -231,9 +231,10 @@ def summary_block(summary: "AggregationSummary") -> Table:
     table.add_row("Failed", str(summary.failed))
     table.add_row("Metrics saved", str(summary.total_metrics_saved))
     table.add_row("Success rate", f"{summary.success_rate}%")
+    table.add_row("Values set aside", str(summary.values_set_aside))
     table.add_row("Runtime", f"{summary.total_runtime_seconds:.2f}s")
-    for error in summary.errors:
-        table.add_row(Text(f"Error {error['tutor_id']}"), Text(error["error"]))
+    for tutor_id, error in summary.first_errors():
+        table.add_row(Text(f"Error {tutor_id}"), Text(error))
     return table
 
 

@@ -37,12 +37,15 @@ def sentences() -> Iterator[None]:
     from tutormax_assets.parquet import StorageError
     from tutormax_assets.platform.archive import ArchiveError
     from tutormax_assets.platform.embedded import EmbeddedServerError
-    from tutormax_assets.platform.metrics_table import MetricsTableError, reason
+    from tutormax_assets.platform.faults import reason
+    from tutormax_assets.platform.metrics_table import MetricsTableError
     from tutormax_assets.platform.schema import SchemaError
     from tutormax_assets.settings import SettingsError
 
     try:
         yield
+    except KeyboardInterrupt:
+        fail("It was interrupted. What was saved until then stays.", code=EXIT_FAILED)
     except (SettingsError, PolicyError) as error:
         fail(str(error), code=EXIT_USAGE)
     except (

@@ -25,7 +25,8 @@ from upath import UPath
 from tutormax_assets.parquet import entries, read_parquet, write_parquet
 from tutormax_assets.partitions import midnight
 from tutormax_assets.platform.connection import advisory_lock
-from tutormax_assets.platform.metrics_table import MetricsTableError, reason
+from tutormax_assets.platform.faults import reason
+from tutormax_assets.platform.metrics_table import MetricsTableError
 from tutormax_assets.platform.tables import (
     METRICS_KEY,
     METRICS_TABLE,
@@ -430,7 +431,7 @@ def _delete_unchanged(engine: sa.Engine, table: sa.TableClause, archived: pl.Dat
 
 
 def _unknown_tutors(staged: sa.TableClause) -> sa.Select[str, int]:
-    known = sa.exists().where(tutors.c.tutor_id == staged.c.tutor_id)
+    known = sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id)
     return (
         sa.select(staged.c.tutor_id, sa.func.count())
         .where(~known)
@@ -446,7 +447,7 @@ def _restorable(
     return (
         sa.select(*(staged.c[name] for name in names))
         .where(
-            sa.exists().where(tutors.c.tutor_id == staged.c.tutor_id),
+            sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id),
             ~sa.exists().where(table.c.metric_id == staged.c.metric_id),
             ~sa.exists().where(*(table.c[name] == staged.c[name] for name in METRICS_KEY)),
         )

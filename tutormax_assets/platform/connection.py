@@ -2,16 +2,28 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
+import psycopg
 import sqlalchemy as sa
 from psycopg.conninfo import make_conninfo
+from pydantic import SecretStr
 
 from tutormax_assets.platform import embedded
 from tutormax_assets.settings import Settings, SettingsError
 
 APPLICATION_NAME = "tutormax_assets"
-CONNECT_TIMEOUT_SECONDS = 10
+
+# A peer that is gone without a word is noticed within a minute, in the midst of a read as well.
+_LIBPQ_DEFAULTS = {
+    "application_name": APPLICATION_NAME,
+    "connect_timeout": 10,
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 50_000,
+}
 
 _DRIVERS = {
     "postgres",
@@ -34,29 +46,56 @@ def database_url(settings: Settings) -> sa.URL:
     """
     if settings.database_source == "embedded":
         return embedded.start(settings.home_path)
-    if settings.database_url is None:
-        password = settings.postgres_password
-        return sa.URL.create(
-            "postgresql+psycopg",
-            username=settings.postgres_user,
-            password=password.get_secret_value() if password else None,
-            host=settings.postgres_host,
-            port=settings.postgres_port,
-            database=settings.postgres_db,
+    if settings.database_url is not None:
+        return _parsed("TUTORMAX_DATABASE_URL", settings.database_url)
+    password = settings.postgres_password
+    return sa.URL.create(
+        "postgresql+psycopg",
+        username=settings.postgres_user,
+        password=password.get_secret_value() if password else None,
+        host=settings.postgres_host,
+        port=settings.postgres_port,
+        database=settings.postgres_db,
+    )
+
+
+def source_url(settings: Settings) -> sa.URL:
+    """Where the source tables are read: as the settings say, else where the metrics are written.
+
+    Returns:
+        A URL for SQLAlchemy's psycopg driver.
+
+    Raises:
+        SettingsError: The URL cannot be parsed or is not PostgreSQL's.
+        EmbeddedServerError: The embedded server does not start.
+    """
+    if settings.source_url is None:
+        return database_url(settings)
+    return _parsed("TUTORMAX_SOURCE_URL", settings.source_url)
+
+
+def _parsed(variable: str, value: SecretStr) -> sa.URL:
+    expected = "expected postgresql://user:password@host:port/database"
+    try:
+        url = sa.make_url(value.get_secret_value())
+    except (sa.exc.ArgumentError, ValueError):
+        raise SettingsError(f"{variable} cannot be parsed; {expected}") from None
+    if url.drivername not in _DRIVERS:
+        raise SettingsError(f"{variable} begins with {url.drivername!r}; {expected}")
+    url = url.set(drivername="postgresql+psycopg")
+    # What the URL holds is not repeated, for a password that is not encoded may be anywhere in it.
+    if "@" in (url.host or ""):
+        raise SettingsError(
+            f"{variable} has an @ too many; {expected}, with %40 for an @ in user or password"
         )
     try:
-        url = sa.make_url(settings.database_url.get_secret_value())
-    except (sa.exc.ArgumentError, ValueError):
+        conninfo(url)
+    except (psycopg.Error, sa.exc.ArgumentError):
         raise SettingsError(
-            "TUTORMAX_DATABASE_URL cannot be parsed; "
-            "expected postgresql://user:password@host:port/database"
+            f"{variable} has an option after its ? that libpq does not know or cannot take;"
+            " expected connection parameters such as sslmode=verify-full&sslrootcert=/path"
         ) from None
-    if url.drivername not in _DRIVERS:
-        raise SettingsError(
-            f"TUTORMAX_DATABASE_URL begins with {url.drivername!r}; "
-            "expected postgresql://user:password@host:port/database"
-        )
-    return url.set(drivername="postgresql+psycopg")
+    return url
 
 
 def create_engine(url: sa.URL) -> sa.Engine:
@@ -77,14 +116,41 @@ def conninfo(url: sa.URL) -> str:
 
 
 def _defaults(url: sa.URL) -> dict[str, Any]:
-    defaults = {"application_name": APPLICATION_NAME, "connect_timeout": CONNECT_TIMEOUT_SECONDS}
-    return {name: value for name, value in defaults.items() if name not in url.query}
+    return {name: value for name, value in _LIBPQ_DEFAULTS.items() if name not in url.query}
 
 
 def describe(url: sa.URL) -> str:
     """The database as a person may see it: no user, no password, no options."""
     host = url.host or url.query.get("host", "local socket")
     return f"{host}{f':{url.port}' if url.port else ''}/{url.database}"
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a statement may take, and how long it may wait for another session's lock."""
+
+    statement_seconds: float = 600
+    lock_seconds: float = 5
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Those of the settings."""
+        return cls(settings.statement_timeout_seconds, settings.lock_timeout_seconds)
+
+
+def limit_transaction(connection: sa.Connection, timeouts: Timeouts) -> None:
+    """Bound the statements of the current transaction, and what a client that hangs would hold.
+
+    The settings belong to the transaction, so they pass through a transaction pooler.
+    """
+    limits = {
+        "statement_timeout": f"{timeouts.statement_seconds}s",
+        "lock_timeout": f"{timeouts.lock_seconds}s",
+        "idle_in_transaction_session_timeout": f"{timeouts.statement_seconds}s",
+    }
+    connection.execute(
+        sa.select(*(sa.func.set_config(name, value, True) for name, value in limits.items()))
+    )
 
 
 @contextmanager
@@ -101,5 +167,9 @@ def lock_for_transaction(connection: sa.Connection, name: str) -> None:
     The lock belongs to the transaction, so it ends with it, the process or the connection,
     whichever ends first, and passes through a transaction pooler.
     """
-    key = sa.func.hashtextextended(f"{APPLICATION_NAME}:{name}", 0)
-    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock_key(name))))
+
+
+def lock_key(name: str) -> sa.ColumnElement[int]:
+    """The number by which PostgreSQL knows the advisory lock of that name."""
+    return sa.func.hashtextextended(f"{APPLICATION_NAME}:{name}", 0)

@@ -1,6 +1,6 @@
 """The platform's database as this project needs it: created for a demo, upgraded, looked at."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,9 +13,10 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import Script, ScriptDirectory
 
-from tutormax_assets.platform import adoption
+from tutormax_assets.platform import adoption, contract
 from tutormax_assets.platform.adoption import SchemaError, UpgradeReport
 from tutormax_assets.platform.migrations import VERSION_TABLE
+from tutormax_assets.platform.roles import WRITER_RIGHTS
 from tutormax_assets.platform.tables import (
     METRICS_TABLE,
     source_metadata,
@@ -33,40 +34,16 @@ __all__ = [
     "upgrade",
 ]
 
-NEEDED_COLUMNS = {
-    "tutors": ("tutor_id", "status"),
-    "sessions": (
-        "session_id",
-        "tutor_id",
-        "session_number",
-        "scheduled_start",
-        "actual_start",
-        "tutor_initiated_reschedule",
-        "no_show",
-        "late_start_minutes",
-        "engagement_score",
-        "learning_objectives_met",
-    ),
-    "student_feedback": ("feedback_id", "session_id", "tutor_id", "overall_rating"),
-    "tutor_events": ("event_id", "tutor_id", "event_type", "event_timestamp", "metadata"),
-}
-"""The columns that a snapshot reads, by table."""
-
 ADOPTION_REVISION = "0001"
 
 
 @dataclass(frozen=True)
 class SourceTable:
-    """A table of the platform that snapshots read."""
+    """A table of the platform that snapshots read, and what keeps them from it."""
 
     name: str
     present: bool
-    missing_columns: tuple[str, ...] = ()
-
-    @property
-    def usable(self) -> bool:
-        """Whether snapshots can read it."""
-        return self.present and not self.missing_columns
+    breaches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,28 +51,35 @@ class SchemaStatus:
     """What the database holds of what this project reads and writes."""
 
     sources: tuple[SourceTable, ...]
-    metrics: Literal["current", "behind", "ahead", "not managed", "missing"]
-    """``not managed``: the table is there but was never upgraded; ``ahead``: by a newer version."""
+    metrics: Literal["current", "behind", "ahead", "not managed", "missing", "unknown"]
+    """``not managed``: the table is there but was never upgraded; ``ahead``: by a newer version;
+    ``unknown``: the user may not look at the revision."""
     revision: str | None
     newest_revision: str
-    rows: int
+    rows: int | None
+    """Rows of the metrics table; null where the user may not look, as of the rows set aside."""
     newest_calculation_date: datetime | None
-    rows_set_aside: int
+    rows_set_aside: int | None
+    missing_rights: tuple[str, ...] = ()
+    """Clauses that name what the user lacks to write."""
 
     @property
     def ready(self) -> bool:
-        """Whether a run can read its sources and write its result."""
-        return self.metrics == "current" and all(source.usable for source in self.sources)
+        """Whether a run can read its sources and write its result, and a cleanup move it."""
+        readable = not any(source.breaches for source in self.sources)
+        return self.metrics == "current" and readable and not self.missing_rights
 
     def lines(self) -> list[str]:
         """The status for a person."""
         newest = self.newest_calculation_date
+        last = newest.isoformat() if newest else "-"
         return [
-            *(_source_line(source) for source in self.sources),
+            *(line for source in self.sources for line in _source_lines(source)),
             f"{METRICS_TABLE}: {self.metrics} "
             f"(revision {self.revision or 'none'}, newest {self.newest_revision})",
-            f"  {self.rows} rows, newest calculation date {newest.isoformat() if newest else '-'}",
-            f"{adoption.SET_ASIDE_TABLE}: {self.rows_set_aside} rows",
+            f"  {_rows(self.rows)}, newest calculation date {last}",
+            f"{adoption.SET_ASIDE_TABLE}: {_rows(self.rows_set_aside)}",
+            *self.missing_rights,
         ]
 
 
@@ -148,43 +132,55 @@ def upgrade(engine: sa.Engine, *, timezone: str, dry_run: bool = False) -> Upgra
         return _apply(connection, timezone=timezone)
 
 
-def status(engine: sa.Engine) -> SchemaStatus:
+def status(engine: sa.Engine, *, source: sa.Engine | None = None) -> SchemaStatus:
     """What the database holds; only reads.
 
     Args:
-        engine: Which database.
+        engine: The database that holds the metrics table.
+        source: The one that holds the source tables; the same unless given.
 
     Returns:
-        The source tables, the revision of this project's tables and what they hold.
+        The source tables, the revision of this project's tables, what they hold, and the rights
+        that are missing.
 
     Raises:
         SchemaError: The metrics table is of another making.
     """
+    with (source or engine).connect() as connection, _refusals():
+        sources = tuple(_sources(connection))
     with engine.connect() as connection, _refusals():
         inspector = sa.inspect(connection)
-        revision = _revision(connection)
         present = inspector.has_table(METRICS_TABLE)
-        rows, newest = (
-            connection.execute(
-                sa.select(
-                    sa.func.count(), sa.func.max(tutor_performance_metrics.c.calculation_date)
-                ).select_from(tutor_performance_metrics)
-            ).one()
-            if present
-            else (0, None)
-        )
+        missing = {table: _missing_rights(connection, table) for table in WRITER_RIGHTS}
+        revision = None if "SELECT" in missing[VERSION_TABLE] else _revision(connection)
+        rows: int | None = 0
+        newest = None
+        if "SELECT" in missing[METRICS_TABLE]:
+            rows = None
+        elif present:
+            date = tutor_performance_metrics.c.calculation_date
+            rows, newest = connection.execute(sa.select(sa.func.count(), sa.func.max(date))).one()
+        rows_set_aside: int | None = 0
+        if "SELECT" in missing[adoption.SET_ASIDE_TABLE]:
+            rows_set_aside = None
+        elif inspector.has_table(adoption.SET_ASIDE_TABLE):
+            count = sa.select(sa.func.count()).select_from(adoption.set_aside)
+            rows_set_aside = connection.scalar(count)
         return SchemaStatus(
-            sources=tuple(_sources(inspector)),
-            metrics=_state(revision) if present else "missing",
+            sources=sources,
+            metrics=(
+                "missing"
+                if not present
+                else "unknown"
+                if "SELECT" in missing[VERSION_TABLE]
+                else _state(revision)
+            ),
             revision=revision,
             newest_revision=_newest_revision(),
             rows=rows,
             newest_calculation_date=newest,
-            rows_set_aside=(
-                connection.scalar(sa.select(sa.func.count()).select_from(adoption.set_aside)) or 0
-                if inspector.has_table(adoption.SET_ASIDE_TABLE)
-                else 0
-            ),
+            rows_set_aside=rows_set_aside,
+            missing_rights=tuple(_rights_lines(connection, missing)),
         )
 
 
@@ -273,25 +269,47 @@ def _state(revision: str | None) -> Literal["current", "behind", "ahead", "not m
     return "behind" if revision in known else "ahead"
 
 
-def _sources(inspector: sa.Inspector) -> Iterator[SourceTable]:
-    for name, needed in NEEDED_COLUMNS.items():
-        if not inspector.has_table(name):
-            yield SourceTable(name, present=False, missing_columns=needed)
-            continue
-        found = {column["name"] for column in inspector.get_columns(name)}
-        yield SourceTable(
-            name,
-            present=True,
-            missing_columns=tuple(column for column in needed if column not in found),
+def _sources(connection: sa.Connection) -> Iterator[SourceTable]:
+    rows = connection.execute(sa.text(contract.FOUND_COLUMNS)).all()
+    found = [contract.FoundColumn(*row) for row in rows]
+    present = {column.table_name for column in found}
+    breaches = list(contract.breaches(found))
+    for name in contract.NEEDED_COLUMNS:
+        of_table = tuple(clause for table, clause in breaches if table == name)
+        yield SourceTable(name, name in present, of_table)
+
+
+def _source_lines(source: SourceTable) -> list[str]:
+    return list(source.breaches) or [f"{source.name}: as expected"]
+
+
+def _rows(count: int | None) -> str:
+    return "no right to count the rows" if count is None else f"{count} rows"
+
+
+def _missing_rights(connection: sa.Connection, table: str) -> tuple[str, ...]:
+    """The rights to a table that the user lacks; none where there is no such table."""
+
+    def lacks(right: str) -> bool:
+        held = sa.func.has_table_privilege(sa.func.to_regclass(table), right)
+        return connection.scalar(sa.select(held)) is False
+
+    return tuple(right for right in WRITER_RIGHTS[table] if lacks(right))
+
+
+def _rights_lines(
+    connection: sa.Connection, missing: Mapping[str, tuple[str, ...]]
+) -> Iterator[str]:
+    for table, rights in missing.items():
+        if rights:
+            expected = ", ".join(WRITER_RIGHTS[table])
+            yield f"table {table}: found no right to {', '.join(rights)}, expected {expected}"
+    database = sa.func.current_database()
+    if not connection.scalar(sa.select(sa.func.has_database_privilege(database, "TEMPORARY"))):
+        yield (
+            f"database {connection.scalar(sa.select(database))}: found no right to create temporary"
+            " tables, expected TEMPORARY"
         )
-
-
-def _source_line(source: SourceTable) -> str:
-    if not source.present:
-        return f"{source.name}: missing"
-    if source.missing_columns:
-        return f"{source.name}: lacks {', '.join(source.missing_columns)}"
-    return f"{source.name}: present"
 
 
 @contextmanager

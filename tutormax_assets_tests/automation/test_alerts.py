@@ -316,7 +316,7 @@ def test_the_command_line_tells_of_its_runs_itself(
     assert webhook.requests == of_failure
     [request] = of_failure
     assert request["title"] == "tutormax: daily_metrics failed in 1 of 2 runs for 2025-11-07"
-    assert "- step tutor_events_snapshot. " in request["message"]
+    assert "- step platform_snapshot. " in request["message"]
     assert "INFO Alert sent to receiver 1 (json): " + request["title"] in log
     assert TOKEN not in "\n".join(log)
     with dagster_instance(small_platform.settings) as instance:

@@ -153,6 +153,18 @@ def test_other_runs_are_left_alone(
     assert evaluated(instance, run) == reason
 
 
+def test_a_range_that_fails_whatever_the_date_is_left_alone(small_platform: Platform) -> None:
+    small_platform.execute("ALTER TABLE sessions RENAME TO gone")
+    job = build_definitions(small_platform.settings).resolve_job_def(JOB_NAME)
+    options = {"resources": {"run_options": {"config": {"max_retries": 0}}}}
+    with dagster_instance(small_platform.settings) as instance:
+        result = job.execute_in_process(
+            run_config=options, instance=instance, raise_on_error=False, tags=RANGE
+        )
+        said = evaluated(instance, result.dagster_run)
+    assert said == "It failed for a reason that each of its dates would fail for."
+
+
 def test_the_longest_range_is_bounded(instance: dg.DagsterInstance) -> None:
     run = failed_run({RANGE_START_TAG: "2024-01-01", RANGE_END_TAG: "2024-12-31"})
 

@@ -7,10 +7,12 @@ import polars as pl
 import pytest
 import sqlalchemy as sa
 from polars.testing import assert_frame_equal
+from tenacity import Retrying
 
 from tutormax_assets.checks import ERROR, WARN, Finding
 from tutormax_assets.checks.tutor_performance_metrics import rows_are_as_computed
 from tutormax_assets.metrics.schemas import TutorTiers
+from tutormax_assets.platform.connection import Timeouts
 from tutormax_assets.platform.metrics_table import MetricsTableError, read_metrics, write_metrics
 from tutormax_assets.platform.tables import tutors
 from tutormax_assets_tests.checks.test_tutor_tiers import NONE, table, tiers
@@ -91,8 +93,15 @@ def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
         (tiers({"tutor_id": "other"}), AT),
         (tiers({"tutor_id": "a"}), AT.replace(day=6)),
     ):
-        [batch] = write_metrics(engine, frame, calculation_date=at, batch_size=10)
-        assert batch.error is None
+        [batch] = write_metrics(
+            engine,
+            frame,
+            calculation_date=at,
+            batch_size=10,
+            retrying=Retrying(),
+            timeouts=Timeouts(),
+        )
+        assert batch.errors == {}
 
     stored = read_metrics(engine, calculation_date=AT, tutor_ids=["a", odd])
 

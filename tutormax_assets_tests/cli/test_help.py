@@ -42,6 +42,7 @@ def test_there_are_exactly_these_commands() -> None:
         "db",
         "db init",
         "db upgrade",
+        "db roles",
         "db status",
         "db stop",
     }

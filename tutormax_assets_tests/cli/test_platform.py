@@ -11,6 +11,7 @@ from tutormax_assets.partitions import today
 from tutormax_assets.platform.connection import describe
 from tutormax_assets_tests.cli.conftest import Invoke, words
 from tutormax_assets_tests.conftest import PASSWORD, Platform, open_platform
+from tutormax_assets_tests.tls import refusing_server
 
 DAY = "2025-11-07"
 
@@ -29,7 +30,7 @@ def test_a_database_is_created_filled_and_upgraded(
 ) -> None:
     result = invoke("db", "status")
     assert result.exit_code == 1
-    assert "tutors: missing" in result.stdout
+    assert "table tutors: found no such table" in result.stdout
     result = invoke("generate")
     assert result.exit_code == 1
     assert "no table tutors" in result.stderr
@@ -58,9 +59,8 @@ def test_a_database_is_created_filled_and_upgraded(
     result = invoke("db", "status")
     assert result.exit_code == 0
     shown = words(result.stdout)
-    # The console breaks a long path.
-    assert f"Database:{describe(empty_platform.url)}(from" in "".join(shown.split())
-    assert "(from TUTORMAX_DATABASE_URL)" in shown
+    address = f"Database: {describe(empty_platform.url)} (from TUTORMAX_DATABASE_URL)"
+    assert result.stdout.splitlines()[0] == address
     assert "tutor_performance_metrics: current" in shown
     assert PASSWORD not in result.output
     assert "postgres@" not in result.output
@@ -71,6 +71,52 @@ def test_generate_is_told_wrong_use(
     arguments: list[str], platform: Platform, invoke: Invoke
 ) -> None:
     assert invoke("generate", *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("28P01", 'password authentication failed for user "tutormax"'),
+        ("28000", 'no pg_hba.conf entry for host "10.0.0.1", user "tutormax", no encryption'),
+        ("3D000", 'database "platform" does not exist'),
+    ],
+)
+@pytest.mark.parametrize("variable", ["TUTORMAX_DATABASE_URL", "TUTORMAX_SOURCE_URL"])
+def test_a_server_that_lets_nobody_in_is_quoted_in_a_sentence(
+    variable: str,
+    state: str,
+    message: str,
+    platform: Platform,
+    invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with refusing_server(state, message) as url:
+        url = url.set(username="tutormax", password=PASSWORD)
+        monkeypatch.setenv(variable, url.render_as_string(hide_password=False))
+        result = invoke("db", "status")
+
+    assert result.exit_code == 1
+    assert f"{describe(url)} (from {variable})" in result.stdout
+    [sentence] = result.stderr.splitlines()
+    assert sentence.startswith("Error: PostgreSQL says: connection failed: connection to server")
+    assert sentence.endswith(f"FATAL:  {message}")
+    assert PASSWORD not in result.output
+
+
+def test_an_address_where_nobody_answers_is_said_in_a_sentence(
+    platform: Platform, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for address, said in (
+        ("127.0.0.1:1/platform", 'connection to server at "127.0.0.1", port 1 failed: Connection'),
+        ("nowhere.invalid/platform", "failed to resolve host 'nowhere.invalid'"),
+        ("127.0.0.1:1/platform?sslmode=full", 'invalid sslmode value: "full"'),
+    ):
+        monkeypatch.setenv("TUTORMAX_SOURCE_URL", f"postgresql://tutormax:{PASSWORD}@{address}")
+        result = invoke("db", "status")
+        assert result.exit_code == 1
+        assert said in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert PASSWORD not in result.output
 
 
 def test_an_upgrade_can_be_asked_first(platform: Platform, invoke: Invoke) -> None:

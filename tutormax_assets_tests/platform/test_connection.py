@@ -1,5 +1,7 @@
 """Where the database is, and the locks that keep writers apart."""
 
+import traceback
+
 import polars as pl
 import psycopg
 import pytest
@@ -13,6 +15,7 @@ from tutormax_assets.platform.connection import (
     create_engine,
     database_url,
     describe,
+    source_url,
 )
 from tutormax_assets.settings import Settings, SettingsError, load_settings
 
@@ -68,6 +71,39 @@ def test_another_url_is_refused_and_not_repeated(
         database_url(settings)
 
     assert SECRET not in str(e.value)
+
+
+@pytest.mark.parametrize("variable", ["TUTORMAX_DATABASE_URL", "TUTORMAX_SOURCE_URL"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"postgresql://reader:hun@{SECRET}@db.example/platform", "has an @ too many"),
+        (f"postgresql://reader:{SECRET}@db.example/platform?ssl=true", "has an option after its"),
+        (f"postgresql://reader@db.example/platform?{SECRET}=1", "has an option after its"),
+        (f"postgresql://reader@db.example/platform?port={SECRET}", "has an option after its"),
+    ],
+)
+def test_a_url_that_libpq_would_not_take_is_refused_and_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, expected: str
+) -> None:
+    settings = settings_of(monkeypatch, **{variable: text})
+
+    with pytest.raises(SettingsError, match=f"{variable} {expected}") as error:
+        (source_url if variable == "TUTORMAX_SOURCE_URL" else database_url)(settings)
+
+    assert SECRET not in "".join(traceback.format_exception(error.value))
+
+
+def test_the_sources_are_read_where_the_metrics_are_unless_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = settings_of(monkeypatch, TUTORMAX_DATABASE_URL=f"postgresql://{ADDRESS}")
+    assert source_url(settings) == database_url(settings)
+
+    replica = "postgres://someone@replica.example/platform?sslmode=require"
+    settings = settings_of(monkeypatch, TUTORMAX_SOURCE_URL=replica)
+    assert source_url(settings) == sa.make_url(replica).set(drivername="postgresql+psycopg")
+    assert database_url(settings).host == "db.example"
 
 
 def test_the_five_postgres_variables_make_a_url(monkeypatch: pytest.MonkeyPatch) -> None:

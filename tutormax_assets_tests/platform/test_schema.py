@@ -163,14 +163,26 @@ def test_status_names_what_is_missing(empty: sa.Engine) -> None:
     found = status(empty)
 
     assert not found.ready
-    assert found.sources[0] == SourceTable("tutors", present=True, missing_columns=("status",))
+    assert found.sources[0] == SourceTable(
+        "tutors",
+        True,
+        ("table tutors, column status: found no such column, expected character varying",),
+    )
     assert [source.present for source in found.sources] == [True, False, False, False]
     assert found.metrics == "missing"
     assert found.revision is None
-    assert found.lines()[:3] == [
-        "tutors: lacks status",
-        "sessions: missing",
-        "student_feedback: missing",
+    lines = found.lines()
+    assert lines[0] == (
+        "table tutors, column status: found no such column, expected character varying"
+    )
+    for line, table in zip(
+        lines[1:4], ["sessions", "student_feedback", "tutor_events"], strict=True
+    ):
+        assert line.startswith(f"table {table}: found no such table, or no right to look into its")
+    assert lines[4:] == [
+        "tutor_performance_metrics: missing (revision none, newest 0001)",
+        "  0 rows, newest calculation date -",
+        "tutor_performance_metrics_set_aside: 0 rows",
     ]
 
 

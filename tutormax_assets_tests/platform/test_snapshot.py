@@ -1,5 +1,6 @@
 """Reading the platform, from a real PostgreSQL."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -13,11 +14,10 @@ from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, Source
 from tutormax_assets.platform import tables
 from tutormax_assets.platform.connection import describe
 from tutormax_assets.platform.snapshot import (
+    Source,
     SourceError,
     newest,
-    read_events,
-    read_sessions,
-    read_tutors,
+    read,
     unknown_tutors,
 )
 from tutormax_assets_tests.conftest import add
@@ -51,6 +51,20 @@ def session(session_id: str, **values: Any) -> dict[str, Any]:
 
 def event(event_id: str, **values: Any) -> dict[str, Any]:
     return {"event_id": event_id, "tutor_id": "t", "event_timestamp": START, **values}
+
+
+def read_tutors(url: sa.URL, *, tutor_ids: Sequence[str] = ()) -> pl.DataFrame:
+    rows = read(Source(url), tables={"tutors"}, start=START, end=END, tutor_ids=tutor_ids)
+    assert (rows.sessions.is_empty(), rows.events.is_empty()) == (True, True)
+    return rows.tutors
+
+
+def read_sessions(url: sa.URL, **arguments: Any) -> pl.DataFrame:
+    return read(Source(url), tables={"sessions"}, **arguments).sessions
+
+
+def read_events(url: sa.URL, **arguments: Any) -> pl.DataFrame:
+    return read(Source(url), tables={"tutor_events"}, **arguments).events
 
 
 def ids(rows: pl.DataFrame) -> set[str]:
@@ -219,8 +233,8 @@ def test_the_response_time_is_read_as_the_json_that_is_there(engine: sa.Engine) 
 
 
 def test_empty_tables_give_empty_frames_of_the_right_types(engine: sa.Engine) -> None:
+    add(engine, tables.tutors, {"tutor_id": "another"})
     for rows, schema in (
-        (read_tutors(engine.url), SourceTutors),
         (read_tutors(engine.url, tutor_ids=["t"]), SourceTutors),
         (read_sessions(engine.url, start=START, end=END), SourceSessions),
         (read_events(engine.url, start=START, end=END), SourceEvents),
@@ -253,7 +267,9 @@ def test_a_column_of_another_type_is_named(engine: sa.Engine) -> None:
             "ALTER TABLE sessions ALTER no_show DROP DEFAULT, ALTER no_show TYPE int USING 0"
         )
 
-    with pytest.raises(SourceError, match="column no_show was read as Int32; expected Bool"):
+    with pytest.raises(
+        SourceError, match="table sessions, column no_show: found type integer, expected boolean"
+    ):
         read_sessions(engine.url, start=START, end=END)
 
 
@@ -269,29 +285,29 @@ def test_every_read_is_one_snapshot_that_cannot_write(engine: sa.Engine) -> None
 
 
 def test_the_newest_row_before_an_instant(engine: sa.Engine) -> None:
-    assert newest(engine.url, "sessions", before=END) is None
+    assert newest(Source(engine.url), "sessions", before=END) is None
     for name, at in INSTANTS.items():
         add(engine, tables.sessions, session(name, scheduled_start=at))
         add(engine, tables.tutor_events, event(name, event_timestamp=at))
     unused = event("unused", event_timestamp=END - MICROSECOND, event_type="availability_change")
     add(engine, tables.tutor_events, unused)
 
-    assert newest(engine.url, "sessions", before=END) == END - MICROSECOND
-    assert newest(engine.url, "tutor_events", before=END - MICROSECOND) == START
-    assert newest(engine.url, "tutor_events", before=START - MICROSECOND) is None
+    assert newest(Source(engine.url), "sessions", before=END) == END - MICROSECOND
+    assert newest(Source(engine.url), "tutor_events", before=END - MICROSECOND) == START
+    assert newest(Source(engine.url), "tutor_events", before=START - MICROSECOND) is None
 
 
 def test_unknown_tutors_are_those_not_in_tutors(engine: sa.Engine) -> None:
     add(engine, tables.tutors, *({"tutor_id": name} for name in AWKWARD))
 
-    assert unknown_tutors(engine, AWKWARD) == []
-    assert unknown_tutors(engine, [*AWKWARD, "z", "y", "z"]) == ["y", "z"]
-    assert unknown_tutors(engine, []) == []
+    assert unknown_tutors(Source(engine.url), AWKWARD) == []
+    assert unknown_tutors(Source(engine.url), [*AWKWARD, "z", "y", "z"]) == ["y", "z"]
+    assert unknown_tutors(Source(engine.url), []) == []
 
     with engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE tutors RENAME TO teachers")
     with pytest.raises(SourceError, match=r'read: relation "tutors" does not exist.* `tutormax db'):
-        unknown_tutors(engine, ["a"])
+        unknown_tutors(Source(engine.url), ["a"])
 
 
 def test_what_postgresql_says_is_repeated_without_user_and_password(engine: sa.Engine) -> None:
@@ -301,8 +317,10 @@ def test_what_postgresql_says_is_repeated_without_user_and_password(engine: sa.E
     with pytest.raises(SourceError) as error:
         read_tutors(url)
     assert str(error.value) == (
-        f'The platform at {describe(url)} cannot be read: relation "tutors" does not exist.'
-        " `tutormax db status` shows what is there."
+        f"The platform at {describe(url)} cannot be read: table tutors: found no such table, or no"
+        " right to look into its schema; expected one with the columns tutor_id, status."
+        " `tutormax db status` shows what is there, `tutormax db roles` prints the rights that are"
+        " needed."
     )
 
     with pytest.raises(SourceError, match='database "nowhere" does not exist') as error:

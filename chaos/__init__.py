@@ -1,0 +1,1 @@
+"""Breaks the product on purpose and counts what is lost: ``python -m chaos``."""
