@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from chaos import bad_input, ground, kills, load, oracle
-from chaos.ground import END, OTHER_STATE, differences
+from chaos.ground import END, differences
 from chaos.proxy import ALWAYS, Proxy
 from chaos.report import Report, percentile
 from tutormax_assets.platform.connection import create_engine
@@ -129,16 +129,6 @@ def test_a_ground_tells_what_is_not_as_it_was(
     assert [path.name for path in of(small_platform).leftovers()] == [".2025.parquet.part"]
 
 
-def test_the_two_states_of_the_source_give_other_metrics(
-    small_platform: Platform, computed: ground.Frames
-) -> None:
-    for expected_differences in (True, False):
-        for statement in OTHER_STATE:
-            small_platform.execute(statement)
-        small_platform.run(str(END))
-        assert bool(differences(of(small_platform).frames(), computed)) is expected_differences
-
-
 def test_the_oracle_agrees_with_a_run_and_sees_what_is_not_right(
     small_platform: Platform, computed: ground.Frames
 ) -> None:
@@ -163,7 +153,7 @@ def test_the_oracle_agrees_with_a_run_and_sees_what_is_not_right(
 
 
 def test_killed_runs_leave_nothing_that_the_next_run_does_not_put_right(engine: sa.Engine) -> None:
-    report = kills.run(kills=2, seconds=600, seed=3, on=engine)
+    report = kills.run(kills=2, seconds=600, seed=20, on=engine)
 
     assert report.wrong == []
     assert int(report.figures["kills"]) >= 2
