@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -173,9 +173,9 @@ class Command:
     def kill(self) -> bool:
         """Kill it and whatever it started with SIGKILL; whether it was still running."""
         was_running = self.process.poll() is None
-        with suppress(ProcessLookupError):
+        if was_running:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            self.process.wait()
         return was_running
 
 

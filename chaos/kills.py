@@ -261,7 +261,10 @@ def _kill_server(lane: _Lane, plan: _Plan, victim: Command, at: float) -> None:
             return
         pid = lane.random.choice(found)
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).kill()
+        process = psutil.Process(pid)
+        # It may have ended, and its number may be another's.
+        if process.name() == "postgres":
+            process.kill()
     lane.report.count("kills")
     lane.report.count(plan.kill.replace("kill", "killed"))
     if not victim.wait(120):
