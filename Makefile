@@ -29,7 +29,7 @@ e2e: .venv/installed-dev ## Use the Dagster UI in a real browser; installs Debia
 		echo "Chromium is missing and could not be installed. As root: apt-get install chromium" >&2; exit 1; }
 	@$(BIN)/python -m pytest e2e $(PYTEST)
 
-chaos: .venv/installed-dev ## Break the product on purpose for about 20 minutes and show what was lost.
+chaos: .venv/installed-dev ## Break the product on purpose for about half an hour and show what was lost.
 	@$(BIN)/python -m chaos $(CHAOS)
 
 check: .venv/installed-dev ## Lint, format and types.

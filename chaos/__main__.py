@@ -31,7 +31,7 @@ def main(
     ] = None,
     minutes: Annotated[
         float, typer.Option(min=0.1, help="How long all cases together take at most, about.")
-    ] = 20,
+    ] = 30,
     seed: Annotated[int, typer.Option(min=0, help="Seed of whatever is chosen at random.")] = 1,
     wanted_kills: Annotated[int, typer.Option("--kills", min=1, help="Kills of runs.")] = 200,
     wanted_faults: Annotated[

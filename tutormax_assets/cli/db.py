@@ -92,6 +92,10 @@ def status() -> None:
     for line in found.lines():
         _print(line)
     if not found.ready:
+        _print(
+            "Not ready: `tutormax db upgrade` mends tutor_performance_metrics, `tutormax db roles`"
+            " prints the rights that are needed."
+        )
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -122,6 +122,7 @@ def _defaults(url: sa.URL) -> dict[str, Any]:
 def describe(url: sa.URL) -> str:
     """The database as a person may see it: no user, no password, no options."""
     host = url.host or url.query.get("host", "local socket")
+    host = host if isinstance(host, str) else ",".join(host)
     return f"{host}{f':{url.port}' if url.port else ''}/{url.database}"
 
 

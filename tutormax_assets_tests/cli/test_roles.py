@@ -115,6 +115,16 @@ def test_the_status_shows_both_addresses_and_no_user(
         f"Source tables: {describe(users.reader)} (from TUTORMAX_SOURCE_URL)",
         "tutors: as expected",
     ]
+    assert "Not ready" not in result.stdout
+
+    users.execute("REVOKE DELETE ON tutor_performance_metrics FROM {writer}")
+    result = invoke("db", "status")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-2] == (
+        "table tutor_performance_metrics: found no right to DELETE,"
+        " expected SELECT, INSERT, UPDATE, DELETE"
+    )
+    assert "`tutormax db roles` prints the rights" in result.stdout.splitlines()[-1]
     for secret in (PASSWORD, users.reader.username, users.writer.username):
         assert secret is not None
         assert secret not in result.output

@@ -143,6 +143,8 @@ def test_a_database_is_described_without_user_and_password() -> None:
     local = sa.make_url(f"postgresql+psycopg://reader:{SECRET}@/platform?host=/run/pg")
     assert describe(local) == "/run/pg/platform"
     assert describe(sa.make_url("postgresql+psycopg:///platform")) == "local socket/platform"
+    several = sa.make_url(f"postgresql+psycopg://u:{SECRET}@/platform?host=first:1&host=second:2")
+    assert describe(several) == "first:1,second:2/platform"
 
 
 def test_both_drivers_reach_the_same_database_under_our_name(engine: sa.Engine) -> None:
