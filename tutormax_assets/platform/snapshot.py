@@ -208,8 +208,9 @@ def read(
     if "tutors" in empty_tables:
         raise SourceError(
             f"The platform at {describe(source.url)} cannot be used: table tutors: found no row,"
-            " expected at least one tutor. See that TUTORMAX_DATABASE_URL leads to the platform's"
-            " database and that its user sees the rows."
+            " expected at least one tutor. See that TUTORMAX_SOURCE_URL, or else"
+            " TUTORMAX_DATABASE_URL, leads to the platform's database and that its user sees the"
+            " rows."
         )
     return PlatformRows(tutors, sessions, events, read_at, snapshot, seconds, empty_tables)
 
