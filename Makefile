@@ -3,11 +3,11 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
-LOCKS := requirements.lock requirements-dev.lock deploy/requirements.lock
+LOCKS := requirements.lock requirements-dev.lock requirements-bench.lock deploy/requirements.lock
 OSV_URL ?= https://api.osv.dev/v1/query
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test e2e chaos check dev lock audit clean
+.PHONY: help install demo test e2e chaos bench check dev lock audit clean
 
 help: ## Show these targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -32,6 +32,9 @@ e2e: .venv/installed-dev ## Use the Dagster UI in a real browser; installs Debia
 chaos: .venv/installed-dev ## Break the product on purpose for about half an hour and show what was lost.
 	@$(BIN)/python -m chaos $(CHAOS)
 
+bench: .venv/installed-bench ## Measure the product against other ways to its rows, in about twenty minutes.
+	@$(BIN)/python -m benchmarks $(or $(BENCH),all)
+
 check: .venv/installed-dev ## Lint, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +45,8 @@ lock: .venv/installed-dev ## Choose versions anew from pyproject.toml.
 		--upgrade --quiet --output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-header --no-strip-extras \
 		--upgrade --quiet --constraint requirements.lock --output-file requirements-dev.lock
+	$(BIN)/uv pip compile pyproject.toml --group dev --group bench --universal --generate-hashes --no-header \
+		--no-strip-extras --upgrade --quiet --constraint requirements-dev.lock --output-file requirements-bench.lock
 	$(BIN)/uv pip compile pyproject.toml --group build --extra postgres-instance --extra kubernetes --extra s3 --extra gcs \
 		--universal --generate-hashes --no-header --no-strip-extras \
 		--upgrade --quiet --constraint requirements.lock --output-file deploy/requirements.lock
@@ -74,4 +79,9 @@ clean: ## Remove .venv and .tutormax; the embedded server is stopped first.
 .venv/installed-dev: requirements-dev.lock .venv/installed
 	@echo "Installing the tools for tests and checks"
 	@$(PIP) install --require-hashes --requirement requirements-dev.lock
+	@touch $@
+
+.venv/installed-bench: requirements-bench.lock .venv/installed
+	@echo "Installing what the product is measured against"
+	@$(PIP) install --require-hashes --requirement requirements-bench.lock
 	@touch $@

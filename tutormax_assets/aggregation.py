@@ -34,6 +34,7 @@ from tutormax_assets.automation.retention import (
 from tutormax_assets.automation.single_days import ATTENDED_TAG, RANGE_END_TAG, RANGE_START_TAG
 from tutormax_assets.checks import is_blocked_by, sentence
 from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.event_log import event_log_kept_open
 from tutormax_assets.failures import (
     error_sentence,
     is_blocking_check,
@@ -302,7 +303,11 @@ def aggregate(
     summaries = []
     run_ids = []
     home = dagster_home(settings)
-    with dagster_instance(settings) as instance, this_process(home) as process:
+    with (
+        dagster_instance(settings) as instance,
+        event_log_kept_open(instance),
+        this_process(home) as process,
+    ):
         tell_of_runs(instance, end_killed_runs(instance, home, logger), settings, logger)
         run = partial(_run_job, job, instance, settings, options=options, process=process)
         try:

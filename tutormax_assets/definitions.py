@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from tutormax_assets.assets.metrics import window_metrics_asset
+from tutormax_assets.assets.metrics import window_metrics_assets
 from tutormax_assets.assets.metrics_table import tutor_performance_metrics_asset
 from tutormax_assets.assets.platform import platform_tables
 from tutormax_assets.assets.snapshots import platform_snapshot_assets
@@ -44,7 +44,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     )
     assets = [
         platform_snapshot_assets(daily, backfills, window_days=policy.horizon_days),
-        *(window_metrics_asset(daily, backfills, days=days) for days in policy.windows),
+        window_metrics_assets(daily, backfills, windows=policy.windows),
         tutor_tiers_asset(daily, backfills, windows=policy.windows),
         tutor_performance_metrics_asset(
             daily, backfills, freshness_policy=nightly_freshness(timezone=settings.timezone)

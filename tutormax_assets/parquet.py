@@ -3,7 +3,9 @@
 import io
 import os
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import polars as pl
 from upath import UPath
@@ -13,19 +15,31 @@ class StorageError(Exception):
     """The Parquet partitions cannot be reached; the message says what to do."""
 
 
-def write_parquet(path: UPath, rows: pl.DataFrame) -> int:
-    """Store a file so that a reader sees the old one or the new one, never a part of it.
+@dataclass(frozen=True)
+class StoredFile:
+    """A file that was written.
 
-    Who writes has the path to itself.
+    Attributes:
+        size_bytes: Its size.
+        rows: How many rows it holds.
+    """
 
-    Returns:
-        Size of the file in bytes.
+    size_bytes: int
+    rows: int
+
+
+def write_parquet(path: UPath, rows: pl.LazyFrame) -> StoredFile:
+    """Compute and store a file so that a reader sees the old one or the new one, never a part.
+
+    Rows are written as they are computed. Who writes has the path to itself.
     """
     if not isinstance(path, Path):
         # An object store shows an object once it was put whole.
-        buffer = io.BytesIO()
-        rows.write_parquet(buffer, compression="zstd")
-        return int(path.write_bytes(buffer.getvalue()))
+        with TemporaryDirectory() as folder:
+            local = Path(folder) / path.name
+            rows.sink_parquet(local, compression="zstd", engine="streaming")
+            path.fs.put_file(str(local), path.path)
+            return _stored(local)
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_behind in path.parent.glob(f".{path.name}.*"):
@@ -33,7 +47,7 @@ def write_parquet(path: UPath, rows: pl.DataFrame) -> int:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
-            rows.write_parquet(file, compression="zstd")
+            rows.sink_parquet(file, compression="zstd", engine="streaming")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -42,7 +56,12 @@ def write_parquet(path: UPath, rows: pl.DataFrame) -> int:
     # What relies on the file must not outlive it in a power failure, so its name is made to last.
     for folder in {path.parent, *(folder.parent for folder in new_folders)}:
         _sync(folder)
-    return path.stat().st_size
+    return _stored(path)
+
+
+def _stored(path: Path) -> StoredFile:
+    rows = pl.scan_parquet(path).select(pl.len()).collect().item()
+    return StoredFile(path.stat().st_size, rows)
 
 
 def read_parquet(path: UPath) -> pl.DataFrame | None:

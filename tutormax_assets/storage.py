@@ -23,7 +23,7 @@ from pydantic import PrivateAttr
 from upath import UPath
 
 from tutormax_assets.automation.single_days import partition_keys
-from tutormax_assets.parquet import StorageError, entries, write_parquet
+from tutormax_assets.parquet import StorageError, StoredFile, entries, write_parquet
 from tutormax_assets.platform.date_locks import DateLocks, try_lock_date
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 
@@ -102,21 +102,19 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
         for key in context.asset_partition_keys:
             path = partition_path(self.base_path, context.asset_key, key)
             started = perf_counter()
-            rows = obj[key].collect()
-            computed = perf_counter()
+            rows = obj[key]
             self._renew_locks()
             if only := self.run_options.tutor_ids:
                 rows = _merged(path, rows, only=only)
-            size = _write(path, rows)
+            stored = _write(path, rows)
             self._written[path] = _state(path)
             # Output metadata would be the same for every day of a range.
             context.step_context.add_asset_metadata(
                 {
                     "path": dg.MetadataValue.path(str(path)),
-                    "size_bytes": size,
-                    "dagster/partition_row_count": len(rows),
-                    "compute_seconds": round(computed - started, 3),
-                    "write_seconds": round(perf_counter() - computed, 3),
+                    "size_bytes": stored.size_bytes,
+                    "dagster/partition_row_count": stored.rows,
+                    "write_seconds": round(perf_counter() - started, 3),
                 },
                 asset_key=context.asset_key,
                 partition_key=key,
@@ -208,7 +206,7 @@ def delete_partition(engine: sa.Engine, partition: StoredPartition) -> bool:
     return True
 
 
-def _write(path: UPath, rows: pl.DataFrame) -> int:
+def _write(path: UPath, rows: pl.LazyFrame) -> StoredFile:
     try:
         return write_parquet(path, rows)
     # Polars passes on what the system says as an error of its own.
@@ -231,8 +229,8 @@ def _is_date(text: str) -> bool:
         return False
 
 
-def _merged(path: UPath, rows: pl.DataFrame, *, only: list[str]) -> pl.DataFrame:
+def _merged(path: UPath, rows: pl.LazyFrame, *, only: list[str]) -> pl.LazyFrame:
     if not path.exists():
         return rows
-    others = scan_partition(path).filter(~pl.col("tutor_id").is_in(only)).collect()
-    return pl.concat([others, rows]).sort("tutor_id", maintain_order=True)
+    others = scan_partition(path).filter(~pl.col("tutor_id").is_in(only))
+    return pl.concat([others, rows])

@@ -141,7 +141,7 @@ def test_running_a_date_again_changes_nothing(golden: Platform) -> None:
     )
     assert_frame_equal(golden.metrics(), rows)
     for asset, frame in files.items():
-        assert_frame_equal(golden.partition(asset, DAY), frame)
+        assert_frame_equal(golden.partition(asset, DAY), frame, check_row_order=False)
 
 
 def test_tutors_who_are_not_active_are_left_out_by_default(golden_platform: Platform) -> None:

@@ -15,7 +15,12 @@ import pytest
 from tutormax_assets_tests.automation.conftest import serving
 
 ROOT = Path(__file__).parent.parent
-LOCKS = ("requirements.lock", "requirements-dev.lock", "deploy/requirements.lock")
+LOCKS = (
+    "requirements.lock",
+    "requirements-dev.lock",
+    "requirements-bench.lock",
+    "deploy/requirements.lock",
+)
 NAME = re.compile(r"^([A-Za-z0-9.-]+)")
 
 
@@ -134,6 +139,7 @@ def test_each_dependency_has_its_line_in_the_readme() -> None:
         *(name for names in project["project"]["optional-dependencies"].values() for name in names),
         *(name for name in project["dependency-groups"]["dev"] if isinstance(name, str)),
         *project["dependency-groups"]["build"],
+        *project["dependency-groups"]["bench"],
     ]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.split("| dependency | why it is here |")[1].split("\n\n")[0]

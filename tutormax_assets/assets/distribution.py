@@ -40,7 +40,8 @@ def distribution_image(counts: Mapping[str, Mapping[str, int]]) -> str:
         draw, font, top=_ROW_HEIGHT * len(counts) + 8, tiers=next(iter(counts.values()), {})
     )
     png = io.BytesIO()
-    image.quantize(32).save(png, format="PNG", optimize=True)
+    # Each date of a range has a picture, and an octree is several times as fast as the default.
+    image.quantize(32, method=Image.Quantize.FASTOCTREE).save(png, format="PNG")
     encoded = base64.b64encode(png.getvalue()).decode()
     return f"![Tutors by tier and window](data:image/png;base64,{encoded})"
 

@@ -1,7 +1,10 @@
 """The platform as it was known when the run read it: roster, sessions and events."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from functools import partial
+from pathlib import Path
+from time import perf_counter
 from typing import Literal
 
 import dagster as dg
@@ -22,6 +25,7 @@ from tutormax_assets.platform import snapshot
 from tutormax_assets.platform.contract import NEEDED_COLUMNS
 from tutormax_assets.platform.snapshot import PlatformRows
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
+from tutormax_assets.spool import spool_folder
 from tutormax_assets.storage import FramesByDate
 
 SET_ASIDE_METADATA = "set_aside_by_reason"
@@ -87,25 +91,32 @@ def platform_snapshot_assets(
         """Read the platform at one instant for all reference dates of the run; slice by date."""
         selected = _selected(context)
         start, end = _horizon(context, daily, window_days)
-        rows = run_options.retrying(context.log)(
-            snapshot.read,
-            database.source,
-            tables={_READ_FROM[asset][0] for asset in selected},
-            start=start,
-            end=end,
-            tutor_ids=run_options.tutor_ids,
-        )
-        for table in rows.empty_tables:
-            context.log.warning(f"Table {table}: found no row, expected those of the platform")
-        good_sessions = quality.good_sessions(
-            rows.sessions.lazy(), policy=metrics_policy.policy, timezone=daily.timezone
-        )
-        good_events = quality.good_events(rows.events.lazy(), timezone=daily.timezone)
-        if "tutor_roster" in selected:
-            roster = _roster(context, rows, run_options)
-            yield dg.Output(dict.fromkeys(context.partition_keys, roster), "tutor_roster")
-        yield from _cleaned(context, "sessions", rows, good_sessions, window_days)
-        yield from _cleaned(context, "tutor_events", rows, good_events, window_days)
+        with spool_folder(database.home) as folder:
+            rows = run_options.retrying(context.log)(
+                snapshot.read,
+                database.source,
+                folder / "source",
+                tables={_READ_FROM[asset][0] for asset in selected},
+                start=start,
+                end=end,
+                tutor_ids=run_options.tutor_ids,
+            )
+            for table in rows.empty_tables:
+                context.log.warning(f"Table {table}: found no row, expected those of the platform")
+            if "tutor_roster" in selected:
+                roster = _roster(context, rows, run_options)
+                yield dg.Output(dict.fromkeys(context.partition_keys, roster), "tutor_roster")
+            good_sessions = partial(
+                quality.good_sessions,
+                policy=metrics_policy.policy,
+                timezone=daily.timezone,
+                ids_are_unique=rows.ids_are_unique,
+            )
+            good_events = partial(quality.good_events, timezone=daily.timezone)
+            sessions = _by_parts(rows.sessions, good_sessions, folder / "sessions")
+            yield from _cleaned(context, "sessions", rows, sessions, window_days)
+            events = _by_parts(rows.events, good_events, folder / "tutor_events")
+            yield from _cleaned(context, "tutor_events", rows, events, window_days)
 
     return platform_snapshot
 
@@ -161,7 +172,7 @@ def _cleaned(
     context: dg.AssetExecutionContext,
     table: Literal["sessions", "tutor_events"],
     rows: PlatformRows,
-    cleaned: tuple[pl.LazyFrame, pl.LazyFrame],
+    cleaned: tuple[pl.LazyFrame, pl.DataFrame, float],
     window_days: int,
 ) -> Iterator[dg.Output[FramesByDate]]:
     """The good rows of a table and what was set aside, each by reference date."""
@@ -169,24 +180,41 @@ def _cleaned(
     selected = _selected(context) & {kept, aside}
     if not selected:
         return
-    good, set_aside = pl.collect_all(cleaned)
+    good, set_aside, clean_seconds = cleaned
     what = table.removeprefix("tutor_")
-    context.log.info(f"Read {rows.count(table)} {what}, set {len(set_aside)} values aside")
+    context.log.info(f"Read {rows.count[table]} {what}, set {len(set_aside)} values aside")
     for source_table, column, reason, count in _reasons(set_aside).iter_rows():
         context.log.warning(f"Set aside {count} of {source_table}: {column} is {reason}")
     if kept in selected:
-        _add_read_metadata(context, kept, rows, table)
+        _add_read_metadata(context, kept, rows, table, clean_seconds)
         _add_set_aside_metadata(context, kept, set_aside, window_days)
         yield dg.Output(_by_reference_date(context, good, _DATE_COLUMNS[table], window_days), kept)
     if aside in selected:
-        yield dg.Output(_by_reference_date(context, set_aside, "date", window_days), aside)
+        yield dg.Output(_by_reference_date(context, set_aside.lazy(), "date", window_days), aside)
+
+
+def _by_parts(
+    parts: Iterable[pl.LazyFrame],
+    clean: Callable[[pl.LazyFrame], tuple[pl.LazyFrame, pl.LazyFrame]],
+    folder: Path,
+) -> tuple[pl.LazyFrame, pl.DataFrame, float]:
+    """The good rows, which wait in a folder, what was set aside, and the seconds that it took."""
+    started = perf_counter()
+    folder.mkdir()
+    set_aside = []
+    for number, part in enumerate(parts):
+        # What is good and what is set aside would each join the part anew.
+        good, aside = pl.collect_all(clean(part.collect().lazy()))
+        good.write_ipc(folder / f"{number}.ipc")
+        set_aside.append(aside)
+    return pl.scan_ipc(folder / "*.ipc"), pl.concat(set_aside), perf_counter() - started
 
 
 def _by_reference_date(
-    context: dg.AssetExecutionContext, rows: pl.DataFrame, column: str, window_days: int
+    context: dg.AssetExecutionContext, rows: pl.LazyFrame, column: str, window_days: int
 ) -> FramesByDate:
     return {
-        key: rows.lazy().filter(within_window(column, reference_date=day, days=window_days))
+        key: rows.filter(within_window(column, reference_date=day, days=window_days))
         for key, day in reference_dates(context).items()
     }
 
@@ -196,12 +224,14 @@ def _add_read_metadata(
     asset: str,
     rows: PlatformRows,
     table: snapshot.Table,
+    clean_seconds: float = 0.0,
 ) -> None:
     for key in context.partition_keys:
         context.add_asset_metadata(
             {
-                "rows_read_by_run": rows.count(table),
+                "rows_read_by_run": rows.count[table],
                 "read_seconds": round(rows.seconds[table], 3),
+                "clean_seconds": round(clean_seconds, 3),
                 "read_at": dg.MetadataValue.timestamp(rows.read_at),
                 "source_snapshot": rows.snapshot,
             },
@@ -213,7 +243,7 @@ def _add_read_metadata(
 def _add_set_aside_metadata(
     context: dg.AssetExecutionContext, asset: str, set_aside: pl.DataFrame, window_days: int
 ) -> None:
-    of_date = _by_reference_date(context, set_aside, "date", window_days)
+    of_date = _by_reference_date(context, set_aside.lazy(), "date", window_days)
     for key, rows in of_date.items():
         reasons = _reasons(rows.collect())
         context.add_asset_metadata(

@@ -67,20 +67,23 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         policy, limits = metrics_policy.policy, metrics_policy.policy.checks
         retrying = run_options.retrying(context.log)
-        found: dict[str, dict[str, Finding]] = {}
-        for key in context.partition_keys:
-            day = date.fromisoformat(key)
+        days = {key: date.fromisoformat(key) for key in context.partition_keys}
+        summed = {}
+        for key in days:
             sessions = partition(io_manager, ASSET, key)
-            by_day, by_tutor, set_aside = pl.collect_all(
+            summed[key] = pl.collect_all(
                 [
                     sessions_by_day(sessions),
                     sessions.group_by("tutor_id").len("rows"),
                     partition(io_manager, "sessions_set_aside", key),
-                ]
+                ],
+                engine="streaming",
             )
-            unknown = retrying(
-                snapshot.unknown_tutors, database.source, by_tutor["tutor_id"].to_list()
-            )
+        tutor_ids = pl.concat(by_tutor["tutor_id"] for _, by_tutor, _ in summed.values()).unique()
+        unknown = retrying(snapshot.unknown_tutors, database.source, tutor_ids.to_list())
+        found: dict[str, dict[str, Finding]] = {}
+        for key, day in days.items():
+            by_day, by_tutor, set_aside = summed.pop(key)
             found[key] = {
                 "few_rows_set_aside": few_rows_set_aside(
                     rows_read(by_day, set_aside),

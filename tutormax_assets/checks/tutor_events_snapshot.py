@@ -59,7 +59,8 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
                 [
                     events_by_day(partition(io_manager, ASSET, key)),
                     partition(io_manager, "tutor_events_set_aside", key),
-                ]
+                ],
+                engine="streaming",
             )
             found[key] = {
                 "few_rows_set_aside": few_rows_set_aside(

@@ -1,5 +1,6 @@
 """``tutormax run`` and ``tutormax backfill``: compute reference dates and keep them."""
 
+import gc
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -165,7 +166,16 @@ def _prepare(*, verbose: bool, quiet: bool) -> "Settings":
     if verbose and quiet:
         fail("--verbose and --quiet exclude each other.", code=EXIT_USAGE)
     log_to_stderr(verbose=verbose, quiet=quiet)
-    return settings()
+    # What is imported stays: looking for garbage among it takes a fifth of the time.
+    gc.disable()
+    try:
+        environment = settings()
+        with sentences():
+            import tutormax_assets.aggregation  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
+    return environment
 
 
 def _tutor_ids(text: str | None) -> list[str]:

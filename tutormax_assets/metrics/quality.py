@@ -94,6 +94,14 @@ def with_repetitions(rows: pl.LazyFrame, /) -> pl.LazyFrame:
     )
 
 
+def without_repetitions(rows: pl.LazyFrame, /) -> pl.LazyFrame:
+    """``SourceSessions`` of which each session and each feedback is there once, likewise."""
+    return rows.with_columns(
+        pl.lit(False).alias(name)
+        for name in ("session_repeats", "feedback_repeats", "session_comes_again")
+    )
+
+
 def event_rules() -> list[Rule]:
     """The contract of ``tutor_events``, on rows of ``SourceEvents``."""
     minutes = _response_time()
@@ -125,20 +133,23 @@ def good_tutors(tutors: pl.LazyFrame, /, *, include_inactive: bool) -> pl.LazyFr
 
 
 def good_sessions(
-    rows: pl.LazyFrame, /, *, policy: Policy, timezone: str
+    rows: pl.LazyFrame, /, *, policy: Policy, timezone: str, ids_are_unique: bool = False
 ) -> tuple[pl.LazyFrame, pl.LazyFrame]:
     """Sessions with broken values made null, and what was set aside.
 
     Args:
-        rows: ``SourceSessions``.
+        rows: ``SourceSessions``, all rows of a session.
         policy: Says on which scale sessions are scored.
         timezone: IANA name; a session belongs to the date that it is scheduled on there.
+        ids_are_unique: Whether no session and no feedback can be there twice. To look for them
+            costs more than all other rules.
 
     Returns:
-        ``SessionsSnapshot`` sorted by tutor and date, and ``SetAside``.
+        ``SessionsSnapshot`` and ``SetAside``.
     """
     rules = session_rules(policy)
-    marked = _marked(with_repetitions(rows), rules).with_columns(
+    repetitions = without_repetitions if ids_are_unique else with_repetitions
+    marked = _marked(repetitions(rows), rules).with_columns(
         _local_date("scheduled_start", timezone).alias("scheduled_date")
     )
     good = (
@@ -156,7 +167,6 @@ def good_sessions(
             _unless_broken(rules, "student_feedback", "overall_rating", by_any_column=True),
         )
         .select(SessionsSnapshot.column_names())
-        .sort("tutor_id", "scheduled_date")
     )
     return good, _set_aside(marked, rules, date="scheduled_date")
 
@@ -169,7 +179,7 @@ def good_events(rows: pl.LazyFrame, /, *, timezone: str) -> tuple[pl.LazyFrame, 
         timezone: IANA name; an event belongs to the date that it happened on there.
 
     Returns:
-        ``TutorEventsSnapshot`` sorted by tutor and date, and ``SetAside``.
+        ``TutorEventsSnapshot`` and ``SetAside``.
     """
     rules = event_rules()
     used = rows.filter(pl.col("event_type").is_in([LOGIN, MESSAGE_RESPONSE]))
@@ -177,16 +187,12 @@ def good_events(rows: pl.LazyFrame, /, *, timezone: str) -> tuple[pl.LazyFrame, 
         _local_date("event_timestamp", timezone).alias("event_date")
     )
     broken = pl.any_horizontal(_mark(number) for number in range(len(rules)))
-    good = (
-        marked.with_columns(
-            pl.col("event_type").cast(pl.Enum([LOGIN, MESSAGE_RESPONSE])),
-            pl.when(_carries_response_time() & ~broken)
-            .then(_response_time())
-            .alias("response_time_minutes"),
-        )
-        .select(TutorEventsSnapshot.column_names())
-        .sort("tutor_id", "event_date")
-    )
+    good = marked.with_columns(
+        pl.col("event_type").cast(pl.Enum([LOGIN, MESSAGE_RESPONSE])),
+        pl.when(_carries_response_time() & ~broken)
+        .then(_response_time())
+        .alias("response_time_minutes"),
+    ).select(TutorEventsSnapshot.column_names())
     return good, _set_aside(marked, rules, date="event_date")
 
 

@@ -39,7 +39,7 @@ class SourceSessions(dy.Schema):
 class SourceEvents(dy.Schema):
     """One row per login or message response; nothing checked yet."""
 
-    event_id = dy.String()
+    event_id = dy.String(nullable=True, description="Null of a login.")
     tutor_id = dy.String()
     event_type = dy.String()
     event_timestamp = dy.Datetime(time_zone="UTC")

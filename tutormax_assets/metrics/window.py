@@ -1,6 +1,12 @@
-"""The metrics of one window, each defined once, from sums that a tutor's rows add up to."""
+"""The metrics of a window, each defined once, from sums that a tutor's rows add up to.
 
+The starts of the windows divide the days before a reference date into segments. What a tutor's rows
+of a segment add up to is computed once, and a window is the sum of its segments.
+"""
+
+from collections.abc import Sequence
 from datetime import date, timedelta
+from functools import partial
 
 import polars as pl
 
@@ -30,58 +36,66 @@ def window_metrics(
     /,
     *,
     reference_date: date,
-    days: int,
+    windows: Sequence[int],
     policy: Policy,
 ) -> pl.LazyFrame:
     """The metrics of every tutor of the roster over the days before the reference date.
 
+    However many windows there are, sessions and events are gone through once.
+
     Args:
         roster: ``TutorRoster``.
-        sessions: ``SessionsSnapshot``; rows outside the window and of other tutors do not count.
+        sessions: ``SessionsSnapshot``; rows outside the windows and of other tutors do not count.
         events: ``TutorEventsSnapshot``, likewise.
-        reference_date: The day after the last one of the window.
-        days: Length of the window.
+        reference_date: The day after the last one of each window.
+        windows: Lengths of the windows in days, the shortest first.
         policy: Weights, limits and scale.
 
     Returns:
-        ``WindowMetrics``, one row per tutor of the roster, sorted by tutor. Rates and means are
-        rounded to two decimals, half to even.
+        ``WindowMetrics``, one row per window and tutor of the roster, the shortest window first and
+        each of them sorted by tutor. Rates and means are rounded to two decimals, half to even.
     """
-    in_window = within_window("scheduled_date", reference_date=reference_date, days=days)
-    sums = session_sums(sessions.filter(in_window), policy=policy)
-    in_window = within_window("event_date", reference_date=reference_date, days=days)
-    event_counts = event_sums(events.filter(in_window))
-    counts = [*_COUNTS, "logins"]
+    in_segments = partial(_in_segments, reference_date=reference_date, windows=windows)
+    by = ["tutor_id", "segment"]
+    of_sessions = session_sums(in_segments(sessions, "scheduled_date"), policy=policy, by=by)
+    of_events = event_sums(in_segments(events, "event_date"), by=by)
+    names = pl.LazyFrame(
+        {"days": windows, "window": [window_name(days) for days in windows]},
+        schema={"days": pl.UInt16, "window": pl.String},
+    )
+    key = ["tutor_id", "days"]
     return (
         roster.select("tutor_id")
-        .join(sums, on="tutor_id", how="left")
-        .join(event_counts, on="tutor_id", how="left")
-        .with_columns(pl.col(counts).fill_null(0))
-        .select(
-            "tutor_id",
-            pl.lit(window_name(days)).alias("window"),
-            *(expression.alias(name) for name, expression in metrics(policy).items()),
-        )
+        .join(names, how="cross")
+        .join(_added_up(of_sessions, windows), on=key, how="left")
+        .join(_added_up(of_events, windows), on=key, how="left")
+        .with_columns(pl.col(_COUNTS).fill_null(0))
+        .select(*key, "window", **metrics(policy))
+        # Rounding repeats what it rounds: in the same step the plan would grow many times over.
+        .with_columns(_rounded(pl.col(pl.Float64)))
+        .sort("days", "tutor_id")
         .select(WindowMetrics.column_names())
-        .sort("tutor_id")
     )
 
 
-def session_sums(sessions: pl.LazyFrame, /, *, policy: Policy) -> pl.LazyFrame:
+def session_sums(
+    sessions: pl.LazyFrame, /, *, policy: Policy, by: Sequence[str] = ("tutor_id",)
+) -> pl.LazyFrame:
     """What a tutor's sessions add up to; sums of two sets of sessions add up to those of both.
 
     Args:
         sessions: ``SessionsSnapshot``.
         policy: Says when a session is punctual and when a first session is a success.
+        by: The columns whose values make a group.
 
     Returns:
-        One row per tutor who has a session: counts, and sums of ratings and scores.
+        One row per group that has a session: counts, and sums of ratings and scores.
     """
     rated = pl.col("overall_rating").is_not_null()
     first = (pl.col("session_number") == 1) & rated
     success = pl.col("overall_rating") >= policy.first_session_success_rating
     late = pl.col("late_start_minutes")
-    return sessions.group_by("tutor_id").agg(
+    return sessions.group_by(by).agg(
         pl.len().alias("sessions"),
         (pl.col("started") & ~pl.col("no_show")).sum().alias("completed"),
         pl.col("no_show").sum().alias("no_shows"),
@@ -100,16 +114,17 @@ def session_sums(sessions: pl.LazyFrame, /, *, policy: Policy) -> pl.LazyFrame:
     )
 
 
-def event_sums(events: pl.LazyFrame, /) -> pl.LazyFrame:
+def event_sums(events: pl.LazyFrame, /, *, by: Sequence[str] = ("tutor_id",)) -> pl.LazyFrame:
     """What a tutor's events add up to.
 
     Args:
         events: ``TutorEventsSnapshot``.
+        by: The columns whose values make a group.
 
     Returns:
-        One row per tutor who has an event: logins, responses that carry a time, sum of the times.
+        One row per group that has an event: logins, responses that carry a time, sum of the times.
     """
-    return events.group_by("tutor_id").agg(
+    return events.group_by(by).agg(
         (pl.col("event_type") == LOGIN).sum().alias("logins"),
         pl.col("response_time_minutes").count().alias("responses"),
         _exact_sum("response_time_minutes", _MINUTES_DECIMALS).alias("minutes_sum"),
@@ -117,7 +132,7 @@ def event_sums(events: pl.LazyFrame, /) -> pl.LazyFrame:
 
 
 def metrics(policy: Policy) -> dict[str, pl.Expr]:
-    """The definition of each metric, over the columns of ``session_sums`` and ``event_sums``.
+    """The definition of each metric, not rounded, over ``session_sums`` and ``event_sums``.
 
     A share of nothing is null. Source: the product's specification, "The nine metrics".
     """
@@ -131,17 +146,41 @@ def metrics(policy: Policy) -> dict[str, pl.Expr]:
     )
     return {
         "sessions_completed": pl.col("completed").cast(pl.Int32),
-        "avg_rating": _rounded(_mean("rating_sum", "ratings", 0)),
-        "first_session_success_rate": _rounded(_share("first_successes", "first_rated")),
-        "reschedule_rate": _rounded(_share("reschedules", "reschedules_known")),
+        "avg_rating": _mean("rating_sum", "ratings", 0),
+        "first_session_success_rate": _share("first_successes", "first_rated"),
+        "reschedule_rate": _share("reschedules", "reschedules_known"),
         "no_show_count": pl.col("no_shows").cast(pl.Int32),
-        "engagement_score": _rounded(pl.when(pl.col("sessions") > 0).then(engagement)),
-        "learning_objectives_met_pct": _rounded(_share("objectives_met", "objectives_known")),
-        "response_time_avg_minutes": _rounded(_mean("minutes_sum", "responses", _MINUTES_DECIMALS)),
+        "engagement_score": pl.when(pl.col("sessions") > 0).then(engagement),
+        "learning_objectives_met_pct": _share("objectives_met", "objectives_known"),
+        "response_time_avg_minutes": _mean("minutes_sum", "responses", _MINUTES_DECIMALS),
     }
 
 
-_COUNTS = ["sessions", "completed", "no_shows"]
+_COUNTS = ["sessions", "completed", "no_shows", "logins"]
+
+
+def _in_segments(
+    rows: pl.LazyFrame, column: str, /, *, reference_date: date, windows: Sequence[int]
+) -> pl.LazyFrame:
+    """The rows of the longest window; a segment is named by how many windows start after it."""
+    starts_after = (pl.col(column) < reference_date - timedelta(days=days) for days in windows)
+    return rows.filter(
+        within_window(column, reference_date=reference_date, days=windows[-1])
+    ).with_columns(pl.sum_horizontal(starts_after).cast(pl.UInt8).alias("segment"))
+
+
+def _added_up(sums: pl.LazyFrame, windows: Sequence[int]) -> pl.LazyFrame:
+    """The sums of each window, by its ``days``, from those of its segments."""
+    segments = pl.LazyFrame(
+        [(segment, days) for n, days in enumerate(windows, 1) for segment in range(n)],
+        schema={"segment": pl.UInt8, "days": pl.UInt16},
+        orient="row",
+    )
+    return (
+        sums.join(segments, on="segment")
+        .group_by("tutor_id", "days")
+        .agg(pl.exclude("segment").sum())
+    )
 
 
 def _exact_sum(column: str, decimals: int) -> pl.Expr:

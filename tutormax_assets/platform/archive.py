@@ -368,7 +368,7 @@ def _archived(path: UPath, rows: pl.DataFrame) -> pl.DataFrame:
         known = read_parquet(path)
         merged = rows if known is None else _merged(rows, known)
         if known is None or not merged.equals(known):
-            write_parquet(path, merged)
+            write_parquet(path, merged.lazy())
         found = read_parquet(path)
         if found is None or not found.equals(merged):
             raise ArchiveError(

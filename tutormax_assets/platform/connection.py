@@ -144,14 +144,19 @@ def limit_transaction(connection: sa.Connection, timeouts: Timeouts) -> None:
 
     The settings belong to the transaction, so they pass through a transaction pooler.
     """
-    limits = {
+    limits = transaction_limits(timeouts)
+    connection.execute(
+        sa.select(*(sa.func.set_config(name, value, True) for name, value in limits.items()))
+    )
+
+
+def transaction_limits(timeouts: Timeouts) -> dict[str, str]:
+    """The server's settings, by name, that bound a transaction."""
+    return {
         "statement_timeout": f"{timeouts.statement_seconds}s",
         "lock_timeout": f"{timeouts.lock_seconds}s",
         "idle_in_transaction_session_timeout": f"{timeouts.statement_seconds}s",
     }
-    connection.execute(
-        sa.select(*(sa.func.set_config(name, value, True) for name, value in limits.items()))
-    )
 
 
 @contextmanager
@@ -162,13 +167,16 @@ def advisory_lock(engine: sa.Engine, name: str) -> Iterator[None]:
         yield
 
 
-def lock_for_transaction(connection: sa.Connection, name: str) -> None:
+def lock_for_transaction(connection: sa.Connection, name: str, *, shared: bool = False) -> None:
     """Take PostgreSQL's advisory lock of that name; whoever else wants it waits.
+
+    Those who want it shared wait only for one who does not.
 
     The lock belongs to the transaction, so it ends with it, the process or the connection,
     whichever ends first, and passes through a transaction pooler.
     """
-    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock_key(name))))
+    lock = sa.func.pg_advisory_xact_lock_shared if shared else sa.func.pg_advisory_xact_lock
+    connection.execute(sa.select(lock(lock_key(name))))
 
 
 def lock_key(name: str) -> sa.ColumnElement[int]:

@@ -8,7 +8,6 @@ carries none, and then what libpq says decides.
 import logging
 import re
 
-import polars as pl
 import psycopg
 import sqlalchemy as sa
 import tenacity
@@ -147,11 +146,11 @@ def retrying(
     )
 
 
-def of_stream(error: pl.exceptions.ComputeError, *, is_lost: bool) -> dbapi.Error:
-    """The driver's error for one that ended a stream of rows, which Polars has as text only.
+def of_stream(error: Exception, *, is_lost: bool) -> dbapi.Error:
+    """The driver's error for one that ended a stream of rows, which Arrow has as text only.
 
     Args:
-        error: What Polars raised.
+        error: What was raised.
         is_lost: Whether the connection is of no use any more.
     """
     said = str(error)

@@ -1,28 +1,37 @@
 """Writing ``tutor_performance_metrics``: COPY to a staging table, one upsert per batch of tutors.
 
-Every batch is its own transaction, and rows that are already there with the same values are not
-touched. A batch that is refused because of its rows is split until only the culprits are left out.
-The writers of one date take turns, so that two runs of it at once neither collide nor wait for each
-other in a circle.
+What the table holds of the date is read first, and only tutors of whom a row moved are sent. Every
+batch is its own transaction; of many rows, two batches are written at once. A batch that is refused
+because of its rows is split until only the culprits are left out. Two runs of one date at once
+neither collide nor wait for each other in a circle.
 """
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from itertools import islice
+from threading import Event
+from typing import Any, NamedTuple, cast
 
 import polars as pl
 import psycopg
 import sqlalchemy as sa
 import tenacity
+from adbc_driver_postgresql import dbapi
 from psycopg import sql
 from sqlalchemy.dialects import postgresql
 
 from tutormax_assets.metrics.schemas import TutorTiers
-from tutormax_assets.platform.connection import Timeouts, limit_transaction, lock_for_transaction
-from tutormax_assets.platform.faults import is_of_rows, may_pass, reason, sqlstate
+from tutormax_assets.platform.connection import (
+    Timeouts,
+    conninfo,
+    limit_transaction,
+    lock_for_transaction,
+    transaction_limits,
+)
+from tutormax_assets.platform.faults import is_of_rows, may_pass, of_stream, reason, sqlstate
 from tutormax_assets.platform.tables import (
     METRICS_KEY,
     METRICS_TABLE,
@@ -40,6 +49,8 @@ _READ = {
     for name, dtype in pl.Schema(TutorTiers).items()
     if name in tutor_performance_metrics.c
 }
+
+_TYPES = {pl.String(): "text", pl.Float64(): "double precision"}
 
 # With types of its own, filling it waits for no lock, and a column of the table that has another
 # type is refused by its name instead of by the first value.
@@ -80,6 +91,14 @@ _PARTS = 4
 _REFUSALS = (sa.exc.SQLAlchemyError, psycopg.Error)
 _INSUFFICIENT_PRIVILEGE = "42501"
 _LOCK_NOT_AVAILABLE = "55P03"
+_UNIQUE_VIOLATION = "23505"
+
+_METRIC_ID = cast(sa.String, tutor_performance_metrics.c.metric_id.type)
+
+# One connection keeps one core of the server busy, and two the indexes' last pages: a third one
+# gained nothing. It takes some thousands of rows to be worth its connecting.
+_WRITERS = 2
+_ROWS_FOR_WRITERS = 5_000
 
 
 class MetricsTableError(Exception):
@@ -114,6 +133,11 @@ class Batch:
         return self.inserted + self.updated + self.unchanged
 
 
+class _Written(NamedTuple):
+    batch: Batch
+    failure: Exception | None
+
+
 def write_metrics(
     engine: sa.Engine,
     tiers: pl.DataFrame,
@@ -134,37 +158,238 @@ def write_metrics(
         engine: The database that holds the table.
         tiers: ``TutorTiers``, all windows of a tutor included.
         calculation_date: The instant that the reference date stands for.
-        batch_size: Tutors per transaction.
+        batch_size: Tutors per transaction at most, of those of whom a row moved.
         retrying: Calls the writing of a batch again when its failure may pass.
         timeouts: How long a statement may take, and wait for another session's lock.
 
     Yields:
-        One ``Batch`` after each batch, that included in which the writing ends with an error.
+        One ``Batch`` after each batch, in their order, those included in which the writing ends
+        with an error.
 
     Raises:
         MetricsTableError: The table cannot be written, whatever the rows. What was saved stays,
-            and the following batches are not tried.
+            and batches that are not under way are not tried.
     """
-    batches = _split(tiers, size=batch_size)
-    waited_seconds = 0.0
-    for number, batch in enumerate(batches, start=1):
-        parts = [batch]
-        attempt = retrying
-        rows: Counter[str] = Counter()
+    stored = _look(engine, tiers, calculation_date, timeouts)
+    rows = _with_moved(tiers, stored)
+    moved = rows.filter("is_moved")
+    writers = _WRITERS if len(moved) >= _ROWS_FOR_WRITERS else 1
+    batches = _batches(rows, size=_even(moved["tutor_id"].n_unique(), batch_size, writers))
+    writing = _Writing(
+        engine=engine,
+        calculation_date=calculation_date,
+        is_new=stored is not None and stored.is_empty(),
+        of=len(batches),
+        retrying=retrying,
+        timeouts=timeouts,
+    )
+    failure: Exception | None = None
+    for batch, failed in _in_turn(writing.write, enumerate(batches, start=1), writers=writers):
+        failure = failure or failed
+        yield batch
+    if failure is not None:
+        raise MetricsTableError(_sentence(failure)) from failure
+
+
+def read_metrics(
+    engine: sa.Engine,
+    *,
+    calculation_dates: Iterable[datetime],
+    tutor_ids: Sequence[str] = (),
+    timeouts: Timeouts = Timeouts(),  # noqa: B008 - it is immutable
+) -> Iterator[pl.DataFrame]:
+    """The table's rows of some dates: their key in the date, and their values.
+
+    Args:
+        engine: The database that holds the table.
+        calculation_dates: The instants that the reference dates stand for.
+        tutor_ids: Only rows of these tutors; all when empty.
+        timeouts: How long a statement may take, and wait for another session's lock.
+
+    Yields:
+        A frame for each date, in their order: ``tutor_id``, ``window`` and the values as
+        ``TutorTiers`` has them, tiers as text.
+
+    Raises:
+        MetricsTableError: The table cannot be read.
+    """
+    try:
+        yield from _read(engine, calculation_dates, tutor_ids, timeouts)
+    except dbapi.Error as error:
+        raise MetricsTableError(
+            f"{METRICS_TABLE} cannot be read: {reason(error)}."
+            " `tutormax db status` shows what is there."
+        ) from error
+
+
+def _read(
+    engine: sa.Engine,
+    calculation_dates: Iterable[datetime],
+    tutor_ids: Sequence[str],
+    timeouts: Timeouts,
+) -> Iterator[pl.DataFrame]:
+    # Of an array that is joined, the planner knows the length, and takes few tutors one by one.
+    asked = sql.SQL("JOIN unnest({}::text[]) AS asked (tutor_id) USING (tutor_id)").format(
+        sql.Literal(list(dict.fromkeys(tutor_ids)))
+    )
+    query = sql.SQL(
+        "SELECT {} FROM {} {}"
+        " WHERE calculation_date = current_setting('tutormax.calculation_date')::timestamptz"
+    ).format(
+        sql.SQL(", ").join(
+            sql.SQL("{}::{}").format(sql.Identifier(name), sql.SQL(_TYPES.get(dtype, "bigint")))
+            for name, dtype in _READ.items()
+        ),
+        sql.Identifier(METRICS_TABLE),
+        asked if tutor_ids else sql.SQL(""),
+    )
+    limits = transaction_limits(timeouts)
+    # psycopg would hand over each row of a COPY by itself, in twice the time.
+    with dbapi.connect(conninfo(engine.url)) as connection, connection.cursor() as cursor:
+        for calculation_date in calculation_dates:
+            settings = {**limits, "tutormax.calculation_date": calculation_date.isoformat()}
+            numbered = enumerate(settings, start=1)
+            set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in numbered)
+            # With bound parameters of its own the query would not be read by binary COPY.
+            cursor.execute(f"SELECT {set_all}", tuple(settings.values()))
+            cursor.execute(query.as_string(None))
+            try:
+                rows = pl.DataFrame(cursor.fetch_arrow())
+            except pl.exceptions.ComputeError as error:
+                raise of_stream(error, is_lost=True) from error
+            yield rows.select(pl.col(name).cast(dtype) for name, dtype in _READ.items())
+
+
+def _stored(
+    connection: sa.Connection, calculation_date: datetime, tutor_ids: Sequence[str]
+) -> pl.DataFrame:
+    """As ``read_metrics``, on a connection that is there: another one costs more than a date."""
+    # Of an array that is joined, the planner knows the length, and takes few tutors one by one.
+    query = sql.SQL(
+        "COPY (SELECT {} FROM {} JOIN unnest({}::text[]) AS asked (tutor_id) USING (tutor_id)"
+        " WHERE calculation_date = {}) TO STDOUT (FORMAT csv)"
+    ).format(
+        sql.SQL(", ").join(sql.Identifier(name) for name in _READ),
+        sql.Identifier(METRICS_TABLE),
+        sql.Literal(list(dict.fromkeys(tutor_ids))),
+        sql.Literal(calculation_date),
+    )
+    with connection.connection.cursor().copy(query) as copy:
+        rows = b"".join(copy)
+    return pl.read_csv(rows, has_header=False, schema=_READ, raise_if_empty=False)
+
+
+def _look(
+    engine: sa.Engine, tiers: pl.DataFrame, calculation_date: datetime, timeouts: Timeouts
+) -> pl.DataFrame | None:
+    """What the table holds of these tutors; nothing where the date is new, None if unknown."""
+    try:
+        with engine.connect() as connection:
+            limit_transaction(connection, timeouts)
+            if connection.scalar(_DATE_HAS_ROWS, {"calculation_date": calculation_date}):
+                return _stored(connection, calculation_date, tiers["tutor_id"].to_list())
+            connection.execute(_PLAN_OF_UPSERT)
+            return pl.DataFrame(schema=_READ)
+    # Whatever it is, the writing meets it too, and tries again or says what to do.
+    except (*_REFUSALS, pl.exceptions.PolarsError):
+        return None
+
+
+def _with_moved(tiers: pl.DataFrame, stored: pl.DataFrame | None) -> pl.DataFrame:
+    """The rows as they are staged, by tutor, and whether any row of the tutor is another one."""
+    rows = tiers.select(pl.col(name).cast(dtype) for name, dtype in _READ.items())
+    rows = rows.sort("tutor_id", "window")
+    if stored is None or stored.is_empty():
+        return rows.with_columns(is_moved=pl.lit(True))
+    moved = rows.join(stored, on=list(_READ), how="anti", nulls_equal=True)
+    return rows.with_columns(is_moved=pl.col("tutor_id").is_in(moved["tutor_id"].implode()))
+
+
+def _batches(rows: pl.DataFrame, *, size: int) -> list[pl.DataFrame]:
+    """Cut the rows so that each part has so many tutors with moved rows, the last one fewer."""
+    is_first = pl.col("tutor_id").ne_missing(pl.col("tutor_id").shift())
+    place = (is_first & pl.col("is_moved")).cum_sum().cast(pl.Int64)
+    number = (place - 1).clip(lower_bound=0) // size
+    return rows.with_columns(number=number).partition_by("number", include_key=False)
+
+
+def _even(tutors: int, batch_size: int, writers: int) -> int:
+    """The size of a batch, at most the given one, that gives all writers as many batches."""
+    rounds = -(-tutors // (batch_size * writers))
+    return batch_size if writers == 1 else -(-tutors // (rounds * writers))
+
+
+def _in_turn(
+    write: Callable[[tuple[int, pl.DataFrame], Event], _Written],
+    batches: Iterable[tuple[int, pl.DataFrame]],
+    *,
+    writers: int,
+) -> Iterator[_Written]:
+    """Write batches, some at once, and give what became of them in their order.
+
+    After one that fails, those that are under way are ended and no other is begun.
+    """
+    over = Event()
+    if writers == 1:
+        for item in batches:
+            done = write(item, over)
+            yield done
+            if done.failure is not None:
+                return
+        return
+    waiting = iter(batches)
+    pool = ThreadPoolExecutor(writers, thread_name_prefix=METRICS_TABLE)
+    try:
+        # One more than are written, so that nobody waits while a result is looked at.
+        under_way = deque(pool.submit(write, item, over) for item in islice(waiting, writers + 1))
+        while under_way:
+            done = under_way.popleft().result()
+            if done.failure is not None:
+                waiting = iter(())
+                under_way = deque(future for future in under_way if not future.cancel())
+            under_way.extend(pool.submit(write, item, over) for item in islice(waiting, 1))
+            yield done
+    finally:
+        over.set()
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class _Writing:
+    """The writing of one date, by one or several threads."""
+
+    engine: sa.Engine
+    calculation_date: datetime
+    is_new: bool
+    of: int
+    retrying: tenacity.Retrying
+    timeouts: Timeouts
+    waited_seconds: float = 0.0
+
+    def write(self, numbered: tuple[int, pl.DataFrame], over: Event) -> _Written:
+        """Write a batch; when it is over for all, it is not tried again."""
+        number, batch = numbered
+        parts = [batch.filter("is_moved")] if batch["is_moved"].any() else []
+        attempt = self.retrying.copy(
+            sleep=tenacity.sleep_using_event(over),
+            stop=lambda state: over.is_set() or self.retrying.stop(state),
+        )
+        rows = Counter(unchanged=len(batch) - int(batch["is_moved"].sum()))
         errors: dict[str, str] = {}
         failure: Exception | None = None
         while parts and failure is None:
             part = parts.pop()
             tutors_of_part = part["tutor_id"].n_unique()
             try:
-                rows.update(attempt(_upsert, engine, part, calculation_date, timeouts))
+                rows.update(attempt(self._write_part, part))
             except _REFUSALS as error:
                 if sqlstate(error) == _LOCK_NOT_AVAILABLE:
-                    waited_seconds += timeouts.lock_seconds
+                    self.waited_seconds += self.timeouts.lock_seconds
                     # The whole batch has been tried again for it.
-                    attempt = retrying.copy(retry=tenacity.retry_if_exception(_may_pass_unlocked))
+                    attempt = attempt.copy(retry=tenacity.retry_if_exception(_may_pass_unlocked))
                 may_accept_others = is_of_rows(error) or (
-                    waited_seconds <= timeouts.statement_seconds and _is_of_row_lock(engine, error)
+                    self.waited_seconds <= self.timeouts.statement_seconds
+                    and _is_of_row_lock(self.engine, error)
                 )
                 if not may_accept_others:
                     parts.append(part)
@@ -174,78 +399,44 @@ def write_metrics(
                 else:
                     parts += _split(part, size=-(-tutors_of_part // _PARTS))
         if failure is not None:
-            broken_off = MetricsTableError(_sentence(failure))
             for part in parts:
-                errors |= dict.fromkeys(part["tutor_id"], str(broken_off))
-        tutor_ids = batch["tutor_id"].unique().sort().to_list()
-        yield Batch(number, len(batches), tutor_ids, **rows, errors=dict(sorted(errors.items())))
-        if failure is not None:
-            raise broken_off from failure
-
-
-def read_metrics(
-    engine: sa.Engine, *, calculation_date: datetime, tutor_ids: Sequence[str]
-) -> pl.DataFrame:
-    """The table's rows of one date and these tutors: their key in the date, and their values.
-
-    Args:
-        engine: The database that holds the table.
-        calculation_date: The instant that the reference date stands for.
-        tutor_ids: The tutors whose rows are read.
-
-    Returns:
-        ``tutor_id``, ``window`` and the values as ``TutorTiers`` has them, tiers as text.
-
-    Raises:
-        MetricsTableError: The table cannot be read.
-    """
-    query = sql.SQL(
-        # The driver and the planner would look at each of a list of ids by itself.
-        "COPY (SELECT {} FROM {} WHERE calculation_date = {}"
-        " AND tutor_id IN (SELECT jsonb_array_elements_text({}::jsonb))) TO STDOUT (FORMAT csv)"
-    ).format(
-        sql.SQL(", ").join(sql.Identifier(name) for name in _READ),
-        sql.Identifier(METRICS_TABLE),
-        sql.Literal(calculation_date),
-        sql.Literal(json.dumps(list(tutor_ids))),
-    )
-    try:
-        with engine.connect() as connection:
-            cursor = connection.connection.cursor()
-            with cursor.copy(query) as copy:
-                rows = b"".join(copy)
-    except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
-        raise MetricsTableError(
-            f"{METRICS_TABLE} cannot be read: {reason(error)}."
-            " `tutormax db status` shows what is there."
-        ) from error
-    return pl.read_csv(rows, has_header=False, schema=_READ, raise_if_empty=False)
-
-
-def _upsert(
-    engine: sa.Engine, rows: pl.DataFrame, calculation_date: datetime, timeouts: Timeouts
-) -> dict[str, int]:
-    columns = _STAGED.c.keys()
-    with engine.begin() as connection:
-        # Of the locks that are taken below, only that of the date may be held for long: another
-        # writer has it for as long as its statement takes.
-        limit_transaction(connection, replace(timeouts, lock_seconds=0))
-        _STAGED.create(connection, checkfirst=False)
-        copy_rows = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(
-            sql.Identifier(_STAGED.name), sql.SQL(", ").join(map(sql.Identifier, columns))
+                errors |= dict.fromkeys(part["tutor_id"], _sentence(failure))
+        tutor_ids = batch["tutor_id"].unique(maintain_order=True).to_list()
+        return _Written(
+            Batch(number, self.of, tutor_ids, **rows, errors=dict(sorted(errors.items()))), failure
         )
-        with connection.connection.cursor().copy(copy_rows) as copy:
-            copy.write(rows.select(columns).write_csv(include_header=False))
-        # Who inserts a row that another transaction is inserting is refused by the primary key, of
-        # which ON CONFLICT knows nothing; so the writers of a date take turns.
-        lock_for_transaction(connection, f"{METRICS_TABLE}:{calculation_date.timestamp():.0f}")
-        limit_transaction(connection, timeouts)
-        written = connection.execute(_UPSERT, {"calculation_date": calculation_date}).one()
-    return {
-        "inserted": written.inserted,
-        "updated": written.written - written.inserted,
-        "unchanged": len(rows) - written.written,
-    }
+
+    def _write_part(self, rows: pl.DataFrame) -> dict[str, int]:
+        try:
+            return self._execute(_INSERT if self.is_new else _UPSERT, rows, alone=False)
+        except sa.exc.IntegrityError as error:
+            if sqlstate(error) != _UNIQUE_VIOLATION:
+                raise
+        # Another writer was ahead with the same rows. ON CONFLICT knows nothing of those that a
+        # transaction is about to insert, so this one is tried while nobody else writes the date.
+        return self._execute(_UPSERT, rows, alone=True)
+
+    def _execute(self, write: sa.Executable, rows: pl.DataFrame, *, alone: bool) -> dict[str, int]:
+        columns = _STAGED.c.keys()
+        with self.engine.begin() as connection:
+            # Of the locks that are taken below, only that of the date may be held for long: another
+            # writer has it for as long as its statement takes.
+            limit_transaction(connection, replace(self.timeouts, lock_seconds=0))
+            _STAGED.create(connection, checkfirst=False)
+            copy_rows = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(
+                sql.Identifier(_STAGED.name), sql.SQL(", ").join(map(sql.Identifier, columns))
+            )
+            with connection.connection.cursor().copy(copy_rows) as copy:
+                copy.write(rows.select(columns).write_csv(include_header=False))
+            name = f"{METRICS_TABLE}:{self.calculation_date.timestamp():.0f}"
+            lock_for_transaction(connection, name, shared=not alone)
+            limit_transaction(connection, self.timeouts)
+            written = connection.execute(write, {"calculation_date": self.calculation_date}).one()
+        return {
+            "inserted": written.inserted,
+            "updated": written.written - written.inserted,
+            "unchanged": len(rows) - written.written,
+        }
 
 
 def _split(rows: pl.DataFrame, *, size: int) -> list[pl.DataFrame]:
@@ -301,60 +492,69 @@ def _sentence(error: BaseException) -> str:
     return said
 
 
-def _upsert_statement() -> sa.Select[int, int]:
-    target = tutor_performance_metrics
+def _metric_id(date: sa.ColumnElement[datetime]) -> sa.ColumnElement[str]:
+    """An id that follows from the key, so that the table is the same whoever wrote a row first.
+
+    It begins with the date and goes on with the tutor, so that new rows are neighbours in its
+    index. A key that is too long for it is replaced by its digest, after two underscores: no other
+    id has two and then none.
+    """
+    epoch = sa.func.extract("epoch", date).cast(sa.BigInteger)
+    key = sa.func.concat_ws("_", epoch, _STAGED.c.tutor_id, _STAGED.c.window)
+    digest = sa.func.encode(sa.func.sha256(sa.func.convert_to(key, "UTF8")), "hex")
+    return sa.case(
+        (sa.func.length(key) <= _METRIC_ID.length, key),
+        else_=sa.func.concat(epoch, "__", sa.func.left(digest, 32)),
+    )
+
+
+def _insert_statement() -> Any:
     date = sa.bindparam("calculation_date", type_=sa.DateTime(timezone=True))
-    staged = _STAGED
-    values = sa.tuple_(*(staged.c[name] for name in _VALUES))
-    same = (
-        sa.select(sa.literal(1))
-        .where(
-            target.c.tutor_id == staged.c.tutor_id,
-            target.c.calculation_date == date,
-            target.c.window == staged.c.window,
-            # Says to the planner that a batch is a part of the date: it would read all of it.
-            target.c.tutor_id >= sa.select(sa.func.min(staged.c.tutor_id)).scalar_subquery(),
-            target.c.tutor_id <= sa.select(sa.func.max(staged.c.tutor_id)).scalar_subquery(),
-            sa.tuple_(*(target.c[name] for name in _VALUES)).is_not_distinct_from(values),
-        )
-        .exists()
-    )
-    # The id follows from the key, so that the table is the same whoever wrote a row first.
-    digest = sa.func.sha256(
-        sa.func.convert_to(
-            sa.func.concat_ws(
-                "|",
-                staged.c.tutor_id,
-                sa.func.extract("epoch", date).cast(sa.BigInteger),
-                staged.c.window,
-            ),
-            "UTF8",
-        )
-    )
-    metric_id = sa.func.concat("metric_", sa.func.left(sa.func.encode(digest, "hex"), 32))
-    rows = (
-        sa.select(
-            metric_id,
-            staged.c.tutor_id,
-            date,
-            staged.c.window,
-            *(staged.c[name] for name in _VALUES),
-        )
-        .where(~same)
-        .order_by(staged.c.tutor_id, staged.c.window)
-    )
-    insert = postgresql.insert(target).from_select(["metric_id", *METRICS_KEY, *_VALUES], rows)
+    rows = sa.select(
+        _metric_id(date),
+        _STAGED.c.tutor_id,
+        date,
+        _STAGED.c.window,
+        *(_STAGED.c[name] for name in _VALUES),
+        # In the order of their index, in which no two writers wait for each other in a circle.
+    ).order_by(_STAGED.c.tutor_id, _STAGED.c.window)
+    names = ["metric_id", *METRICS_KEY, *_VALUES]
+    return postgresql.insert(tutor_performance_metrics).from_select(names, rows)
+
+
+def _upsert_statement() -> Any:
+    target, insert = tutor_performance_metrics, _insert_statement()
     new_values = sa.tuple_(*(insert.excluded[name] for name in _VALUES))
-    upsert: Any = insert.on_conflict_do_update(
+    return insert.on_conflict_do_update(
         index_elements=METRICS_KEY,
         set_={**{name: insert.excluded[name] for name in _VALUES}, "updated_at": sa.func.now()},
         where=sa.tuple_(*(target.c[name] for name in _VALUES)).is_distinct_from(new_values),
-    ).returning(sa.literal_column("xmax = 0").label("is_new"))
-    written = upsert.cte("written")
+    )
+
+
+def _counted(write: Any) -> sa.Select[int, int]:
+    is_new: sa.Label[bool] = sa.literal_column("xmax = 0").label("is_new")
+    written = write.returning(is_new).cte("written")
     return sa.select(
         sa.func.count().filter(written.c.is_new).label("inserted"),
         sa.func.count().label("written"),
     ).select_from(written)
 
 
-_UPSERT = _upsert_statement()
+_INSERT = _counted(_insert_statement())
+_UPSERT = _counted(_upsert_statement())
+
+_DATE_HAS_ROWS = sa.select(
+    sa.exists().where(
+        tutor_performance_metrics.c.calculation_date == sa.bindparam("calculation_date")
+    )
+)
+
+# Refused where the upsert would be: without its unique key, or without a right that it needs.
+_PLAN_OF_UPSERT = sa.text(
+    f"""
+    EXPLAIN INSERT INTO {METRICS_TABLE} SELECT * FROM {METRICS_TABLE}
+    ON CONFLICT ({", ".join(f'"{name}"' for name in METRICS_KEY)})
+    DO UPDATE SET updated_at = now()
+    """  # noqa: S608 - names only
+)

@@ -4,14 +4,22 @@ The transaction is REPEATABLE READ and READ ONLY, so that roster, sessions, feed
 of the same instant. Its locks are those of any SELECT: no INSERT, UPDATE or DELETE waits for them.
 
 A statement with bound parameters makes the driver leave the binary COPY protocol, which doubles
-its time. So the bounds are bound to transaction-local settings first, and the query reads those.
+its time. So ids are bound to a transaction-local setting first, which the query reads; instants are
+bound by the client, since the server would read a setting anew for each row.
+
+Rows stream from the server into files, so that memory does not grow with them. Sessions and their
+feedback are read apart and joined here, which costs server and client together half of what the
+server's join costs. Both are split by the session's id, and a part of each fits into memory.
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
@@ -19,8 +27,17 @@ import dataframely as dy
 import polars as pl
 import sqlalchemy as sa
 from adbc_driver_postgresql import dbapi
+from polars.io.plugins import register_io_source
+from psycopg import sql
 
-from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors
+from tutormax_assets.metrics.schemas import (
+    LOGIN,
+    MESSAGE_RESPONSE,
+    SourceEvents,
+    SourceSessions,
+    SourceTutors,
+)
+from tutormax_assets.platform.arrow_stream import ArrowStreamError, batches
 from tutormax_assets.platform.connection import Timeouts, conninfo, describe
 from tutormax_assets.platform.contract import (
     FOUND_COLUMNS,
@@ -33,7 +50,7 @@ from tutormax_assets.platform.faults import of_stream, reason
 _TUTORS = """
 SELECT t.tutor_id::text, t.status::text
 FROM tutors AS t
-WHERE true
+WHERE true {only_tutors}
 """
 
 
@@ -45,53 +62,79 @@ def _whole_number(column: str) -> str:
     )
 
 
+_NULLABLE_FLAGS = ("tutor_initiated_reschedule", "no_show", "learning_objectives_met")
+_UNKNOWN_FLAG = 2
+
+# The driver spends more on a field than the server, so four booleans travel as one number: a bit
+# for the first one and two bits, the higher one for null, for each of the others.
+_FLAGS = " + ".join(
+    (
+        "(t.actual_start IS NOT NULL)::integer",
+        *(
+            f"{2 * 4**place} * coalesce(t.{column}::integer, {_UNKNOWN_FLAG})"
+            for place, column in enumerate(_NULLABLE_FLAGS)
+        ),
+    )
+)
+
+_OF_WINDOW = "t.scheduled_start >= {start} AND t.scheduled_start < {end}"
+
 _SESSIONS = f"""
 SELECT
-    t.session_id,
-    t.tutor_id,
+    t.session_id::text,
+    t.tutor_id::text,
     {_whole_number("t.session_number")} AS session_number,
     t.scheduled_start,
-    t.actual_start IS NOT NULL AS started,
-    t.tutor_initiated_reschedule,
-    t.no_show,
+    ({_FLAGS})::smallint AS flags,
     {_whole_number("t.late_start_minutes")} AS late_start_minutes,
-    t.engagement_score::double precision,
-    t.learning_objectives_met,
-    f.feedback_id,
-    f.tutor_id AS feedback_tutor_id,
-    {_whole_number("f.overall_rating")} AS overall_rating
+    t.engagement_score::double precision
 FROM sessions AS t
-LEFT JOIN student_feedback AS f ON f.session_id = t.session_id
-WHERE t.scheduled_start >= current_setting('tutormax.start')::timestamptz
-    AND t.scheduled_start < current_setting('tutormax.end')::timestamptz
+WHERE {_OF_WINDOW} {{only_tutors}}
 """  # noqa: S608 - constants only
 
+_FEEDBACK = f"""
+SELECT
+    f.session_id::text,
+    f.feedback_id::text,
+    f.tutor_id::text AS feedback_tutor_id,
+    {_whole_number("f.overall_rating")} AS overall_rating
+FROM student_feedback AS f
+"""  # noqa: S608 - constants only
+
+# Feedback has no column that tells when its session is. Where most of it is of other sessions the
+# server finds what is wanted; elsewhere that join costs more than it saves.
+_OF_SESSIONS_READ = f"""
+WHERE f.session_id IN (SELECT t.session_id FROM sessions AS t WHERE {_OF_WINDOW} {{only_tutors}})
+"""  # noqa: S608 - constants only
+_MOST_FEEDBACK_PER_SESSION = 2
+
+# Nothing of a login can be broken, so its id is of no use; that it has none says the type.
 _EVENTS = """
 SELECT
-    t.event_id,
-    t.tutor_id,
-    t.event_type::text,
+    CASE WHEN t.event_type = 'message_response' THEN coalesce(t.event_id::text, '') END AS event_id,
+    t.tutor_id::text,
     t.event_timestamp,
     CASE
         WHEN t.event_type = 'message_response'
         THEN (t.metadata -> 'response_time_minutes')::text
     END AS response_time_minutes
 FROM tutor_events AS t
-WHERE t.event_timestamp >= current_setting('tutormax.start')::timestamptz
-    AND t.event_timestamp < current_setting('tutormax.end')::timestamptz
+WHERE t.event_timestamp >= {start}
+    AND t.event_timestamp < {end}
     AND t.event_type IN ('login', 'message_response')
+    {only_tutors}
 """
 
 _NEWEST = {
     "sessions": """
 SELECT max(scheduled_start) AS newest
 FROM sessions
-WHERE scheduled_start < current_setting('tutormax.end')::timestamptz
+WHERE scheduled_start < {end}
 """,
     "tutor_events": """
 SELECT max(event_timestamp) AS newest
 FROM tutor_events
-WHERE event_timestamp < current_setting('tutormax.end')::timestamptz
+WHERE event_timestamp < {end}
     AND event_type IN ('login', 'message_response')
 """,
 }
@@ -111,6 +154,29 @@ _ONLY_TUTORS = """
     )
 """
 
+
+# Whether an index keeps an id unique, among all rows that a query of the table sees.
+_IS_UNIQUE = """
+SELECT bool_and(EXISTS (
+    SELECT FROM pg_index AS i
+    JOIN pg_class AS c ON c.oid = i.indrelid
+    JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
+    WHERE c.oid = to_regclass(id.table_name) AND a.attname = id.column_name
+        AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1 AND i.indpred IS NULL
+        AND NOT (c.relkind = 'r' AND c.relhassubclass)
+)) AS is_unique
+FROM (VALUES
+    ('sessions', 'session_id'),
+    ('student_feedback', 'session_id'),
+    ('student_feedback', 'feedback_id')
+) AS id (table_name, column_name)
+"""
+
+ROWS_OF_A_PART = 500_000
+"""Rows of a table that are looked at together; bounds the memory of what reads the parts."""
+
+_MOST_PARTS = 256
+_USE_COPY = "adbc.postgresql.use_copy"
 
 Table = Literal["tutors", "sessions", "tutor_events"]
 
@@ -133,8 +199,11 @@ class PlatformRows:
 
     Attributes:
         tutors: ``SourceTutors``.
-        sessions: ``SourceSessions``.
-        events: ``SourceEvents``.
+        sessions: ``SourceSessions`` in parts, at least one; all rows of a session are in one part.
+        events: ``SourceEvents`` in parts, at least one.
+        count: Number of rows of each table.
+        ids_are_unique: Whether the database sees to it that a session, and a feedback, is there
+            once.
         read_at: When the transaction began, in UTC.
         snapshot: The transactions that it saw, as PostgreSQL's type ``pg_snapshot`` writes them.
         seconds: How long each table took.
@@ -142,21 +211,19 @@ class PlatformRows:
     """
 
     tutors: pl.DataFrame
-    sessions: pl.DataFrame
-    events: pl.DataFrame
+    sessions: Sequence[pl.LazyFrame]
+    events: Sequence[pl.LazyFrame]
+    count: dict[Table, int]
+    ids_are_unique: bool
     read_at: datetime
     snapshot: str
     seconds: dict[Table, float]
     empty_tables: tuple[str, ...]
 
-    def count(self, table: Table) -> int:
-        """Number of rows that were read of a table."""
-        frames = {"tutors": self.tutors, "sessions": self.sessions, "tutor_events": self.events}
-        return len(frames[table])
-
 
 def read(
     source: Source,
+    folder: Path,
     *,
     tables: Collection[Table] = ("tutors", "sessions", "tutor_events"),
     start: datetime,
@@ -167,6 +234,8 @@ def read(
 
     Args:
         source: Where to read.
+        folder: Where the parts are kept, which are read when they are collected. What it holds is
+            removed first.
         tables: What is wanted; the frames of the others are empty.
         start: First instant of sessions and events.
         end: First instant after them.
@@ -176,34 +245,39 @@ def read(
         SourceError: The platform cannot be read, ``tutors`` is empty, or a table is not as the
             contract has it. Its cause tells whether to try again.
     """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    bound = partial(_bound, tutor_ids=tutor_ids, start=start, end=end)
+    tutors: pl.DataFrame = SourceTutors.create_empty()
+    sessions: Sequence[pl.LazyFrame] = [SourceSessions.create_empty().lazy()]
+    events: Sequence[pl.LazyFrame] = [SourceEvents.create_empty().lazy()]
+    count: dict[Table, int] = {}
     seconds: dict[Table, float] = {}
+    is_empty: dict[str, bool] = {}
 
-    def fetch(table: Table, query: str, schema: type[dy.Schema]) -> pl.DataFrame:
-        if table not in tables:
-            return schema.create_empty()
-        started = perf_counter()
-        rows = _fetch(cursor, query + _ONLY_TUTORS if tutor_ids else query, schema)
-        seconds[table] = perf_counter() - started
-        return rows
-
-    with _snapshot(source, start=start, end=end, tutor_ids=tutor_ids) as cursor:
+    with _snapshot(source, tutor_ids=tutor_ids) as cursor:
         read_at, snapshot = _fetch(cursor, _INSTANT, _Instant).row(0)
         _check_contract(cursor, source)
-        tutors = fetch("tutors", _TUTORS, SourceTutors)
-        sessions = fetch("sessions", _SESSIONS, SourceSessions)
-        events = fetch("tutor_events", _EVENTS, SourceEvents)
-        suspects = {
-            "tutors": tutors.is_empty(),
-            "sessions": sessions.is_empty(),
-            "student_feedback": sessions["feedback_id"].is_null().all(),
-            "tutor_events": events.is_empty(),
-        }
+        ids_are_unique = bool(_fetch(cursor, _IS_UNIQUE, _IsUnique).item())
+        if "tutors" in tables:
+            started = perf_counter()
+            tutors = _fetch(cursor, bound(_TUTORS), SourceTutors)
+            count["tutors"], seconds["tutors"] = len(tutors), perf_counter() - started
+            is_empty["tutors"] = tutors.is_empty()
+        if "sessions" in tables:
+            started = perf_counter()
+            sessions, count["sessions"], feedback = _read_sessions(cursor, folder, bound)
+            seconds["sessions"] = perf_counter() - started
+            is_empty["sessions"], is_empty["student_feedback"] = not count["sessions"], not feedback
+        if "tutor_events" in tables:
+            started = perf_counter()
+            events, count["tutor_events"] = _read_events(cursor, folder, bound)
+            seconds["tutor_events"] = perf_counter() - started
+            is_empty["tutor_events"] = not count["tutor_events"]
         empty_tables = tuple(
             name
-            for name, is_suspect in suspects.items()
-            if is_suspect
-            and (name in tables or (name == "student_feedback" and "sessions" in tables))
-            and _fetch(cursor, _IS_EMPTY[name], _IsEmpty).item()
+            for name, is_suspect in is_empty.items()
+            if is_suspect and _fetch(cursor, _IS_EMPTY[name], _IsEmpty).item()
         )
     if "tutors" in empty_tables:
         raise SourceError(
@@ -212,7 +286,9 @@ def read(
             " TUTORMAX_DATABASE_URL, leads to the platform's database and that its user sees the"
             " rows."
         )
-    return PlatformRows(tutors, sessions, events, read_at, snapshot, seconds, empty_tables)
+    return PlatformRows(
+        tutors, sessions, events, count, ids_are_unique, read_at, snapshot, seconds, empty_tables
+    )
 
 
 def newest(
@@ -226,8 +302,9 @@ def newest(
     Raises:
         SourceError: The platform cannot be read.
     """
-    with _snapshot(source, end=before) as cursor:
-        found: datetime | None = _fetch(cursor, _NEWEST[table], _Newest).item()
+    query = _bound(_NEWEST[table], end=before)
+    with _snapshot(source) as cursor:
+        found: datetime | None = _fetch(cursor, query, _Newest).item()
         return found
 
 
@@ -239,8 +316,9 @@ def unknown_tutors(source: Source, tutor_ids: Sequence[str]) -> list[str]:
     """
     if not tutor_ids:
         return []
-    with _snapshot(source, tutor_ids=tutor_ids) as cursor:
-        known = _fetch(cursor, _TUTORS + _ONLY_TUTORS, SourceTutors)
+    with _snapshot(source) as cursor:
+        # To have the server look for each of very many ids takes ten times as long as all tutors.
+        known = _fetch(cursor, _bound(_TUTORS), SourceTutors)
     return sorted(set(tutor_ids) - set(known["tutor_id"]))
 
 
@@ -257,6 +335,34 @@ class _IsEmpty(dy.Schema):
     is_empty = dy.Bool()
 
 
+class _IsUnique(dy.Schema):
+    is_unique = dy.Bool()
+
+
+class _StreamedSessions(dy.Schema):
+    session_id = dy.String()
+    tutor_id = dy.String()
+    session_number = dy.Int32(nullable=True)
+    scheduled_start = dy.Datetime(time_zone="UTC")
+    flags = dy.Int16()
+    late_start_minutes = dy.Int32(nullable=True)
+    engagement_score = dy.Float64(nullable=True, allow_nan=True, allow_inf=True)
+
+
+class _StreamedFeedback(dy.Schema):
+    session_id = dy.String()
+    feedback_id = dy.String()
+    feedback_tutor_id = dy.String()
+    overall_rating = dy.Int32(nullable=True)
+
+
+class _StreamedEvents(dy.Schema):
+    event_id = dy.String(nullable=True)
+    tutor_id = dy.String()
+    event_timestamp = dy.Datetime(time_zone="UTC")
+    response_time_minutes = dy.String(nullable=True)
+
+
 class _FoundColumns(dy.Schema):
     table_name = dy.String()
     column_name = dy.String(nullable=True)
@@ -266,20 +372,12 @@ class _FoundColumns(dy.Schema):
 
 
 @contextmanager
-def _snapshot(
-    source: Source,
-    *,
-    start: datetime | None = None,
-    end: datetime | None = None,
-    tutor_ids: Sequence[str] = (),
-) -> Iterator[dbapi.Cursor]:
+def _snapshot(source: Source, *, tutor_ids: Sequence[str] = ()) -> Iterator[dbapi.Cursor]:
     limits = source.timeouts
     settings = {
         "statement_timeout": f"{limits.statement_seconds}s",
         "lock_timeout": f"{limits.lock_seconds}s",
         "idle_in_transaction_session_timeout": f"{limits.statement_seconds}s",
-        "tutormax.start": start.isoformat() if start else "",
-        "tutormax.end": end.isoformat() if end else "",
         "tutormax.tutor_ids": json.dumps(list(tutor_ids)),
     }
     set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in enumerate(settings, 1))
@@ -312,6 +410,12 @@ def _check_contract(cursor: dbapi.Cursor, source: Source) -> None:
         )
 
 
+def _bound(query: str, *, tutor_ids: Sequence[str] = (), **instants: datetime) -> str:
+    literals = {name: sql.Literal(instant) for name, instant in instants.items()}
+    only_tutors = sql.SQL(_ONLY_TUTORS if tutor_ids else "")
+    return sql.SQL(query).format(only_tutors=only_tutors, **literals).as_string(None)
+
+
 def _is_lost(connection: dbapi.Connection) -> bool:
     try:
         connection.rollback()
@@ -320,13 +424,127 @@ def _is_lost(connection: dbapi.Connection) -> bool:
     return False
 
 
+def _read_sessions(
+    cursor: dbapi.Cursor, folder: Path, bound: Callable[[str], str]
+) -> tuple[list[pl.LazyFrame], int, int]:
+    """``SourceSessions`` in parts, the number of sessions, and that of feedback."""
+    sessions_expected = _estimate(cursor, bound(_SESSIONS))
+    feedback = _FEEDBACK
+    if _estimate(cursor, _FEEDBACK) > _MOST_FEEDBACK_PER_SESSION * sessions_expected:
+        feedback += _OF_SESSIONS_READ
+    part = pl.col("session_id").hash() % _number_of_parts(sessions_expected)
+    for name, query, schema in (
+        ("sessions", bound(_SESSIONS), _StreamedSessions),
+        ("student_feedback", bound(feedback), _StreamedFeedback),
+    ):
+        _stream(cursor, query, schema, pl.PartitionBy(folder / name, key=part.alias("part")))
+    parts = [
+        _scan(of_sessions, _StreamedSessions)
+        .join(
+            _scan(folder / "student_feedback" / of_sessions.name, _StreamedFeedback),
+            on="session_id",
+            how="left",
+        )
+        .with_columns((pl.col("flags") % 2 == 1).alias("started"), *_nullable_flags())
+        .select(SourceSessions.column_names())
+        for of_sessions in sorted((folder / "sessions").glob("*"))
+    ]
+    return (
+        parts or [SourceSessions.create_empty().lazy()],
+        _count(folder / "sessions"),
+        _count(folder / "student_feedback"),
+    )
+
+
+def _read_events(
+    cursor: dbapi.Cursor, folder: Path, bound: Callable[[str], str]
+) -> tuple[list[pl.LazyFrame], int]:
+    """``SourceEvents`` in parts, and the number of events."""
+    path = folder / "tutor_events"
+    _stream(
+        cursor,
+        bound(_EVENTS),
+        _StreamedEvents,
+        pl.PartitionBy(path, max_rows_per_file=ROWS_OF_A_PART),
+    )
+    event_type = pl.when(pl.col("event_id").is_null()).then(pl.lit(LOGIN))
+    parts = [
+        pl.scan_ipc(file)
+        .with_columns(event_type.otherwise(pl.lit(MESSAGE_RESPONSE)).alias("event_type"))
+        .select(SourceEvents.column_names())
+        for file in sorted(path.glob("*"))
+    ]
+    return parts or [SourceEvents.create_empty().lazy()], _count(path)
+
+
+def _number_of_parts(rows: int) -> int:
+    return min(max(-(-rows // ROWS_OF_A_PART), 1), _MOST_PARTS)
+
+
+def _estimate(cursor: dbapi.Cursor, query: str) -> int:
+    """How many rows the planner expects."""
+    statement = cursor.adbc_statement
+    # What is no query cannot be copied.
+    statement.set_options(**{_USE_COPY: "false"})
+    try:
+        cursor.execute(f"EXPLAIN (FORMAT JSON) {query}")
+        [plan] = json.loads(pl.DataFrame(cursor.fetch_arrow()).to_series().ext.storage().item())
+    finally:
+        statement.set_options(**{_USE_COPY: "true"})
+    return int(plan["Plan"]["Plan Rows"])
+
+
+def _nullable_flags() -> Iterator[pl.Expr]:
+    for place, name in enumerate(_NULLABLE_FLAGS):
+        flag = pl.col("flags") // (2 * 4**place) % 4
+        yield pl.when(flag != _UNKNOWN_FLAG).then(flag == 1).alias(name)
+
+
+def _scan(folder: Path, schema: type[dy.Schema]) -> pl.LazyFrame:
+    files = sorted(folder.glob("*"))
+    return pl.scan_ipc(files) if files else schema.create_empty().lazy()
+
+
+def _count(folder: Path) -> int:
+    files = sorted(folder.glob("**/*.ipc"))
+    return pl.scan_ipc(files).select(pl.len()).collect().item() if files else 0
+
+
+def _stream(
+    cursor: dbapi.Cursor, query: str, schema: type[dy.Schema], files: pl.PartitionBy
+) -> None:
+    """Write the rows of a query to files, batch by batch."""
+    cursor.execute(query)
+
+    def generate(
+        with_columns: list[str] | None,
+        predicate: pl.Expr | None,
+        n_rows: int | None,
+        batch_size: int | None,
+    ) -> Iterator[pl.DataFrame]:
+        for batch in batches(cursor.fetch_arrow()):
+            _expect(batch, schema)
+            yield batch
+
+    try:
+        rows = register_io_source(generate, schema=pl.Schema(schema))
+        rows.sink_ipc(files, mkdir=True, engine="streaming")
+    except ArrowStreamError as error:
+        raise of_stream(error, is_lost=_is_lost(cursor.connection)) from error
+
+
 def _fetch(cursor: dbapi.Cursor, query: str, schema: type[dy.Schema]) -> pl.DataFrame:
     cursor.execute(query)
     try:
         rows = pl.DataFrame(cursor.fetch_arrow())
     except pl.exceptions.ComputeError as error:
         raise of_stream(error, is_lost=_is_lost(cursor.connection)) from error
-    for name, expected in pl.Schema(schema).items():
-        if rows.schema[name] != expected:
-            raise SourceError(f"column {name} was read as {rows.schema[name]}; expected {expected}")
+    _expect(rows, schema)
     return rows
+
+
+def _expect(rows: pl.DataFrame, schema: type[dy.Schema]) -> None:
+    for name, expected in pl.Schema(schema).items():
+        found = rows.schema[name]
+        if found != expected:
+            raise SourceError(f"column {name} was read as {found}; expected {expected}")

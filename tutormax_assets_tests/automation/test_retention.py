@@ -66,7 +66,7 @@ def add_partitions(platform: Platform, *days: date) -> None:
         for day in days:
             write_parquet(
                 partition_path(platform.settings.storage_path, asset_key, str(day)),
-                pl.DataFrame({"tutor_id": ["t1"]}),
+                pl.LazyFrame({"tutor_id": ["t1"]}),
             )
 
 

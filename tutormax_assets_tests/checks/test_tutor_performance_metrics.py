@@ -1,7 +1,6 @@
 """What is asked of the PostgreSQL table, and that reading it back gives what was written."""
 
 from datetime import UTC, datetime
-from typing import Any
 
 import polars as pl
 import pytest
@@ -103,7 +102,11 @@ def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
         )
         assert batch.errors == {}
 
-    stored = read_metrics(engine, calculation_date=AT, tutor_ids=["a", odd])
+    stored, later, none = read_metrics(
+        engine,
+        calculation_dates=[AT, AT.replace(day=6), AT.replace(day=5)],
+        tutor_ids=["a", odd],
+    )
 
     assert compared(stored, computed).passed
     assert_frame_equal(
@@ -111,11 +114,13 @@ def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
         STORED.with_columns(pl.col("tutor_id").replace({"b": odd})).sort("tutor_id", "window"),
         check_column_order=False,
     )
-    assert set(read_metrics(engine, calculation_date=AT, tutor_ids=[odd])["tutor_id"]) == {odd}
-    for nobody in ([], ["unknown"]):
-        rows: Any = read_metrics(engine, calculation_date=AT, tutor_ids=nobody)
-        assert rows.is_empty()
-        assert rows.schema == stored.schema
+    assert set(later["tutor_id"]) == {"a"}
+    for tutor_ids, expected in (([odd], {odd}), ([], {"a", odd, "other"}), (["unknown"], set())):
+        [rows] = read_metrics(engine, calculation_dates=[AT], tutor_ids=tutor_ids)
+        assert set(rows["tutor_id"]) == expected
+    for empty in (none, rows):
+        assert empty.is_empty()
+        assert empty.schema == stored.schema
     assert set(stored.columns) < set(TutorTiers.column_names())
 
 
@@ -126,4 +131,4 @@ def test_a_table_that_is_not_there_ends_in_a_sentence(engine: sa.Engine) -> None
     with pytest.raises(
         MetricsTableError, match=r"cannot be read: relation .* `tutormax db status`"
     ):
-        read_metrics(engine, calculation_date=AT, tutor_ids=["a"])
+        next(read_metrics(engine, calculation_dates=[AT], tutor_ids=["a"]))

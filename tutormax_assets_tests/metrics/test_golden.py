@@ -71,11 +71,17 @@ def both() -> pl.DataFrame:
     events, _ = good_events(source_events, timezone="UTC")
     found = pl.concat(
         performance_tiers(
-            window_metrics(roster, sessions, events, reference_date=day, days=days, policy=policy),
+            window_metrics(
+                roster,
+                sessions,
+                events,
+                reference_date=day,
+                windows=policy.windows,
+                policy=policy,
+            ),
             policy=policy,
         ).with_columns(pl.lit(day).alias("date"))
         for day in DATES
-        for days in policy.windows
     ).collect()
     TutorTiers.validate(found.filter(date=DATES[0]).drop("date"))
     expected = (

@@ -120,17 +120,14 @@ def computed(
     events, of_events = pl.collect_all(
         good_events(frame(SourceEvents, platform.events), timezone=platform.timezone)
     )
-    metrics = pl.concat(
-        window_metrics(
-            roster.lazy(),
-            sessions.lazy(),
-            events.lazy(),
-            reference_date=platform.reference_date,
-            days=days,
-            policy=platform.policy,
-        ).collect()
-        for days in windows
-    )
+    metrics = window_metrics(
+        roster.lazy(),
+        sessions.lazy(),
+        events.lazy(),
+        reference_date=platform.reference_date,
+        windows=windows,
+        policy=platform.policy,
+    ).collect()
     return Computed(
         roster=roster,
         sessions=sessions,
@@ -485,3 +482,14 @@ def test_counts_never_shrink_with_a_longer_window(platform: Platform) -> None:
         short, middle, long = (found.filter(window=f"{d}day")[name] for d in WINDOWS)
         assert (short <= middle).all()
         assert (middle <= long).all()
+
+
+@deterministic(25)
+@given(platforms(), st.sets(st.sampled_from([1, 2, *WINDOWS]), min_size=1))
+def test_a_window_is_the_same_whichever_are_computed_with_it(
+    platform: Platform, windows: set[int]
+) -> None:
+    together = computed(platform, windows=sorted(windows)).metrics
+
+    alone = pl.concat(computed(platform, windows=[days]).metrics for days in sorted(windows))
+    assert_frame_equal(together, alone, check_exact=True)

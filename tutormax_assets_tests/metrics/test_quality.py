@@ -10,6 +10,7 @@ from polars.testing import assert_frame_equal
 
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import (
+    NOT_THE_SESSIONS_TUTOR,
     event_rules,
     good_events,
     good_sessions,
@@ -290,20 +291,6 @@ def test_the_reason_names_the_scale() -> None:
     assert set_aside["reason"].item() == "not within 0 and 100"
 
 
-def test_sessions_are_sorted_by_tutor_and_date() -> None:
-    noon = datetime(2025, 11, 6, 12, tzinfo=UTC)
-    good, _ = checked_sessions(
-        {"tutor_id": "t2"}, {}, {"scheduled_start": noon - timedelta(days=9)}, {"tutor_id": "t0"}
-    )
-
-    assert good.select("tutor_id", "scheduled_date").rows() == [
-        ("t0", DAY_BEFORE),
-        ("t1", DAY_BEFORE - timedelta(days=9)),
-        ("t1", DAY_BEFORE),
-        ("t2", DAY_BEFORE),
-    ]
-
-
 # Events
 
 
@@ -394,14 +381,27 @@ def test_no_events_are_no_events() -> None:
     assert set_aside.is_empty()
 
 
-def test_events_are_sorted_by_tutor_and_date() -> None:
-    earlier = datetime(2025, 10, 1, tzinfo=UTC)
-    good, _ = checked_events({"tutor_id": "t2"}, {}, {"event_timestamp": earlier})
+@pytest.mark.parametrize("ids_are_unique", [True, False])
+def test_rows_that_are_there_once_are_the_same_whether_repetitions_are_looked_for(
+    ids_are_unique: bool,
+) -> None:
+    rows = source_sessions(
+        {},
+        {"late_start_minutes": -1},
+        {"overall_rating": 6},
+        {"overall_rating": 5, "feedback_tutor_id": "another"},
+    )
 
-    assert good.select("tutor_id", "event_date").rows() == [
-        ("t1", date(2025, 10, 1)),
-        ("t1", DAY_BEFORE),
-        ("t2", DAY_BEFORE),
+    good, set_aside = pl.collect_all(
+        good_sessions(rows, policy=Policy(), timezone="UTC", ids_are_unique=ids_are_unique)
+    )
+
+    assert good["late_start_minutes"].null_count() == 1
+    assert good["overall_rating"].null_count() == 4
+    assert set_aside["reason"].to_list() == [
+        "negative",
+        NOT_THE_SESSIONS_TUTOR,
+        "not within 1 and 5",
     ]
 
 

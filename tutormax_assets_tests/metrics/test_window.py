@@ -47,7 +47,7 @@ def metrics_of(
         sessions(*session_rows),
         events(*event_rows),
         reference_date=D,
-        days=days,
+        windows=[days],
         policy=policy,
     ).collect()
     return WindowMetrics.validate(found).row(0, named=True)
@@ -281,7 +281,7 @@ def test_absurd_response_times_are_never_fatal(literal: str) -> None:
         source_events(*[{"response_time_minutes": literal}] * 200), timezone="UTC"
     )
     found = window_metrics(
-        roster("t1"), sessions(), good, reference_date=D, days=7, policy=DEFAULT
+        roster("t1"), sessions(), good, reference_date=D, windows=[7], policy=DEFAULT
     ).collect()
 
     WindowMetrics.validate(found)
@@ -355,7 +355,7 @@ def test_every_tutor_of_the_roster_has_a_row_and_nobody_else() -> None:
         sessions({"tutor_id": "t2"}, {"tutor_id": "t9"}, {"tutor_id": "t2"}),
         events({"tutor_id": "t9"}, {"tutor_id": "t3", "response_time_minutes": 1.0}),
         reference_date=D,
-        days=7,
+        windows=[7],
         policy=DEFAULT,
     ).collect()
 
@@ -365,7 +365,7 @@ def test_every_tutor_of_the_roster_has_a_row_and_nobody_else() -> None:
 
 def test_an_empty_roster_has_no_metrics() -> None:
     found = window_metrics(
-        roster(), sessions({}), events({}), reference_date=D, days=7, policy=DEFAULT
+        roster(), sessions({}), events({}), reference_date=D, windows=[7], policy=DEFAULT
     ).collect()
 
     assert WindowMetrics.validate(found).is_empty()

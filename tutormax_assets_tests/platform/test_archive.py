@@ -323,10 +323,10 @@ def test_nothing_is_deleted_when_the_file_does_not_come_back_as_written(
     add_rows(engine)
     before = metrics_of(engine)
 
-    def write(path: UPath, rows: pl.DataFrame) -> int:
-        size = parquet.write_parquet(path, rows)
+    def write(path: UPath, rows: pl.LazyFrame) -> parquet.StoredFile:
+        stored = parquet.write_parquet(path, rows)
         spoil(Path(str(path)), how)
-        return size
+        return stored
 
     monkeypatch.setattr(archive, "write_parquet", write)
     with pytest.raises(ArchiveError) as error:

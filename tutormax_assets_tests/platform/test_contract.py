@@ -7,8 +7,9 @@ import sqlalchemy as sa
 
 from tutormax_assets.platform import contract, tables
 from tutormax_assets.platform.contract import FoundColumn
-from tutormax_assets.platform.snapshot import Source, read
+from tutormax_assets.platform.snapshot import Source
 from tutormax_assets_tests.conftest import add
+from tutormax_assets_tests.platform.reading import read
 
 START = datetime(2025, 11, 1, tzinfo=UTC)
 END = datetime(2025, 11, 7, tzinfo=UTC)

@@ -263,4 +263,134 @@ def test_the_id_follows_from_tutor_date_and_window(engine: sa.Engine, tutors: li
     write(engine, tiers(tutors), day=DAY - timedelta(days=1))
     ids = metrics_of(engine)["metric_id"]
     assert ids.n_unique() == len(ids) == 12
-    assert ids.str.len_chars().max() <= 50  # type: ignore[operator]
+    assert f"{DAY.timestamp():.0f}_t1_30day" in first
+
+
+def test_an_id_of_a_long_key_fits_and_is_unique(engine: sa.Engine) -> None:
+    # The longest whose key is the id, one character more, and the longest that there can be.
+    fits = "f" * (50 - len(f"{DAY.timestamp():.0f}__30day"))
+    tutor_ids = [fits, fits + "f", *(f"{'é' * 49}{end}" for end in "abc")]
+    add(engine, tables.tutors, *({"tutor_id": tutor_id} for tutor_id in tutor_ids))
+
+    [batch] = write(engine, tiers(tutor_ids))
+
+    ids = metrics_of(engine)["metric_id"]
+    assert (batch.errors, ids.n_unique()) == ({}, 10)
+    assert ids.str.len_chars().max() == 50
+    assert ids.str.contains("__[0-9a-f]{32}$").sum() == 7
+    assert ids.str.starts_with(f"{DAY.timestamp():.0f}_").all()
+
+
+def test_the_id_of_a_row_that_is_there_stays(engine: sa.Engine, tutors: list[str]) -> None:
+    write(engine, tiers(tutors))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE tutor_performance_metrics SET metric_id = 'old_' || metric_id"
+        )
+    before = metrics_of(engine)["metric_id"].to_list()
+
+    [batch] = write(engine, tiers(tutors, no_show_count=2))
+
+    assert (batch.updated, metrics_of(engine)["metric_id"].to_list()) == (6, before)
+
+
+def test_only_tutors_who_moved_are_sent(engine: sa.Engine) -> None:
+    tutor_ids = [f"t{number}" for number in range(9)]
+    add(engine, tables.tutors, *({"tutor_id": tutor_id} for tutor_id in tutor_ids))
+    write(engine, tiers(tutor_ids))
+    moved = pl.col("tutor_id").is_in(["t2", "t4", "t8"])
+    rows = tiers(tutor_ids).with_columns(
+        no_show_count=pl.when(moved).then(7).otherwise("no_show_count")
+    )
+
+    batches = write(engine, rows, batch_size=2)
+
+    assert batches == [
+        Batch(1, 2, tutor_ids[:8], updated=4, unchanged=12),
+        Batch(2, 2, tutor_ids[8:], updated=2),
+    ]
+
+
+def many(engine: sa.Engine, count: int = 3_000) -> list[str]:
+    """So many tutors that two batches are written at once."""
+    tutor_ids = [f"t{number:05}" for number in range(count)]
+    add(engine, tables.tutors, *({"tutor_id": tutor_id} for tutor_id in tutor_ids))
+    return tutor_ids
+
+
+def test_batches_that_are_written_at_once_are_told_in_order(engine: sa.Engine) -> None:
+    tutor_ids = many(engine)
+
+    batches = write(engine, tiers(tutor_ids), batch_size=1_000)
+
+    # Both writers have as many.
+    assert [(batch.number, batch.of, batch.inserted) for batch in batches] == [
+        (number, 4, 1_500) for number in range(1, 5)
+    ]
+    assert [one for batch in batches for one in batch.tutor_ids] == tutor_ids
+    assert len(metrics_of(engine)) == 6_000
+    [batch] = write(engine, tiers(tutor_ids), batch_size=1_000)
+    assert batch == Batch(1, 1, tutor_ids, unchanged=6_000)
+    changed = write(engine, tiers(tutor_ids, no_show_count=2), batch_size=1_000)
+    assert [batch.updated for batch in changed] == [1_500] * 4
+
+
+def test_what_fails_while_others_are_written_is_told_of_each(engine: sa.Engine) -> None:
+    tutor_ids = many(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF NEW.tutor_id = 't00700' THEN RAISE 'full' USING ERRCODE = '53100'; END IF;"
+            " RETURN NEW; END $$; CREATE TRIGGER look BEFORE INSERT ON tutor_performance_metrics"
+            " FOR EACH ROW EXECUTE FUNCTION look()"
+        )
+    batches: list[Batch] = []
+
+    writing = write_metrics(
+        engine,
+        tiers(tutor_ids),
+        calculation_date=DAY,
+        batch_size=100,
+        retrying=ONCE,
+        timeouts=Timeouts(),
+    )
+    with pytest.raises(MetricsTableError, match=r"cannot be written: full\. Free space"):
+        batches.extend(writing)
+
+    assert [batch.number for batch in batches] == list(range(1, len(batches) + 1))
+    assert 8 <= len(batches) <= 10
+    assert {batch.number for batch in batches if batch.errors} == {8}
+    told = [one for batch in batches for one in batch.tutor_ids if not batch.errors]
+    assert metrics_of(engine)["tutor_id"].unique().sort().to_list() == told
+
+
+def test_a_writing_that_is_broken_off_leaves_nothing_under_way(engine: sa.Engine) -> None:
+    writing = write_metrics(
+        engine,
+        tiers(many(engine)),
+        calculation_date=DAY,
+        batch_size=100,
+        retrying=ONCE,
+        timeouts=Timeouts(),
+    )
+    next(iter(writing))
+    writing.close()  # type: ignore[attr-defined]
+
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert len(metrics_of(engine)) < 6_000
+
+
+def test_two_who_write_many_new_rows_at_once_do_not_collide(engine: sa.Engine) -> None:
+    tutor_ids = many(engine)
+    barrier = Barrier(2)
+
+    def writer(batch_size: int) -> list[Batch]:
+        barrier.wait(timeout=30)
+        return write(engine, tiers(tutor_ids), batch_size=batch_size)
+
+    with ThreadPoolExecutor(2) as pool:
+        batches = [batch for done in pool.map(writer, (700, 450)) for batch in done]
+
+    assert [batch.errors for batch in batches if batch.errors] == []
+    assert sum(batch.inserted for batch in batches) == len(metrics_of(engine)) == 6_000
+    assert sum(batch.saved for batch in batches) == 12_000

@@ -19,8 +19,10 @@ from tutormax_assets.platform import snapshot, tables
 from tutormax_assets.platform.connection import Timeouts, create_engine
 from tutormax_assets.platform.contract import NEEDED_COLUMNS, accepted_types
 from tutormax_assets.platform.faults import retrying
-from tutormax_assets.platform.snapshot import PlatformRows, Source, SourceError
+from tutormax_assets.platform.snapshot import Source, SourceError
 from tutormax_assets_tests.conftest import add, captured_log, new_database
+from tutormax_assets_tests.platform import reading
+from tutormax_assets_tests.platform.reading import Rows
 
 START = datetime(2025, 8, 9, tzinfo=UTC)
 END = datetime(2025, 11, 7, tzinfo=UTC)
@@ -46,12 +48,12 @@ def proxy(engine: sa.Engine) -> Iterator[Proxy]:
         yield proxy
 
 
-def read(url: sa.URL, *, max_retries: int = 0, timeouts: Timeouts | None = None) -> PlatformRows:
+def read(url: sa.URL, *, max_retries: int = 0, timeouts: Timeouts | None = None) -> Rows:
     again = retrying(
         max_retries=max_retries, retry_delay_seconds=0, log=logging.getLogger("tutormax_assets")
     )
     source = Source(url, timeouts or Timeouts())
-    return again(snapshot.read, source, start=START, end=END)
+    return again(reading.read, source, start=START, end=END)
 
 
 @pytest.fixture
@@ -181,7 +183,7 @@ def test_a_statement_that_takes_too_long_is_ended_and_not_tried_again(engine: sa
     assert lines == []
 
 
-def everything(rows: PlatformRows) -> pl.DataFrame:
+def everything(rows: Rows) -> pl.DataFrame:
     frames = (rows.tutors, rows.sessions, rows.events)
     return pl.concat([frame.sort(pl.first()) for frame in frames], how="diagonal")
 

@@ -17,7 +17,8 @@ from tutormax_assets.platform.faults import may_pass, retrying
 from tutormax_assets.platform.metrics_table import MetricsTableError, write_metrics
 from tutormax_assets.platform.roles import grants
 from tutormax_assets.platform.schema import status
-from tutormax_assets.platform.snapshot import Source, SourceError, read
+from tutormax_assets.platform.snapshot import Source, SourceError
+from tutormax_assets_tests.platform.reading import read
 from tutormax_assets_tests.users import Users, open_users
 
 START = datetime(2025, 11, 1, tzinfo=UTC)

@@ -11,20 +11,21 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors
-from tutormax_assets.platform import tables
+from tutormax_assets.platform import snapshot, tables
 from tutormax_assets.platform.connection import describe
 from tutormax_assets.platform.snapshot import (
     Source,
     SourceError,
     newest,
-    read,
     unknown_tutors,
 )
 from tutormax_assets_tests.conftest import add
+from tutormax_assets_tests.platform.reading import Rows, read
 
 START = datetime(2025, 11, 1, tzinfo=UTC)
 END = datetime(2025, 11, 7, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
+NOT_UNIQUE = "ALTER TABLE student_feedback DROP CONSTRAINT student_feedback_session_id_key"
 INSTANTS = {
     "before": START - MICROSECOND,
     "first": START,
@@ -50,7 +51,8 @@ def session(session_id: str, **values: Any) -> dict[str, Any]:
 
 
 def event(event_id: str, **values: Any) -> dict[str, Any]:
-    return {"event_id": event_id, "tutor_id": "t", "event_timestamp": START, **values}
+    at = {"tutor_id": "t", "event_timestamp": START, "event_type": "message_response"}
+    return {"event_id": event_id, **at, **values}
 
 
 def read_tutors(url: sa.URL, *, tutor_ids: Sequence[str] = ()) -> pl.DataFrame:
@@ -65,6 +67,10 @@ def read_sessions(url: sa.URL, **arguments: Any) -> pl.DataFrame:
 
 def read_events(url: sa.URL, **arguments: Any) -> pl.DataFrame:
     return read(Source(url), tables={"tutor_events"}, **arguments).events
+
+
+def read_tables(url: sa.URL) -> Rows:
+    return read(Source(url), tables={"sessions", "tutor_events"}, start=START, end=END)
 
 
 def ids(rows: pl.DataFrame) -> set[str]:
@@ -217,19 +223,20 @@ def test_the_response_time_is_read_as_the_json_that_is_there(engine: sa.Engine) 
     }
     for metadata in expected:
         value = sa.cast(sa.literal(metadata, sa.Text), JSONB)
-        values = {"event_type": "message_response", "metadata": value}
+        values = {"metadata": value}
         add(engine, tables.tutor_events, event(str(metadata), **values))
     add(
         engine,
         tables.tutor_events,
-        event("login", metadata={"response_time_minutes": 3}),
+        event("login", event_type="login", metadata={"response_time_minutes": 3}),
         event("other type", event_type="availability_change"),
     )
 
     rows = read_events(engine.url, start=START, end=END)
 
     found = dict(rows.select("event_id", "response_time_minutes").iter_rows())
-    assert found == {**{str(key): value for key, value in expected.items()}, "login": None}
+    # The id of a login is not read.
+    assert found == {None: None} | {str(key): value for key, value in expected.items()}
 
 
 def test_empty_tables_give_empty_frames_of_the_right_types(engine: sa.Engine) -> None:
@@ -330,3 +337,78 @@ def test_what_postgresql_says_is_repeated_without_user_and_password(engine: sa.E
     for shown in (str(error.value), str(elsewhere.value)):
         assert "hunter2" not in shown
         assert "postgres@" not in shown
+
+
+def test_sessions_come_in_parts_that_hold_all_rows_of_a_session(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = [session(f"s{number}") for number in range(40)]
+    add(engine, tables.sessions, *sessions)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(NOT_UNIQUE)
+        connection.exec_driver_sql("ANALYZE sessions")
+    feedback = [
+        {
+            "feedback_id": f"{row['session_id']}-{n}",
+            "session_id": row["session_id"],
+            "tutor_id": "t",
+        }
+        for row in sessions
+        for n in (1, 2)
+    ]
+    add(engine, tables.student_feedback, *feedback)
+    add(engine, tables.tutor_events, *(event(f"e{number}") for number in range(7)))
+    monkeypatch.setattr(snapshot, "ROWS_OF_A_PART", 10)
+
+    rows = read_tables(engine.url)
+
+    assert len(rows.session_parts) > 1
+    assert not rows.ids_are_unique
+    assert sorted(rows.sessions["feedback_id"]) == sorted(row["feedback_id"] for row in feedback)
+    assert (rows.sessions["session_id"] == rows.sessions["feedback_id"].str.head(-2)).all()
+    for part in rows.session_parts:
+        assert part["session_id"].is_duplicated().all()
+
+
+@pytest.mark.parametrize("others", [0, 200])
+def test_feedback_of_other_sessions_changes_nothing(engine: sa.Engine, others: int) -> None:
+    of_window = [session(f"s{number}") for number in range(20)]
+    old = [session(f"old{number}", scheduled_start=START - MICROSECOND) for number in range(others)]
+    add(engine, tables.sessions, *of_window, *old)
+    add(
+        engine,
+        tables.student_feedback,
+        *(
+            {
+                "feedback_id": f"f-{row['session_id']}",
+                "session_id": row["session_id"],
+                "tutor_id": "t",
+            }
+            for row in [*of_window, *old]
+        ),
+    )
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ANALYZE sessions, student_feedback")
+
+    rows = read_tables(engine.url)
+
+    assert dict(rows.sessions.select("session_id", "feedback_id").iter_rows()) == {
+        f"s{number}": f"f-s{number}" for number in range(20)
+    }
+    assert rows.feedback_rows == len(of_window)
+
+
+def test_ids_are_unique_only_where_an_index_sees_to_it(engine: sa.Engine) -> None:
+    assert read_tables(engine.url).ids_are_unique
+    for statement in (
+        "ALTER TABLE student_feedback DROP CONSTRAINT student_feedback_pkey",
+        "CREATE INDEX ON student_feedback (feedback_id)",
+        "CREATE UNIQUE INDEX ON student_feedback (feedback_id) WHERE overall_rating > 1",
+        "CREATE UNIQUE INDEX ON student_feedback (feedback_id, tutor_id)",
+    ):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(statement)
+        assert not read_tables(engine.url).ids_are_unique
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE UNIQUE INDEX ON student_feedback (feedback_id)")
+    assert read_tables(engine.url).ids_are_unique
