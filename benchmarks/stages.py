@@ -16,6 +16,8 @@ _STAGES = {
 }
 # Of the run as a whole, and repeated on each of its dates.
 _ONCE_A_RUN = {"read_seconds", "clean_seconds"}
+# Of the reading as a whole, and repeated on each of its assets.
+_ONCE_A_READING = {"read_seconds"}
 _LAST_STEP = "tutor_performance_metrics"
 
 
@@ -76,7 +78,8 @@ def _of_run(instance: dg.DagsterInstance, run_id: str) -> dict[str, float]:
                     " Name its stage in benchmarks/stages.py."
                 )
             partition = "" if key in _ONCE_A_RUN else materialization.partition or ""
-            found[asset, partition, key] = float(str(value.value))
+            of = "" if key in _ONCE_A_READING else asset
+            found[of, partition, key] = float(str(value.value))
     seconds = dict.fromkeys(_STAGES.values(), 0.0)
     for (_, _, key), of_asset in found.items():
         seconds[_STAGES[key]] += of_asset

@@ -230,7 +230,7 @@ def _add_read_metadata(
         context.add_asset_metadata(
             {
                 "rows_read_by_run": rows.count[table],
-                "read_seconds": round(rows.seconds[table], 3),
+                "read_seconds": round(rows.seconds, 3),
                 "clean_seconds": round(clean_seconds, 3),
                 "read_at": dg.MetadataValue.timestamp(rows.read_at),
                 "source_snapshot": rows.snapshot,

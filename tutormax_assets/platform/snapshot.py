@@ -9,13 +9,15 @@ bound by the client, since the server would read a setting anew for each row.
 
 Rows stream from the server into files, so that memory does not grow with them. Sessions and their
 feedback are read apart and joined here, which costs server and client together half of what the
-server's join costs. Both are split by the session's id, and a part of each fits into memory.
+server's join costs. Both are split by the session's id, and a part of each fits into memory. Events
+are read meanwhile, by another connection that is given the snapshot of the first.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -143,6 +145,8 @@ _INSTANT = """
 SELECT transaction_timestamp() AS read_at, pg_current_snapshot()::text AS snapshot
 """
 
+_SHARED = "SELECT pg_export_snapshot() AS name"
+
 _IS_EMPTY = {
     name: f"SELECT NOT EXISTS (SELECT FROM {name}) AS is_empty"  # noqa: S608 - constants only
     for name in NEEDED_COLUMNS
@@ -181,6 +185,10 @@ _USE_COPY = "adbc.postgresql.use_copy"
 Table = Literal["tutors", "sessions", "tutor_events"]
 
 
+_Streamed = tuple[list[pl.LazyFrame], dict[str, int]]
+"""The parts of a table, and the number of rows of each table that is in them."""
+
+
 class SourceError(Exception):
     """The platform cannot be read, or a table is not as the contract has it."""
 
@@ -206,7 +214,7 @@ class PlatformRows:
             once.
         read_at: When the transaction began, in UTC.
         snapshot: The transactions that it saw, as PostgreSQL's type ``pg_snapshot`` writes them.
-        seconds: How long each table took.
+        seconds: How long the reading took.
         empty_tables: Tables that were read and hold no row at all, whatever its date.
     """
 
@@ -217,7 +225,7 @@ class PlatformRows:
     ids_are_unique: bool
     read_at: datetime
     snapshot: str
-    seconds: dict[Table, float]
+    seconds: float
     empty_tables: tuple[str, ...]
 
 
@@ -245,14 +253,16 @@ def read(
         SourceError: The platform cannot be read, ``tutors`` is empty, or a table is not as the
             contract has it. Its cause tells whether to try again.
     """
+    began = perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     bound = partial(_bound, tutor_ids=tutor_ids, start=start, end=end)
     tutors: pl.DataFrame = SourceTutors.create_empty()
-    sessions: Sequence[pl.LazyFrame] = [SourceSessions.create_empty().lazy()]
-    events: Sequence[pl.LazyFrame] = [SourceEvents.create_empty().lazy()]
+    streamed: dict[Table, Sequence[pl.LazyFrame]] = {
+        "sessions": [SourceSessions.create_empty().lazy()],
+        "tutor_events": [SourceEvents.create_empty().lazy()],
+    }
     count: dict[Table, int] = {}
-    seconds: dict[Table, float] = {}
     is_empty: dict[str, bool] = {}
 
     with _snapshot(source, tutor_ids=tutor_ids) as cursor:
@@ -260,20 +270,17 @@ def read(
         _check_contract(cursor, source)
         ids_are_unique = bool(_fetch(cursor, _IS_UNIQUE, _IsUnique).item())
         if "tutors" in tables:
-            started = perf_counter()
             tutors = _fetch(cursor, bound(_TUTORS), SourceTutors)
-            count["tutors"], seconds["tutors"] = len(tutors), perf_counter() - started
-            is_empty["tutors"] = tutors.is_empty()
-        if "sessions" in tables:
-            started = perf_counter()
-            sessions, count["sessions"], feedback = _read_sessions(cursor, folder, bound)
-            seconds["sessions"] = perf_counter() - started
-            is_empty["sessions"], is_empty["student_feedback"] = not count["sessions"], not feedback
-        if "tutor_events" in tables:
-            started = perf_counter()
-            events, count["tutor_events"] = _read_events(cursor, folder, bound)
-            seconds["tutor_events"] = perf_counter() - started
-            is_empty["tutor_events"] = not count["tutor_events"]
+            count["tutors"], is_empty["tutors"] = len(tutors), tutors.is_empty()
+        readers = {
+            table: partial(read_table, folder=folder, bound=bound)
+            for table, read_table in _READERS.items()
+            if table in tables
+        }
+        for table, (parts, rows) in _at_once(source, cursor, readers, tutor_ids).items():
+            streamed[table] = parts
+            count[table] = rows[table]
+            is_empty |= {name: not number for name, number in rows.items()}
         empty_tables = tuple(
             name
             for name, is_suspect in is_empty.items()
@@ -287,7 +294,15 @@ def read(
             " rows."
         )
     return PlatformRows(
-        tutors, sessions, events, count, ids_are_unique, read_at, snapshot, seconds, empty_tables
+        tutors,
+        streamed["sessions"],
+        streamed["tutor_events"],
+        count,
+        ids_are_unique,
+        read_at,
+        snapshot,
+        perf_counter() - began,
+        empty_tables,
     )
 
 
@@ -335,6 +350,10 @@ class _IsEmpty(dy.Schema):
     is_empty = dy.Bool()
 
 
+class _Shared(dy.Schema):
+    name = dy.String()
+
+
 class _IsUnique(dy.Schema):
     is_unique = dy.Bool()
 
@@ -372,7 +391,10 @@ class _FoundColumns(dy.Schema):
 
 
 @contextmanager
-def _snapshot(source: Source, *, tutor_ids: Sequence[str] = ()) -> Iterator[dbapi.Cursor]:
+def _snapshot(
+    source: Source, *, tutor_ids: Sequence[str] = (), shared: str | None = None
+) -> Iterator[dbapi.Cursor]:
+    """A transaction that reads; of the given tutors, and in a snapshot that another one shares."""
     limits = source.timeouts
     settings = {
         "statement_timeout": f"{limits.statement_seconds}s",
@@ -384,6 +406,9 @@ def _snapshot(source: Source, *, tutor_ids: Sequence[str] = ()) -> Iterator[dbap
     try:
         with dbapi.connect(conninfo(source.url)) as connection, connection.cursor() as cursor:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            if shared is not None:
+                given = sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(shared))
+                cursor.execute(given.as_string(None))
             cursor.execute(f"SELECT {set_all}", tuple(settings.values()))
             yield cursor
     except dbapi.Error as error:
@@ -424,10 +449,37 @@ def _is_lost(connection: dbapi.Connection) -> bool:
     return False
 
 
-def _read_sessions(
-    cursor: dbapi.Cursor, folder: Path, bound: Callable[[str], str]
-) -> tuple[list[pl.LazyFrame], int, int]:
-    """``SourceSessions`` in parts, the number of sessions, and that of feedback."""
+def _at_once(
+    source: Source,
+    cursor: dbapi.Cursor,
+    readers: Mapping[Table, Callable[[dbapi.Cursor], _Streamed]],
+    tutor_ids: Sequence[str],
+) -> dict[Table, _Streamed]:
+    """What each reader gives; two read at once where the server gives us two connections.
+
+    It need not: a role may have a limit, and a pooler may lead to another server, which does not
+    know the snapshot.
+    """
+    if len(readers) < 2:
+        return {table: read_table(cursor) for table, read_table in readers.items()}
+    shared = _fetch(cursor, _SHARED, _Shared).item()
+    with ExitStack() as stack:
+        try:
+            other = stack.enter_context(_snapshot(source, tutor_ids=tutor_ids, shared=shared))
+        except SourceError:
+            return {table: read_table(cursor) for table, read_table in readers.items()}
+        (first, read_first), (second, read_second) = readers.items()
+        of_second = stack.enter_context(ThreadPoolExecutor(1)).submit(read_second, other)
+        try:
+            of_first = read_first(cursor)
+        except BaseException:
+            other.adbc_cancel()
+            raise
+        return {first: of_first, second: of_second.result()}
+
+
+def _read_sessions(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str], str]) -> _Streamed:
+    """``SourceSessions`` in parts, and how many sessions and feedback that is."""
     sessions_expected = _estimate(cursor, bound(_SESSIONS))
     feedback = _FEEDBACK
     if _estimate(cursor, _FEEDBACK) > _MOST_FEEDBACK_PER_SESSION * sessions_expected:
@@ -449,17 +501,12 @@ def _read_sessions(
         .select(SourceSessions.column_names())
         for of_sessions in sorted((folder / "sessions").glob("*"))
     ]
-    return (
-        parts or [SourceSessions.create_empty().lazy()],
-        _count(folder / "sessions"),
-        _count(folder / "student_feedback"),
-    )
+    rows = {name: _count(folder / name) for name in ("sessions", "student_feedback")}
+    return parts or [SourceSessions.create_empty().lazy()], rows
 
 
-def _read_events(
-    cursor: dbapi.Cursor, folder: Path, bound: Callable[[str], str]
-) -> tuple[list[pl.LazyFrame], int]:
-    """``SourceEvents`` in parts, and the number of events."""
+def _read_events(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str], str]) -> _Streamed:
+    """``SourceEvents`` in parts, and how many events that is."""
     path = folder / "tutor_events"
     _stream(
         cursor,
@@ -474,7 +521,13 @@ def _read_events(
         .select(SourceEvents.column_names())
         for file in sorted(path.glob("*"))
     ]
-    return parts or [SourceEvents.create_empty().lazy()], _count(path)
+    return parts or [SourceEvents.create_empty().lazy()], {"tutor_events": _count(path)}
+
+
+_READERS: Mapping[Table, Callable[..., _Streamed]] = {
+    "sessions": _read_sessions,
+    "tutor_events": _read_events,
+}
 
 
 def _number_of_parts(rows: int) -> int:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import psycopg
 import pytest
 import sqlalchemy as sa
+from polars.testing import assert_frame_equal
 from psycopg import sql
 
 from tutormax_assets.metrics.schemas import TutorTiers
@@ -149,6 +150,18 @@ def test_a_user_who_may_not_connect_is_told_so_at_once(users: Users) -> None:
         read(Source(users.reader), start=START, end=END)
 
     assert not may_pass(error.value)
+
+
+def test_a_reader_with_a_single_connection_reads_the_same(users: Users) -> None:
+    users.execute("ALTER ROLE {reader} CONNECTION LIMIT 1")
+
+    alone = read(Source(users.reader), start=START, end=END)
+    owners = read(Source(users.owner), start=START, end=END)
+
+    users.execute("ALTER ROLE {reader} CONNECTION LIMIT -1")
+    for ours, theirs in ((alone.sessions, owners.sessions), (alone.events, owners.events)):
+        assert not ours.is_empty()
+        assert_frame_equal(ours, theirs, check_row_order=False)
 
 
 @pytest.mark.parametrize("role", ["reader", "both"])

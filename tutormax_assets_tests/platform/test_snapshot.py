@@ -412,3 +412,45 @@ def test_ids_are_unique_only_where_an_index_sees_to_it(engine: sa.Engine) -> Non
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE UNIQUE INDEX ON student_feedback (feedback_id)")
     assert read_tables(engine.url).ids_are_unique
+
+
+def test_all_tables_are_of_one_snapshot(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(engine, tables.sessions, session("before"))
+    add(engine, tables.tutor_events, event("before"))
+    pids = set()
+
+    def reads_after_others_wrote(name: Any, read_table: Any) -> Any:
+        def read_it(cursor: Any, **arguments: Any) -> Any:
+            add(engine, tables.sessions, session(f"while {name} are read"))
+            add(engine, tables.tutor_events, event(f"while {name} are read"))
+            cursor.execute("SELECT pg_backend_pid()")
+            pids.add(pl.DataFrame(cursor.fetch_arrow()).item())
+            return read_table(cursor, **arguments)
+
+        return read_it
+
+    readers = {
+        name: reads_after_others_wrote(name, read_table)
+        for name, read_table in snapshot._READERS.items()
+    }
+    monkeypatch.setattr(snapshot, "_READERS", readers)
+
+    rows = read_tables(engine.url)
+
+    assert len(pids) == 2
+    assert ids(rows.sessions) == ids(rows.events) == {"before"}
+
+
+@pytest.mark.parametrize("broken", ["sessions", "tutor_events"])
+def test_what_one_connection_is_refused_ends_the_reading(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    add(engine, tables.sessions, session("s"))
+
+    def refused(cursor: Any, **_: Any) -> Any:
+        cursor.execute("SELECT 1 / 0")
+
+    monkeypatch.setattr(snapshot, "_READERS", dict(snapshot._READERS) | {broken: refused})
+
+    with pytest.raises(SourceError, match="cannot be read: division by zero"):
+        read_tables(engine.url)
