@@ -6,21 +6,14 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from chaos.oracle import COUNTS, SHARES
+
 TABLE = sql.Identifier("tutor_performance_metrics")
 TWIN_NAME = "benchmark_twin"
 TWIN = sql.Identifier(TWIN_NAME)
 
-COUNTS = ("sessions_completed", "no_show_count")
-RATES = (
-    "avg_rating",
-    "first_session_success_rate",
-    "reschedule_rate",
-    "engagement_score",
-    "learning_objectives_met_pct",
-    "response_time_avg_minutes",
-)
 TIER = "performance_tier"
-VALUES = (*COUNTS, *RATES, TIER)
+VALUES = (*COUNTS, *SHARES, TIER)
 
 ROUNDING = 0.01
 """How far the rates of a peer that rounds halves in its own way may be from ours."""
@@ -59,9 +52,9 @@ def differences(
         sql.SQL("num_nulls(ours.{0}, theirs.{0}) = 1 OR abs(ours.{0} - theirs.{0}) > {1}").format(
             _name(name), sql.Literal(rounding and rounding + 1e-9)
         )
-        for name in RATES
+        for name in SHARES
     ]
-    equal = [sql.SQL("ours.{0} IS NOT DISTINCT FROM theirs.{0}").format(_name(n)) for n in RATES]
+    equal = [sql.SQL("ours.{0} IS NOT DISTINCT FROM theirs.{0}").format(_name(n)) for n in SHARES]
     query = sql.SQL(_QUERY).format(
         table=TABLE,
         twin=TWIN,

@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from benchmarks.answers import TWIN_NAME
 from benchmarks.peers import WINDOWS, Task, sampled
+from chaos.oracle import tier
 from tutormax_assets.platform import tables
 
 _BATCH = 100
@@ -117,7 +118,7 @@ async def _row(
     row.tutor_id = tutor_id
     row.calculation_date = task.end
     row.window = window
-    row.performance_tier = _tier(values)
+    row.performance_tier = tier(values)
     for name, value in values.items():
         setattr(row, name, value)
     return row
@@ -187,25 +188,3 @@ def _percent(outcomes: Sequence[bool]) -> float | None:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
-
-
-def _tier(values: dict[str, Any]) -> str:
-    green = red = 0
-    for name, good, bad in (
-        ("avg_rating", 4.5, 3.5),
-        ("first_session_success_rate", 85, 70),
-        ("engagement_score", 80, 60),
-        ("learning_objectives_met_pct", 90, 80),
-    ):
-        if values[name] is not None:
-            green += values[name] >= good
-            red += values[name] < bad
-    for name, good, bad in (("reschedule_rate", 10, 15), ("no_show_count", 0, 3)):
-        if values[name] is not None:
-            green += values[name] <= good
-            red += values[name] > bad
-    if green >= 5 and red == 0:
-        return "Exemplary"
-    if red:
-        return "At Risk" if red >= 3 else "Needs Attention"
-    return "Strong" if green >= 3 else "Developing"

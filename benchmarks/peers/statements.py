@@ -8,8 +8,9 @@ from datetime import datetime
 
 from psycopg import sql
 
-from benchmarks.answers import COUNTS as _COUNTS_OF_ROWS
-from benchmarks.answers import RATES, TWIN, VALUES
+from benchmarks.answers import TWIN, VALUES
+from chaos.oracle import COUNTS as _COUNTS_OF_ROWS
+from chaos.oracle import SHARES
 
 COUNTS = (
     "sessions",
@@ -129,7 +130,7 @@ def answer(*, roster: str, of_sessions: str, of_events: str, rounded: str) -> st
     """
     totals = [f"sum({name}::integer) OVER so_far AS {name}" for name in COUNTS]
     totals += [f"sum({name}) OVER so_far AS {name}" for name in SUMS]
-    metrics = [f"{rounded.format(name)} AS {name}" for name in RATES]
+    metrics = [f"{rounded.format(name)} AS {name}" for name in SHARES]
     return f"""
 WITH of_sessions AS ({of_sessions}),
 of_events AS ({of_events}),

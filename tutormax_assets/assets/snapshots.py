@@ -186,7 +186,7 @@ def _cleaned(
     for source_table, column, reason, count in _reasons(set_aside).iter_rows():
         context.log.warning(f"Set aside {count} of {source_table}: {column} is {reason}")
     if kept in selected:
-        _add_read_metadata(context, kept, rows, table, clean_seconds)
+        _add_read_metadata(context, kept, rows, table, clean_seconds=clean_seconds)
         _add_set_aside_metadata(context, kept, set_aside, window_days)
         yield dg.Output(_by_reference_date(context, good, _DATE_COLUMNS[table], window_days), kept)
     if aside in selected:
@@ -224,14 +224,14 @@ def _add_read_metadata(
     asset: str,
     rows: PlatformRows,
     table: snapshot.Table,
-    clean_seconds: float = 0.0,
+    **seconds: float,
 ) -> None:
     for key in context.partition_keys:
         context.add_asset_metadata(
             {
                 "rows_read_by_run": rows.count[table],
                 "read_seconds": round(rows.seconds, 3),
-                "clean_seconds": round(clean_seconds, 3),
+                **{name: round(value, 3) for name, value in seconds.items()},
                 "read_at": dg.MetadataValue.timestamp(rows.read_at),
                 "source_snapshot": rows.snapshot,
             },

@@ -59,6 +59,7 @@ def tutor_performance_metrics_checks(
             database.engine,
             calculation_dates=[midnight(day, timezone=daily.timezone) for day in days.values()],
             tutor_ids=run_options.tutor_ids,
+            timeouts=database.timeouts,
         )
         found = {}
         for (key, day), rows in zip(days.items(), table, strict=True):

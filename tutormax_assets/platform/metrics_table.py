@@ -196,7 +196,7 @@ def read_metrics(
     *,
     calculation_dates: Iterable[datetime],
     tutor_ids: Sequence[str] = (),
-    timeouts: Timeouts = Timeouts(),  # noqa: B008 - it is immutable
+    timeouts: Timeouts,
 ) -> Iterator[pl.DataFrame]:
     """The table's rows of some dates: their key in the date, and their values.
 
@@ -228,31 +228,14 @@ def _read(
     tutor_ids: Sequence[str],
     timeouts: Timeouts,
 ) -> Iterator[pl.DataFrame]:
-    # Of an array that is joined, the planner knows the length, and takes few tutors one by one.
-    asked = sql.SQL("JOIN unnest({}::text[]) AS asked (tutor_id) USING (tutor_id)").format(
-        sql.Literal(list(dict.fromkeys(tutor_ids)))
-    )
-    query = sql.SQL(
-        "SELECT {} FROM {} {}"
-        " WHERE calculation_date = current_setting('tutormax.calculation_date')::timestamptz"
-    ).format(
-        sql.SQL(", ").join(
-            sql.SQL("{}::{}").format(sql.Identifier(name), sql.SQL(_TYPES.get(dtype, "bigint")))
-            for name, dtype in _READ.items()
-        ),
-        sql.Identifier(METRICS_TABLE),
-        asked if tutor_ids else sql.SQL(""),
-    )
     limits = transaction_limits(timeouts)
+    numbered = enumerate(limits, start=1)
+    set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in numbered)
     # psycopg would hand over each row of a COPY by itself, in twice the time.
     with dbapi.connect(conninfo(engine.url)) as connection, connection.cursor() as cursor:
+        cursor.execute(f"SELECT {set_all}", tuple(limits.values()))
         for calculation_date in calculation_dates:
-            settings = {**limits, "tutormax.calculation_date": calculation_date.isoformat()}
-            numbered = enumerate(settings, start=1)
-            set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in numbered)
-            # With bound parameters of its own the query would not be read by binary COPY.
-            cursor.execute(f"SELECT {set_all}", tuple(settings.values()))
-            cursor.execute(query.as_string(None))
+            cursor.execute(_rows_of(calculation_date, tutor_ids).as_string(None))
             try:
                 rows = pl.DataFrame(cursor.fetch_arrow())
             except pl.exceptions.ComputeError as error:
@@ -264,19 +247,29 @@ def _stored(
     connection: sa.Connection, calculation_date: datetime, tutor_ids: Sequence[str]
 ) -> pl.DataFrame:
     """As ``read_metrics``, on a connection that is there: another one costs more than a date."""
-    # Of an array that is joined, the planner knows the length, and takes few tutors one by one.
-    query = sql.SQL(
-        "COPY (SELECT {} FROM {} JOIN unnest({}::text[]) AS asked (tutor_id) USING (tutor_id)"
-        " WHERE calculation_date = {}) TO STDOUT (FORMAT csv)"
-    ).format(
-        sql.SQL(", ").join(sql.Identifier(name) for name in _READ),
-        sql.Identifier(METRICS_TABLE),
-        sql.Literal(list(dict.fromkeys(tutor_ids))),
-        sql.Literal(calculation_date),
+    query = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(
+        _rows_of(calculation_date, tutor_ids)
     )
     with connection.connection.cursor().copy(query) as copy:
         rows = b"".join(copy)
     return pl.read_csv(rows, has_header=False, schema=_READ, raise_if_empty=False)
+
+
+def _rows_of(calculation_date: datetime, tutor_ids: Sequence[str]) -> sql.Composed:
+    """The query of a date's rows, bound by the client: what is copied takes no parameters."""
+    # Of an array that is joined, the planner knows the length, and takes few tutors one by one.
+    asked = sql.SQL("JOIN unnest({}::text[]) AS asked (tutor_id) USING (tutor_id)").format(
+        sql.Literal(list(dict.fromkeys(tutor_ids)))
+    )
+    return sql.SQL("SELECT {} FROM {} {} WHERE calculation_date = {}").format(
+        sql.SQL(", ").join(
+            sql.SQL("{}::{}").format(sql.Identifier(name), sql.SQL(_TYPES.get(dtype, "bigint")))
+            for name, dtype in _READ.items()
+        ),
+        sql.Identifier(METRICS_TABLE),
+        asked if tutor_ids else sql.SQL(""),
+        sql.Literal(calculation_date),
+    )
 
 
 def _look(

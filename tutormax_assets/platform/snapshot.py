@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -40,7 +40,12 @@ from tutormax_assets.metrics.schemas import (
     SourceTutors,
 )
 from tutormax_assets.platform.arrow_stream import ArrowStreamError, batches
-from tutormax_assets.platform.connection import Timeouts, conninfo, describe
+from tutormax_assets.platform.connection import (
+    Timeouts,
+    conninfo,
+    describe,
+    transaction_limits,
+)
 from tutormax_assets.platform.contract import (
     FOUND_COLUMNS,
     NEEDED_COLUMNS,
@@ -395,11 +400,8 @@ def _snapshot(
     source: Source, *, tutor_ids: Sequence[str] = (), shared: str | None = None
 ) -> Iterator[dbapi.Cursor]:
     """A transaction that reads; of the given tutors, and in a snapshot that another one shares."""
-    limits = source.timeouts
     settings = {
-        "statement_timeout": f"{limits.statement_seconds}s",
-        "lock_timeout": f"{limits.lock_seconds}s",
-        "idle_in_transaction_session_timeout": f"{limits.statement_seconds}s",
+        **transaction_limits(source.timeouts),
         "tutormax.tutor_ids": json.dumps(list(tutor_ids)),
     }
     set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in enumerate(settings, 1))
@@ -473,7 +475,8 @@ def _at_once(
         try:
             of_first = read_first(cursor)
         except BaseException:
-            other.adbc_cancel()
+            with suppress(dbapi.Error):
+                other.adbc_cancel()
             raise
         return {first: of_first, second: of_second.result()}
 
@@ -489,7 +492,8 @@ def _read_sessions(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str],
         ("sessions", bound(_SESSIONS), _StreamedSessions),
         ("student_feedback", bound(feedback), _StreamedFeedback),
     ):
-        _stream(cursor, query, schema, pl.PartitionBy(folder / name, key=part.alias("part")))
+        files = pl.PartitionBy(folder / name, key=part.alias("part"), include_key=False)
+        _stream(cursor, query, schema, files)
     parts = [
         _scan(of_sessions, _StreamedSessions)
         .join(
@@ -575,6 +579,7 @@ def _stream(
         n_rows: int | None,
         batch_size: int | None,
     ) -> Iterator[pl.DataFrame]:
+        # Who writes everything asks for no selection.
         for batch in batches(cursor.fetch_arrow()):
             _expect(batch, schema)
             yield batch

@@ -106,6 +106,7 @@ def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
         engine,
         calculation_dates=[AT, AT.replace(day=6), AT.replace(day=5)],
         tutor_ids=["a", odd],
+        timeouts=Timeouts(),
     )
 
     assert compared(stored, computed).passed
@@ -115,8 +116,14 @@ def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
         check_column_order=False,
     )
     assert set(later["tutor_id"]) == {"a"}
-    for tutor_ids, expected in (([odd], {odd}), ([], {"a", odd, "other"}), (["unknown"], set())):
-        [rows] = read_metrics(engine, calculation_dates=[AT], tutor_ids=tutor_ids)
+    for tutor_ids, expected in (
+        ([odd], {odd}),
+        ([], {"a", odd, "other"}),
+        (["unknown"], set()),
+    ):
+        [rows] = read_metrics(
+            engine, calculation_dates=[AT], tutor_ids=tutor_ids, timeouts=Timeouts()
+        )
         assert set(rows["tutor_id"]) == expected
     for empty in (none, rows):
         assert empty.is_empty()
@@ -131,4 +138,4 @@ def test_a_table_that_is_not_there_ends_in_a_sentence(engine: sa.Engine) -> None
     with pytest.raises(
         MetricsTableError, match=r"cannot be read: relation .* `tutormax db status`"
     ):
-        next(read_metrics(engine, calculation_dates=[AT], tutor_ids=["a"]))
+        next(read_metrics(engine, calculation_dates=[AT], tutor_ids=["a"], timeouts=Timeouts()))
