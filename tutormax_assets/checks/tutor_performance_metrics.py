@@ -59,6 +59,7 @@ def tutor_performance_metrics_checks(
             database.engine,
             calculation_dates=[midnight(day, timezone=daily.timezone) for day in days.values()],
             tutor_ids=run_options.tutor_ids,
+            retrying=run_options.retrying(context.log),
             timeouts=database.timeouts,
         )
         found = {}

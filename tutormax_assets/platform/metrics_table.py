@@ -9,6 +9,7 @@ neither collide nor wait for each other in a circle.
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
@@ -196,6 +197,7 @@ def read_metrics(
     *,
     calculation_dates: Iterable[datetime],
     tutor_ids: Sequence[str] = (),
+    retrying: tenacity.Retrying,
     timeouts: Timeouts,
 ) -> Iterator[pl.DataFrame]:
     """The table's rows of some dates: their key in the date, and their values.
@@ -204,6 +206,7 @@ def read_metrics(
         engine: The database that holds the table.
         calculation_dates: The instants that the reference dates stand for.
         tutor_ids: Only rows of these tutors; all when empty.
+        retrying: Calls the reading of a date again when its failure may pass.
         timeouts: How long a statement may take, and wait for another session's lock.
 
     Yields:
@@ -213,34 +216,50 @@ def read_metrics(
     Raises:
         MetricsTableError: The table cannot be read.
     """
-    try:
-        yield from _read(engine, calculation_dates, tutor_ids, timeouts)
-    except dbapi.Error as error:
-        raise MetricsTableError(
-            f"{METRICS_TABLE} cannot be read: {reason(error)}."
-            " `tutormax db status` shows what is there."
-        ) from error
+    with ExitStack() as connections:
+        cursors: list[dbapi.Cursor] = []
+
+        def read(calculation_date: datetime) -> pl.DataFrame:
+            if not cursors:
+                cursors.append(connections.enter_context(_reading(engine, timeouts)))
+            try:
+                return _read(cursors[0], calculation_date, tutor_ids)
+            except dbapi.Error:
+                # Nothing more can be read in a transaction that failed.
+                cursors.clear()
+                raise
+
+        for calculation_date in calculation_dates:
+            try:
+                rows = retrying.copy()(read, calculation_date)
+            except dbapi.Error as error:
+                raise MetricsTableError(
+                    f"{METRICS_TABLE} cannot be read: {reason(error)}."
+                    " `tutormax db status` shows what is there."
+                ) from error
+            yield rows
 
 
-def _read(
-    engine: sa.Engine,
-    calculation_dates: Iterable[datetime],
-    tutor_ids: Sequence[str],
-    timeouts: Timeouts,
-) -> Iterator[pl.DataFrame]:
+@contextmanager
+def _reading(engine: sa.Engine, timeouts: Timeouts) -> Iterator[dbapi.Cursor]:
+    """A transaction of the driver that hands over many rows at once, as psycopg does not."""
     limits = transaction_limits(timeouts)
     numbered = enumerate(limits, start=1)
     set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in numbered)
-    # psycopg would hand over each row of a COPY by itself, in twice the time.
     with dbapi.connect(conninfo(engine.url)) as connection, connection.cursor() as cursor:
         cursor.execute(f"SELECT {set_all}", tuple(limits.values()))
-        for calculation_date in calculation_dates:
-            cursor.execute(_rows_of(calculation_date, tutor_ids).as_string(None))
-            try:
-                rows = pl.DataFrame(cursor.fetch_arrow())
-            except pl.exceptions.ComputeError as error:
-                raise of_stream(error, is_lost=True) from error
-            yield rows.select(pl.col(name).cast(dtype) for name, dtype in _READ.items())
+        yield cursor
+
+
+def _read(
+    cursor: dbapi.Cursor, calculation_date: datetime, tutor_ids: Sequence[str]
+) -> pl.DataFrame:
+    cursor.execute(_rows_of(calculation_date, tutor_ids).as_string(None))
+    try:
+        rows = pl.DataFrame(cursor.fetch_arrow())
+    except pl.exceptions.ComputeError as error:
+        raise of_stream(error, is_lost=True) from error
+    return rows.select(pl.col(name).cast(dtype) for name, dtype in _READ.items())
 
 
 def _stored(

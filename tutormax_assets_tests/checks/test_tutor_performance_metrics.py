@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 import sqlalchemy as sa
 from polars.testing import assert_frame_equal
-from tenacity import Retrying
+from tenacity import Retrying, stop_after_attempt
 
 from tutormax_assets.checks import ERROR, WARN, Finding
 from tutormax_assets.checks.tutor_performance_metrics import rows_are_as_computed
@@ -18,6 +18,7 @@ from tutormax_assets_tests.checks.test_tutor_tiers import NONE, table, tiers
 from tutormax_assets_tests.conftest import add
 
 AT = datetime(2025, 11, 7, tzinfo=UTC)
+ONCE = Retrying(stop=stop_after_attempt(1), reraise=True)
 COMPUTED = tiers(
     {"tutor_id": "a", "avg_rating": 4.33, "sessions_completed": 3},
     {"tutor_id": "a", "window": "30day", "performance_tier": "Needs Attention"},
@@ -97,7 +98,7 @@ def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
             frame,
             calculation_date=at,
             batch_size=10,
-            retrying=Retrying(),
+            retrying=ONCE,
             timeouts=Timeouts(),
         )
         assert batch.errors == {}
@@ -106,6 +107,7 @@ def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
         engine,
         calculation_dates=[AT, AT.replace(day=6), AT.replace(day=5)],
         tutor_ids=["a", odd],
+        retrying=ONCE,
         timeouts=Timeouts(),
     )
 
@@ -122,7 +124,11 @@ def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
         (["unknown"], set()),
     ):
         [rows] = read_metrics(
-            engine, calculation_dates=[AT], tutor_ids=tutor_ids, timeouts=Timeouts()
+            engine,
+            calculation_dates=[AT],
+            tutor_ids=tutor_ids,
+            retrying=ONCE,
+            timeouts=Timeouts(),
         )
         assert set(rows["tutor_id"]) == expected
     for empty in (none, rows):
@@ -138,4 +144,12 @@ def test_a_table_that_is_not_there_ends_in_a_sentence(engine: sa.Engine) -> None
     with pytest.raises(
         MetricsTableError, match=r"cannot be read: relation .* `tutormax db status`"
     ):
-        next(read_metrics(engine, calculation_dates=[AT], tutor_ids=["a"], timeouts=Timeouts()))
+        next(
+            read_metrics(
+                engine,
+                calculation_dates=[AT],
+                tutor_ids=["a"],
+                retrying=ONCE,
+                timeouts=Timeouts(),
+            )
+        )

@@ -19,7 +19,12 @@ from chaos.proxy import Proxy
 from tutormax_assets.aggregation import dagster_instance
 from tutormax_assets.platform.connection import Timeouts, create_engine, lock_for_transaction
 from tutormax_assets.platform.faults import retrying
-from tutormax_assets.platform.metrics_table import Batch, MetricsTableError, write_metrics
+from tutormax_assets.platform.metrics_table import (
+    Batch,
+    MetricsTableError,
+    read_metrics,
+    write_metrics,
+)
 from tutormax_assets.platform.tables import METRICS_TABLE
 from tutormax_assets_tests.conftest import Platform, captured_log, metrics_of
 from tutormax_assets_tests.platform.test_metrics_table import DAY, WINDOWS, tiers
@@ -158,6 +163,33 @@ def through(proxy: Proxy, database: sa.URL) -> Iterator[sa.Engine]:
     engine = create_engine(proxy.url(database))
     yield engine
     engine.dispose()
+
+
+def test_what_was_written_is_read_back_though_connections_break(
+    proxy: Proxy, engine: sa.Engine, through: sa.Engine
+) -> None:
+    rows = tiers(add_tutors(engine, 300))
+    write(engine, rows)
+    dates = [DAY, DAY, DAY]
+    proxy.refuse()
+    proxy.cut_after(bytes_from_server=20_000, spare=1)
+
+    with captured_log() as log:
+        found = read_metrics(
+            through,
+            calculation_dates=dates,
+            retrying=retrying(
+                max_retries=2, retry_delay_seconds=0, log=logging.getLogger("tutormax_assets")
+            ),
+            timeouts=Timeouts(),
+        )
+        first = next(found)
+        proxy.cut_all()
+        rest = list(found)
+
+    assert [len(date) for date in (first, *rest)] == [len(rows)] * len(dates)
+    assert proxy.strikes == 2
+    assert sum("trying again" in line for line in log) == 3
 
 
 @pytest.mark.parametrize("state", ["40001", "40P01", "53200", "53300", "55006", "57P03", "08006"])
