@@ -45,12 +45,13 @@ from tutormax_assets.failures import (
 from tutormax_assets.killed_runs import PROCESS_TAG, end_killed_runs, this_process
 from tutormax_assets.log import LOGGER
 from tutormax_assets.partitions import checked_reference_date, midnight, today
+from tutormax_assets.parts import scan_partition
 from tutormax_assets.platform.archive import RestoredDate, restore_date
 from tutormax_assets.platform.connection import create_engine, database_url
 from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.resources import RunOptions
 from tutormax_assets.settings import Settings, load_settings
-from tutormax_assets.storage import partition_path, scan_partition
+from tutormax_assets.storage import partition_path
 
 MOST_ERRORS_SHOWN = 100
 """Errors of a date that are logged and printed one by one."""

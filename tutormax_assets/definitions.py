@@ -16,6 +16,7 @@ from tutormax_assets.checks.tutor_events_snapshot import tutor_events_snapshot_c
 from tutormax_assets.checks.tutor_performance_metrics import tutor_performance_metrics_checks
 from tutormax_assets.checks.tutor_tiers import tutor_tiers_checks
 from tutormax_assets.checks.window_metrics import window_metrics_checks
+from tutormax_assets.compute import Compute
 from tutormax_assets.log import line_logger
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions, load_policy
 from tutormax_assets.settings import Settings, load_settings
@@ -43,7 +44,12 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         else dg.BackfillPolicy.single_run()
     )
     assets = [
-        platform_snapshot_assets(daily, backfills, window_days=policy.horizon_days),
+        platform_snapshot_assets(
+            daily,
+            backfills,
+            window_days=policy.horizon_days,
+            number_of_shards=settings.shards,
+        ),
         window_metrics_assets(daily, backfills, windows=policy.windows),
         tutor_tiers_asset(daily, backfills, windows=policy.windows),
         tutor_performance_metrics_asset(
@@ -80,6 +86,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         ],
         resources={
             "database": database,
+            "compute": Compute(),
             "run_options": run_options,
             "metrics_policy": MetricsPolicy.configure_at_launch(),
             "io_manager": PartitionedParquetIOManager(

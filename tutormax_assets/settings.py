@@ -62,6 +62,12 @@ class Settings(BaseSettings):
         default=None,
         description="Base path of the Parquet partitions: a folder, s3://… or gs://….",
     )
+    shards: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="Shards that a date's tutors are divided into; 0 for one for each 25,000.",
+    )
     timezone: str = Field(
         default="UTC", description="IANA timezone in which a reference date begins."
     )

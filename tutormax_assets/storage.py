@@ -1,34 +1,37 @@
-"""Parquet partitions between the stages: one file a reference date, written atomically.
+"""The Parquet partitions of the assets, and the IO manager that hands them from step to step.
 
 A run has its reference dates to itself, from before its first step to its end. One that is filtered
-to some tutors reads only those tutors and replaces only their rows. Dagster's
-``UPathIOManager`` refuses to write several partitions in one run, and reads one as a frame but
-several as a dictionary; here both are always a dictionary by partition, so that an asset's body
-is the same for one day and for a range.
+to some tutors reads only those tutors and replaces only their rows. Rows do not pass through the IO
+manager: who computes a shard stores it, and the manager lists what was stored.
 """
 
-import io
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import dagster as dg
-import polars as pl
 import sqlalchemy as sa
 from pydantic import PrivateAttr
 from upath import UPath
 
 from tutormax_assets.automation.single_days import partition_keys
-from tutormax_assets.parquet import StorageError, StoredFile, entries, write_parquet
+from tutormax_assets.parquet import StorageError, entries
+from tutormax_assets.parts import (
+    Partition,
+    delete_files,
+    list_partition,
+    listing_state,
+    merged,
+    stored_partition,
+)
 from tutormax_assets.platform.date_locks import DateLocks, try_lock_date
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 
-FramesByDate = dict[str, pl.LazyFrame]
-"""Lazy frames by partition key, which is the reference date in ISO form."""
+PartitionsByDate = dict[str, Partition]
+"""Partitions by their key, which is the reference date in ISO form."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,7 @@ class StoredPartition:
 
 
 class PartitionedParquetIOManager(dg.ConfigurableIOManager):
-    """Keeps each partition of an asset as ``<base_path>/<asset>/<partition>.parquet``.
-
-    Every frame has a ``tutor_id`` column.
+    """Keeps each partition of an asset as the folder ``<base_path>/<asset>/<partition>.parquet``.
 
     It locks the reference dates of the run, since every step needs it: those that write Parquet,
     and the one that writes the metrics table for its input. Dagster makes it ready before the first
@@ -56,7 +57,7 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
     run_options: dg.ResourceDependency[RunOptions]
     database: dg.ResourceDependency[PlatformDatabase]
     _locks: DateLocks | None = PrivateAttr(default=None)
-    _written: dict[UPath, tuple[int, float, int]] = PrivateAttr(default_factory=dict)
+    _written: dict[UPath, tuple[int, float, int] | None] = PrivateAttr(default_factory=dict)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Wait until no other run computes a reference date of this run, and keep others waiting.
@@ -77,44 +78,46 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
         if self._locks is not None:
             self._locks.release()
 
-    def load_input(self, context: dg.InputContext) -> FramesByDate:
-        """Scan the partitions that the run reads, restricted to the tutors it is filtered to."""
+    def load_input(self, context: dg.InputContext) -> PartitionsByDate:
+        """The partitions that the run reads, restricted to the tutors it is filtered to."""
         self._renew_locks()
-        return self.scan(context.asset_key, context.asset_partition_keys)
+        return self.partitions(context.asset_key, context.asset_partition_keys)
 
-    def scan(self, asset_key: dg.AssetKey, partition_keys: Iterable[str]) -> FramesByDate:
-        """Scan partitions of an asset, restricted to the tutors that the run is filtered to.
+    def partitions(self, asset_key: dg.AssetKey, partition_keys: Iterable[str]) -> PartitionsByDate:
+        """Partitions of an asset, restricted to the tutors that the run is filtered to.
 
         Raises:
             FileNotFoundError: A partition has not been materialized.
         """
-        frames = {
-            key: scan_partition(partition_path(self.base_path, asset_key, key))
+        only = tuple(self.run_options.tutor_ids)
+        return {
+            key: stored_partition(self.path(asset_key, key), tutor_ids=only)
             for key in partition_keys
         }
-        only = self.run_options.tutor_ids
-        if not only:
-            return frames
-        return {key: rows.filter(pl.col("tutor_id").is_in(only)) for key, rows in frames.items()}
 
-    def handle_output(self, context: dg.OutputContext, obj: FramesByDate) -> None:
-        """Compute and store each partition, one after the other."""
+    def path(self, asset_key: dg.AssetKey, partition_key: str) -> UPath:
+        """The folder of a partition."""
+        return partition_path(self.base_path, asset_key, partition_key)
+
+    def handle_output(self, context: dg.OutputContext, obj: PartitionsByDate) -> None:
+        """List what was stored of each partition."""
         for key in context.asset_partition_keys:
-            path = partition_path(self.base_path, context.asset_key, key)
+            partition = obj[key]
             started = perf_counter()
-            rows = obj[key]
             self._renew_locks()
-            if only := self.run_options.tutor_ids:
-                rows = _merged(path, rows, only=only)
-            stored = _write(path, rows)
-            self._written[path] = _state(path)
+            if self.run_options.tutor_ids:
+                partition = merged(partition, only=self.run_options.tutor_ids)
+            list_partition(partition)
+            self._written[partition.path] = listing_state(partition.path)
+            seconds = partition.seconds + perf_counter() - started
             # Output metadata would be the same for every day of a range.
             context.step_context.add_asset_metadata(
                 {
-                    "path": dg.MetadataValue.path(str(path)),
-                    "size_bytes": stored.size_bytes,
-                    "dagster/partition_row_count": stored.rows,
-                    "write_seconds": round(perf_counter() - started, 3),
+                    "path": dg.MetadataValue.path(str(partition.path)),
+                    "shards": len(partition.parts),
+                    "size_bytes": sum(part.size_bytes for part in partition.parts),
+                    "dagster/partition_row_count": sum(part.rows for part in partition.parts),
+                    "write_seconds": round(seconds, 3),
                 },
                 asset_key=context.asset_key,
                 partition_key=key,
@@ -124,7 +127,7 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
         if self._locks is None or not self._locks.renew():
             return
         for path, state in self._written.items():
-            if not path.exists() or _state(path) != state:
+            if listing_state(path) != state:
                 raise StorageError(
                     f"{path} was written by another run while this one had lost its connection to"
                     " the platform. What the other run saved stays; run the date again if need be."
@@ -132,24 +135,8 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
 
 
 def partition_path(base_path: str, asset_key: dg.AssetKey, partition_key: str) -> UPath:
-    """Where a partition of an asset is."""
+    """The folder of a partition of an asset."""
     return UPath(base_path).joinpath(*asset_key.path, f"{partition_key}.parquet")
-
-
-def scan_partition(path: UPath) -> pl.LazyFrame:
-    """A partition as a lazy frame.
-
-    Raises:
-        FileNotFoundError: The partition has not been materialized.
-    """
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no partition at {path}."
-            f" Materialize {path.parent.name} for {path.stem} first."
-        )
-    if isinstance(path, Path):
-        return pl.scan_parquet(path)
-    return pl.scan_parquet(io.BytesIO(path.read_bytes()))
 
 
 def partitions_before(
@@ -172,7 +159,8 @@ def partitions_before(
                     continue
                 path = partition_path(base_path, asset_key, key)
                 with suppress(FileNotFoundError):  # Another cleanup was faster.
-                    found.append(StoredPartition(asset_key, key, path, path.stat().st_size))
+                    size = sum(part.stat().st_size for part in entries(path))
+                    found.append(StoredPartition(asset_key, key, path, size))
     # What a filesystem raises depends on which one it is.
     except Exception as error:
         raise StorageError(
@@ -197,7 +185,7 @@ def delete_partition(engine: sa.Engine, partition: StoredPartition) -> bool:
         if not try_lock_date(connection, partition.partition_key):
             return False
         try:
-            partition.path.unlink(missing_ok=True)
+            delete_files(partition.path)
         except Exception as error:
             raise StorageError(
                 f"{partition.path} cannot be deleted: {error}."
@@ -206,31 +194,8 @@ def delete_partition(engine: sa.Engine, partition: StoredPartition) -> bool:
     return True
 
 
-def _write(path: UPath, rows: pl.LazyFrame) -> StoredFile:
-    try:
-        return write_parquet(path, rows)
-    # Polars passes on what the system says as an error of its own.
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise StorageError(
-            f"{path} cannot be written: {error}. TUTORMAX_STORAGE says where it is; check that it"
-            " can be reached and has space."
-        ) from error
-
-
-def _state(path: UPath) -> tuple[int, float, int]:
-    found = path.stat()
-    return found.st_ino, found.st_mtime, found.st_size
-
-
 def _is_date(text: str) -> bool:
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
-
-
-def _merged(path: UPath, rows: pl.LazyFrame, *, only: list[str]) -> pl.LazyFrame:
-    if not path.exists():
-        return rows
-    others = scan_partition(path).filter(~pl.col("tutor_id").is_in(only))
-    return pl.concat([others, rows])

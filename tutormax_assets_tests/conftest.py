@@ -21,12 +21,15 @@ import pytest
 import sqlalchemy as sa
 from filelock import FileLock
 from psycopg import sql
+from upath import UPath
 
 from tutormax_assets import sample_platform
+from tutormax_assets.parts import list_partition, partition_of, store_parts
 from tutormax_assets.platform import embedded, tables
 from tutormax_assets.platform.connection import conninfo, create_engine
 from tutormax_assets.platform.tables import metrics_metadata, source_metadata
 from tutormax_assets.settings import Settings, load_settings
+from tutormax_assets.shards import ALL_IN_ONE, Shards
 
 if TYPE_CHECKING:
     from tutormax_assets.aggregation import AggregationSummary
@@ -159,6 +162,11 @@ def engine(database: sa.URL) -> Iterator[sa.Engine]:
     engine = create_engine(database)
     yield engine
     engine.dispose()
+
+
+def store(path: UPath, rows: pl.DataFrame, *, shards: Shards = ALL_IN_ONE) -> None:
+    """Store a partition."""
+    list_partition(partition_of(path, shards, [store_parts(path, rows.lazy(), shards=shards)]))
 
 
 @contextmanager

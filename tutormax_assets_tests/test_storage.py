@@ -13,15 +13,22 @@ import pytest
 from polars.testing import assert_frame_equal
 from upath import UPath
 
-from tutormax_assets.parquet import StoredFile, write_parquet
-from tutormax_assets.resources import PlatformDatabase, RunOptions
-from tutormax_assets.storage import (
-    FramesByDate,
-    PartitionedParquetIOManager,
-    partition_path,
+from tutormax_assets.parquet import StorageError, StoredFile, read_parquet, write_parquet
+from tutormax_assets.parts import (
+    list_partition,
+    partition_of,
     scan_partition,
+    store_parts,
+    stored_partition,
 )
-from tutormax_assets_tests.conftest import Platform
+from tutormax_assets.resources import PlatformDatabase, RunOptions
+from tutormax_assets.shards import ALL_IN_ONE, Shards
+from tutormax_assets.storage import (
+    PartitionedParquetIOManager,
+    PartitionsByDate,
+    partition_path,
+)
+from tutormax_assets_tests.conftest import Platform, store
 
 KEY = dg.AssetKey("scores")
 DAYS = dg.DailyPartitionsDefinition("2025-11-01")
@@ -43,14 +50,58 @@ def base_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         path.fs.rm(path.path, recursive=True)
 
 
-def test_a_partition_comes_back_as_it_was_stored(base_path: str) -> None:
+@pytest.mark.parametrize("shards", [ALL_IN_ONE, Shards(("b", "x"))])
+def test_a_partition_comes_back_as_it_was_stored(base_path: str, shards: Shards) -> None:
     path = partition_path(base_path, dg.AssetKey(["folder", "scores"]), "2025-11-07")
     assert path.parts[-3:] == ("folder", "scores", "2025-11-07.parquet")
-    for rows in (frame({"a": 1, "b": 2}), frame({"c": 3}), frame({"a": 1}).clear()):
-        stored = write_parquet(path, rows.lazy())
+    for rows in (frame({"a": 1, "b": 2, "é": 3}), frame({"c": 3}), frame({"a": 1}).clear()):
+        store(path, rows, shards=shards)
 
         assert_frame_equal(scan_partition(path).collect(), rows)
+        partition = stored_partition(path)
+        assert partition.shards == shards
+        assert len(list(path.iterdir())) == len(partition.parts) == len(shards)
+        for number, part in enumerate(partition.parts):
+            of_shard = partition.rows(number)
+            assert (of_shard.count, part.size_bytes) == (
+                part.rows,
+                (path / part.name).stat().st_size,
+            )
+            expected = rows.filter(shards.number() == number)
+            assert_frame_equal(of_shard.scan().collect(), expected)
+            assert of_shard.count == len(expected)
+
+
+def test_what_is_not_listed_is_not_read(base_path: str) -> None:
+    path = partition_path(base_path, KEY, "2025-11-07")
+    store(path, frame({"a": 1}))
+    twice = [store_parts(path, frame({"a": 2}).lazy()) for _ in range(2)]
+
+    assert_frame_equal(scan_partition(path).collect(), frame({"a": 1}))
+    list_partition(partition_of(path, ALL_IN_ONE, twice[1:]))
+
+    assert_frame_equal(scan_partition(path).collect(), frame({"a": 2}))
+    assert [entry.name for entry in path.iterdir()] == [twice[1].parts[0].name]
+
+
+def test_a_damaged_listing_says_what_to_do(tmp_path: Path) -> None:
+    path = partition_path(str(tmp_path), KEY, "2025-11-07")
+    store(path, frame({"a": 1}))
+    path.with_suffix(".json").write_text('{"parts": [{"name": 1}]}')
+
+    with pytest.raises(StorageError, match=r"Materialize scores for 2025-11-07 again"):
+        scan_partition(path)
+
+
+def test_a_file_comes_back_as_it_was_stored(base_path: str) -> None:
+    path = UPath(base_path) / "rows.parquet"
+    for rows in (frame({"a": 1, "b": 2}), frame({"a": 1}).clear()):
+        stored = write_parquet(path, rows.lazy())
+
         assert stored == StoredFile(size_bytes=path.stat().st_size, rows=len(rows))
+        read = read_parquet(path)
+        assert read is not None
+        assert_frame_equal(read, rows)
 
 
 def test_a_missing_partition_says_what_to_do(base_path: str) -> None:
@@ -64,21 +115,23 @@ def test_a_missing_partition_says_what_to_do(base_path: str) -> None:
     )
 
 
+@pytest.mark.parametrize("shards", [ALL_IN_ONE, Shards(("b", "x"))])
 def test_a_write_that_fails_leaves_the_old_partition_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Shards
 ) -> None:
     path = partition_path(str(tmp_path), KEY, "2025-11-07")
-    write_parquet(path, frame({"a": 1}).lazy())
+    store(path, frame({"a": 1}))
+    before = sorted(path.parent.rglob("*"))
 
     def disk_is_full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", disk_is_full)
-    with pytest.raises(OSError, match="No space left"):
-        write_parquet(path, frame({"a": 2}).lazy())
+    with pytest.raises(StorageError, match=r"cannot be written: .*No space left"):
+        store(path, frame({"a": 2}), shards=shards)
 
     assert_frame_equal(scan_partition(path).collect(), frame({"a": 1}))
-    assert list(path.parent.iterdir()) == [path]
+    assert sorted(path.parent.rglob("*")) == before
 
 
 def materialize(
@@ -86,17 +139,28 @@ def materialize(
     scores: Mapping[str, Mapping[str, int]],
     *,
     tutor_ids: list[str] | None = None,
+    shards: Shards = ALL_IN_ONE,
 ) -> tuple[dg.ExecuteInProcessResult, dict[str, list[dict[str, Any]]]]:
     """Store the scores by day as an asset, and say what one that depends on it reads."""
     read: dict[str, list[dict[str, Any]]] = {}
 
     @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
-    def scores_asset() -> FramesByDate:
-        return {day: frame(of_day).lazy() for day, of_day in scores.items()}
+    def scores_asset() -> PartitionsByDate:
+        paths = {day: partition_path(base_path, dg.AssetKey("scores_asset"), day) for day in scores}
+        return {
+            day: partition_of(path, shards, [store_parts(path, rows, shards=shards)])
+            for day, path in paths.items()
+            for rows in [frame(scores[day]).lazy()]
+        }
 
     @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
-    def reader(scores_asset: FramesByDate) -> dg.MaterializeResult:  # type: ignore[type-arg]
-        read.update({day: rows.collect().to_dicts() for day, rows in scores_asset.items()})
+    def reader(scores_asset: PartitionsByDate) -> dg.MaterializeResult:  # type: ignore[type-arg]
+        read.update(
+            {
+                day: partition.rows().scan().sort("tutor_id").collect().to_dicts()
+                for day, partition in scores_asset.items()
+            }
+        )
         return dg.MaterializeResult()
 
     days = sorted(scores)
@@ -142,21 +206,30 @@ def test_a_run_stores_and_reads_each_day(base_path: str, platform: Platform) -> 
         timeless = {name: metadata[name] for name in metadata if not name.endswith("_seconds")}
         assert timeless == {
             "path": str(path),
-            "size_bytes": path.stat().st_size,
+            "shards": 1,
+            "size_bytes": sum(part.stat().st_size for part in path.iterdir()),
             "dagster/partition_row_count": len(rows),
         }
 
 
+@pytest.mark.parametrize("shards", [ALL_IN_ONE, Shards(("c",)), Shards(("b", "c", "d", "e"))])
 def test_a_filtered_run_replaces_only_the_rows_of_its_tutors(
-    base_path: str, platform: Platform
+    base_path: str, platform: Platform, shards: Shards
 ) -> None:
     day = "2025-11-07"
-    materialize(base_path, {day: {"b": 1, "c": 1, "d": 1}})
+    materialize(base_path, {day: {"b": 1, "c": 1, "d": 1}}, shards=shards)
+    path = partition_path(base_path, dg.AssetKey("scores_asset"), day)
+    before = stored_partition(path)
 
     _, read = materialize(base_path, {day: {"a": 2, "c": 2}}, tutor_ids=["a", "c", "d"])
 
     assert stored(base_path, day) == frame({"a": 2, "b": 1, "c": 2}).to_dicts()
     assert read == {day: frame({"a": 2, "c": 2}).to_dicts()}
+    after = stored_partition(path)
+    assert after.shards == shards
+    untouched = set(range(len(shards))) - shards.numbers_of(["a", "c", "d"])
+    assert {n for n in range(len(shards)) if before.parts[n] == after.parts[n]} == untouched
+    assert {entry.name for entry in path.iterdir()} == {part.name for part in after.parts}
 
 
 def test_a_filtered_run_may_be_the_first_of_a_day(base_path: str, platform: Platform) -> None:

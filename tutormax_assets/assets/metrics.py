@@ -1,17 +1,17 @@
 """The metrics of each window: one asset a window, all of them computed in one step."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from time import perf_counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
-import polars as pl
 
 from tutormax_assets.assets import OWNERS, frame_metadata, reference_dates
-from tutormax_assets.metrics.policy import window_name
+from tutormax_assets.compute import Compute
 from tutormax_assets.metrics.schemas import WindowMetrics
-from tutormax_assets.metrics.window import window_metrics
+from tutormax_assets.parts import StoredParts, partition_of, shared_shards
 from tutormax_assets.resources import MetricsPolicy
-from tutormax_assets.storage import FramesByDate
+from tutormax_assets.shards import shard_name
+from tutormax_assets.stages.windows import WindowsOfShard, WindowsTask, compute_windows
+from tutormax_assets.storage import PartitionedParquetIOManager, PartitionsByDate
 
 _SESSIONS, _EVENTS = "sessions_snapshot", "tutor_events_snapshot"
 _LINEAGE = {
@@ -30,7 +30,7 @@ _LINEAGE = {
     "response_time_avg_minutes": [(_EVENTS, "response_time_minutes")],
 }
 
-# A date with few tutors does not keep all cores busy; one with many takes the memory of many dates.
+# A shard with few tutors does not keep all cores busy; one with many takes much memory.
 _TUTORS_AT_ONCE = 40_000
 
 
@@ -57,48 +57,58 @@ def window_metrics_assets(
     )
     def metrics_of_windows(
         context: dg.AssetExecutionContext,
+        compute: Compute,
         metrics_policy: MetricsPolicy,
-        tutor_roster: FramesByDate,
-        sessions_snapshot: FramesByDate,
-        tutor_events_snapshot: FramesByDate,
-    ) -> Iterator[dg.Output[FramesByDate]]:
+        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+        tutor_roster: PartitionsByDate,
+        sessions_snapshot: PartitionsByDate,
+        tutor_events_snapshot: PartitionsByDate,
+    ) -> Iterator[dg.Output[PartitionsByDate]]:
         """Go through the snapshots of each reference date once for all windows."""
-        policy = metrics_policy.policy
         selected = {
-            days: name
+            days: asset
             for days in windows
-            if dg.AssetKey(name := metrics_asset_name(days)) in context.selected_asset_keys
+            if (asset := dg.AssetKey(metrics_asset_name(days))) in context.selected_asset_keys
         }
-        dates = reference_dates(context)
-        found: dict[str, FramesByDate] = {name: {} for name in selected.values()}
-        for keys in _at_once(tutor_roster, dates):
-            started = perf_counter()
-            frames = pl.collect_all(
-                [
-                    window_metrics(
-                        tutor_roster[key],
-                        sessions_snapshot[key],
-                        tutor_events_snapshot[key],
-                        reference_date=dates[key],
-                        windows=list(selected),
-                        policy=policy,
-                    ).pipe(WindowMetrics.validate, eager=False)
-                    for key in keys
-                ],
-                engine="streaming",
-            )
-            seconds = (perf_counter() - started) / len(keys)
-            for key, rows in zip(keys, frames, strict=True):
-                # On one of the assets, so that the seconds of a run add up.
-                context.add_asset_metadata(
-                    {"all_windows_compute_seconds": round(seconds, 3)},
-                    asset_key=next(iter(found)),
-                    partition_key=key,
+        shards, waiting = {}, {}
+        for key, day in reference_dates(context).items():
+            read = [rows[key] for rows in (tutor_roster, sessions_snapshot, tutor_events_snapshot)]
+            shards[key], numbers = shared_shards(read)
+            paths = {days: io_manager.path(asset, key) for days, asset in selected.items()}
+            for number in numbers:
+                roster, sessions, events = (partition.rows(number) for partition in read)
+                waiting[shard_name(key, number)] = (
+                    key,
+                    WindowsOfShard(day, roster, sessions, events, number or 0, paths),
                 )
-                for days, name in selected.items():
-                    found[name][key] = rows.filter(window=window_name(days)).lazy()
-        for name in selected.values():
-            yield dg.Output(found.pop(name), name)
+        at_once = {names[0]: names for names in _at_once(waiting)}
+        tasks = {
+            first: WindowsTask([waiting[name][1] for name in names], metrics_policy.policy)
+            for first, names in at_once.items()
+        }
+        stored: dict[int, dict[str, list[StoredParts]]] = {
+            days: {key: [] for key in shards} for days in selected
+        }
+        seconds = dict.fromkeys(shards, 0.0)
+        for first, report in compute.map(compute_windows, tasks, log=context.log):
+            for name, of_shard in zip(at_once[first], report.stored, strict=True):
+                key, _ = waiting[name]
+                seconds[key] += report.compute_seconds
+                for days, parts in of_shard.items():
+                    stored[days][key].append(parts)
+        for key in shards:
+            # On one of the assets, so that the seconds of a run add up.
+            context.add_asset_metadata(
+                {"all_windows_compute_seconds": round(seconds[key], 3)},
+                asset_key=next(iter(selected.values())),
+                partition_key=key,
+            )
+        for days, asset in selected.items():
+            partitions = {
+                key: partition_of(io_manager.path(asset, key), shards[key], parts)
+                for key, parts in stored[days].items()
+            }
+            yield dg.Output(partitions, asset.to_python_identifier())
 
     return metrics_of_windows
 
@@ -116,11 +126,15 @@ def _out(days: int) -> dg.AssetOut:
     )
 
 
-def _at_once(rosters: FramesByDate, keys: Iterable[str]) -> Iterator[list[str]]:
-    """The keys in groups whose tutors are few enough to be computed at once."""
-    keys = list(keys)
-    counts = pl.collect_all([rosters[key].select(pl.len()) for key in keys])
-    most = max((count.item() for count in counts), default=0)
-    size = max(1, _TUTORS_AT_ONCE // max(1, most))
-    for start in range(0, len(keys), size):
-        yield keys[start : start + size]
+def _at_once(shards: Mapping[str, tuple[str, WindowsOfShard]]) -> Iterator[list[str]]:
+    """The names of the shards in groups whose tutors are few enough to be computed at once."""
+    group: list[str] = []
+    tutors = 0
+    for name, (_, shard) in shards.items():
+        if group and tutors + shard.roster.count > _TUTORS_AT_ONCE:
+            yield group
+            group, tutors = [], 0
+        group.append(name)
+        tutors += shard.roster.count
+    if group:
+        yield group

@@ -1,27 +1,24 @@
 """The PostgreSQL table that dashboards, managers and churn models read."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import date
-from itertools import islice
-from time import perf_counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
-import polars as pl
 
 from tutormax_assets.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates
+from tutormax_assets.compute import Compute
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.partitions import midnight
-from tutormax_assets.platform.metrics_table import Batch, MetricsTableError, write_metrics
+from tutormax_assets.parts import shared_shards
+from tutormax_assets.platform.metrics_table import Target
 from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.resources import PlatformDatabase, RunOptions
-from tutormax_assets.storage import FramesByDate
+from tutormax_assets.shards import shard_name
+from tutormax_assets.stages.metrics_table import WritingTask, added_up, write_table
+from tutormax_assets.storage import PartitionsByDate
 
 SUMMARY_METADATA = "summary"
 """Metadata key under which a materialization says what was saved and what was not."""
-
-_LOGGED_ERRORS = 10
-_LOGGED_TUTORS = 10
 
 
 def tutor_performance_metrics_asset(
@@ -45,8 +42,9 @@ def tutor_performance_metrics_asset(
     def tutor_performance_metrics(
         context: dg.AssetExecutionContext,
         database: PlatformDatabase,
+        compute: Compute,
         run_options: RunOptions,
-        tutor_tiers: FramesByDate,
+        tutor_tiers: PartitionsByDate,
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetMaterialization | dg.AssetObservation]:
         """Metrics and tiers as kept in PostgreSQL: one row per tutor, reference date and window.
 
@@ -55,28 +53,30 @@ def tutor_performance_metrics_asset(
         """
         written: dict[str, Mapping[str, Any]] = {}
         for key, day in reference_dates(context).items():
-            started = perf_counter()
-            tiers = tutor_tiers[key].collect()
-            batches = []
-            try:
-                for batch in write_metrics(
-                    database.engine,
-                    tiers,
-                    calculation_date=midnight(day, timezone=daily.timezone),
-                    batch_size=run_options.batch_size,
-                    retrying=run_options.retrying(context.log),
-                    timeouts=database.timeouts,
-                ):
-                    _log_batch(context, day, batch)
-                    batches.append(batch)
-            except MetricsTableError as error:
-                yield from _of_a_step_that_fails(
-                    context.asset_key, written, key, _summary(tiers, batches, not_tried=str(error))
+            partition = tutor_tiers[key]
+            _, numbers = shared_shards([partition])
+            tasks = {
+                shard_name(key, number): WritingTask(
+                    Target(database.engine, database.timeouts),
+                    partition.rows(number),
+                    day,
+                    midnight(day, timezone=daily.timezone),
+                    run_options.batch_size,
+                    run_options.max_retries,
+                    run_options.retry_delay_seconds,
                 )
-                raise
+                for number in numbers
+            }
+            reports = []
+            for _, report in compute.map(write_table, tasks, log=context.log):
+                reports.append(report)
+                if report.failure is not None:
+                    summary = added_up(one.summary for one in reports)
+                    yield from _of_a_step_that_fails(context.asset_key, written, key, summary)
+                    raise report.failure
             metadata = {
-                **_metadata(_summary(tiers, batches)),
-                "write_seconds": round(perf_counter() - started, 3),
+                **_metadata(added_up(report.summary for report in reports)),
+                "write_seconds": round(sum(report.seconds for report in reports), 3),
             }
             context.add_asset_metadata(metadata, partition_key=key)
             written[key] = metadata
@@ -102,53 +102,6 @@ def _column_metadata() -> Mapping[str, Any]:
         name: [("tutor_tiers", name)] for name in described if name in tutor_performance_metrics.c
     }
     return {"dagster/column_schema": dg.TableSchema(columns), **lineage_metadata(lineage)}
-
-
-def _log_batch(context: dg.AssetExecutionContext, day: date, batch: Batch) -> None:
-    name = f"Batch {batch.number}/{batch.of} of {day}"
-    rows = f"{batch.inserted} inserted, {batch.updated} updated, {batch.unchanged} unchanged"
-    if not batch.errors:
-        context.log.info(f"{name} committed ({len(batch.tutor_ids)} tutors: {rows})")
-        return
-    context.log.error(
-        f"{name}: {len(batch.errors)} of {len(batch.tutor_ids)} tutors left out ({rows})"
-    )
-    left_out: dict[str, list[str]] = {}
-    for tutor_id, error in batch.errors.items():
-        left_out.setdefault(error, []).append(tutor_id)
-    for error, tutor_ids in islice(left_out.items(), _LOGGED_ERRORS):
-        shown = ", ".join(tutor_ids[:_LOGGED_TUTORS])
-        more = len(tutor_ids) - _LOGGED_TUTORS
-        context.log.error(f"Left out {shown}{f' and {more} more' if more > 0 else ''}: {error}")
-
-
-def _summary(
-    tiers: pl.DataFrame, batches: Sequence[Batch], *, not_tried: str = ""
-) -> dict[str, Any]:
-    """What was saved of a date and what was not.
-
-    Args:
-        tiers: What was to be saved.
-        batches: What became of it.
-        not_tried: Why batches are missing, if some are.
-    """
-    tutor_ids = tiers["tutor_id"].unique().sort().to_list()
-    tried = {tutor_id for batch in batches for tutor_id in batch.tutor_ids}
-    errors = dict.fromkeys((one for one in tutor_ids if one not in tried), not_tried)
-    for batch in batches:
-        errors |= batch.errors
-    return {
-        "total_tutors": len(tutor_ids),
-        "successful": len(tutor_ids) - len(errors),
-        "failed": len(errors),
-        "total_metrics_saved": sum(batch.saved for batch in batches),
-        "inserted": sum(batch.inserted for batch in batches),
-        "updated": sum(batch.updated for batch in batches),
-        "unchanged": sum(batch.unchanged for batch in batches),
-        "errors": [
-            {"tutor_id": tutor_id, "error": errors[tutor_id]} for tutor_id in sorted(errors)
-        ],
-    }
 
 
 def _metadata(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,15 @@
 """The platform as it was known when the run read it: roster, sessions and events."""
 
-from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
+from datetime import date
 from time import perf_counter
-from typing import Literal
 
 import dagster as dg
 import dataframely as dy
 import polars as pl
 
 from tutormax_assets.assets import OWNERS, PLATFORM_POOL, Lineage, frame_metadata, reference_dates
+from tutormax_assets.compute import Compute
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import (
     SessionsSnapshot,
@@ -19,23 +17,39 @@ from tutormax_assets.metrics.schemas import (
     TutorEventsSnapshot,
     TutorRoster,
 )
-from tutormax_assets.metrics.window import within_window
 from tutormax_assets.partitions import horizon, midnight
-from tutormax_assets.platform import snapshot
+from tutormax_assets.parts import partition_of, store_parts
 from tutormax_assets.platform.contract import NEEDED_COLUMNS
-from tutormax_assets.platform.snapshot import PlatformRows
+from tutormax_assets.platform.snapshot import View, open_view
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
-from tutormax_assets.spool import spool_folder
-from tutormax_assets.storage import FramesByDate
+from tutormax_assets.shards import ALL_IN_ONE, Shards
+from tutormax_assets.stages.snapshots import (
+    SnapshotReport,
+    SnapshotTask,
+    added_up,
+    read_snapshots,
+)
+from tutormax_assets.storage import PartitionedParquetIOManager, PartitionsByDate
 
 SET_ASIDE_METADATA = "set_aside_by_reason"
 """Metadata key under which a materialization says which values were not used, and why."""
 
 
 def platform_snapshot_assets(
-    daily: dg.DailyPartitionsDefinition, backfill_policy: dg.BackfillPolicy, *, window_days: int
+    daily: dg.DailyPartitionsDefinition,
+    backfill_policy: dg.BackfillPolicy,
+    *,
+    window_days: int,
+    number_of_shards: int,
 ) -> dg.AssetsDefinition:
-    """Build the assets that are read from the platform, all of them in one step."""
+    """Build the assets that are read from the platform, all of them in one step.
+
+    Args:
+        daily: The reference dates.
+        backfill_policy: How many of them a run takes.
+        window_days: Days before a reference date that its partitions hold.
+        number_of_shards: Shards that tutors are divided into; as many as they ask for when 0.
+    """
 
     @dg.multi_asset(
         name="platform_snapshot",
@@ -85,38 +99,71 @@ def platform_snapshot_assets(
     def platform_snapshot(
         context: dg.AssetExecutionContext,
         database: PlatformDatabase,
+        compute: Compute,
         run_options: RunOptions,
         metrics_policy: MetricsPolicy,
-    ) -> Iterator[dg.Output[FramesByDate]]:
+        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+    ) -> Iterator[dg.Output[PartitionsByDate]]:
         """Read the platform at one instant for all reference dates of the run; slice by date."""
+        days = reference_dates(context)
         selected = _selected(context)
-        start, end = _horizon(context, daily, window_days)
-        with spool_folder(database.home) as folder:
-            rows = run_options.retrying(context.log)(
-                snapshot.read,
-                database.source,
-                folder / "source",
-                tables={_READ_FROM[asset][0] for asset in selected},
-                start=start,
-                end=end,
-                tutor_ids=run_options.tutor_ids,
-            )
-            for table in rows.empty_tables:
-                context.log.warning(f"Table {table}: found no row, expected those of the platform")
-            if "tutor_roster" in selected:
-                roster = _roster(context, rows, run_options)
-                yield dg.Output(dict.fromkeys(context.partition_keys, roster), "tutor_roster")
-            good_sessions = partial(
-                quality.good_sessions,
-                policy=metrics_policy.policy,
-                timezone=daily.timezone,
-                ids_are_unique=rows.ids_are_unique,
-            )
-            good_events = partial(quality.good_events, timezone=daily.timezone)
-            sessions = _by_parts(rows.sessions, good_sessions, folder / "sessions")
-            yield from _cleaned(context, "sessions", rows, sessions, window_days)
-            events = _by_parts(rows.events, good_events, folder / "tutor_events")
-            yield from _cleaned(context, "tutor_events", rows, events, window_days)
+        first, last = horizon(list(days.values()), window_days=window_days)
+        paths = {
+            asset: {day: io_manager.path(dg.AssetKey(asset), key) for key, day in days.items()}
+            for asset in selected
+        }
+
+        def read() -> tuple[View, Shards, SnapshotReport]:
+            started = perf_counter()
+            with open_view(database.source, tutor_ids=run_options.tutor_ids) as view:
+                tutors = view.tutors()
+                seconds = perf_counter() - started
+                roster = _roster(context, tutors, run_options)
+                shards = (
+                    ALL_IN_ONE
+                    if run_options.tutor_ids
+                    else Shards.of(roster["tutor_id"], count=number_of_shards)
+                )
+                tasks = {
+                    f"shards {numbers[0]} to {numbers[-1]}": SnapshotTask(
+                        view=view,
+                        tutor_range=shards.range_of(numbers),
+                        shards=shards.of_numbers(numbers),
+                        first_shard=numbers[0],
+                        paths=paths,
+                        start=midnight(first, timezone=daily.timezone),
+                        end=midnight(last, timezone=daily.timezone),
+                        window_days=window_days,
+                        timezone=daily.timezone,
+                        policy=metrics_policy.policy,
+                    )
+                    for numbers in compute.groups(range(len(shards)))
+                }
+                reports = dict(compute.map(read_snapshots, tasks, log=context.log))
+                report = added_up(reports.values())
+                report.read_seconds += seconds
+                suspects = [table for table, rows in report.count.items() if not rows]
+                for table in view.empty_tables(suspects):
+                    context.log.warning(
+                        f"Table {table}: found no row, expected those of the platform"
+                    )
+            report.count["tutors"] = len(tutors)
+            report.stored["tutor_roster"] = {
+                day: [store_parts(path, roster.lazy(), shards=shards)]
+                for day, path in paths.get("tutor_roster", {}).items()
+            }
+            return view, shards, report
+
+        view, shards, report = run_options.retrying(context.log)(read)
+        _log(context, report)
+        for asset in selected:
+            for key, day in days.items():
+                _add_metadata(context, asset, key, view, report, day)
+            partitions = {
+                key: partition_of(paths[asset][day], shards, report.stored[asset][day])
+                for key, day in days.items()
+            }
+            yield dg.Output(partitions, asset)
 
     return platform_snapshot
 
@@ -126,10 +173,9 @@ def _selected(context: dg.AssetExecutionContext) -> set[str]:
 
 
 def _roster(
-    context: dg.AssetExecutionContext, rows: PlatformRows, run_options: RunOptions
-) -> pl.LazyFrame:
+    context: dg.AssetExecutionContext, tutors: pl.DataFrame, run_options: RunOptions
+) -> pl.DataFrame:
     """The tutors to compute; says which of those asked for are not among them."""
-    tutors = rows.tutors
     if unknown := sorted(set(run_options.tutor_ids) - set(tutors["tutor_id"])):
         context.log.warning(f"Unknown tutors are left out: {', '.join(unknown)}")
     if run_options.tutor_ids and tutors.is_empty():
@@ -147,8 +193,7 @@ def _roster(
             " Set include_inactive to compute them."
         )
     context.log.info(f"Found {len(roster)} tutors to process")
-    _add_read_metadata(context, "tutor_roster", rows, "tutors")
-    return roster.lazy()
+    return roster
 
 
 def _out(schema: type[dy.Schema], lineage: Lineage, description: str) -> dg.AssetOut:
@@ -161,120 +206,61 @@ def _out(schema: type[dy.Schema], lineage: Lineage, description: str) -> dg.Asse
     )
 
 
-def _horizon(
-    context: dg.AssetExecutionContext, daily: dg.DailyPartitionsDefinition, window_days: int
-) -> tuple[datetime, datetime]:
-    first, last = horizon(list(reference_dates(context).values()), window_days=window_days)
-    return midnight(first, timezone=daily.timezone), midnight(last, timezone=daily.timezone)
+def _log(context: dg.AssetExecutionContext, report: SnapshotReport) -> None:
+    for table, reasons in report.reasons.items():
+        values = int(reasons[None]["values"].sum())
+        what = table.removeprefix("tutor_")
+        context.log.info(f"Read {report.count[table]} {what}, set {values} values aside")
+        for source_table, column, reason, count in reasons[None].iter_rows():
+            context.log.warning(f"Set aside {count} of {source_table}: {column} is {reason}")
 
 
-def _cleaned(
-    context: dg.AssetExecutionContext,
-    table: Literal["sessions", "tutor_events"],
-    rows: PlatformRows,
-    cleaned: tuple[pl.LazyFrame, pl.DataFrame, float],
-    window_days: int,
-) -> Iterator[dg.Output[FramesByDate]]:
-    """The good rows of a table and what was set aside, each by reference date."""
-    kept, aside = f"{table}_snapshot", f"{table}_set_aside"
-    selected = _selected(context) & {kept, aside}
-    if not selected:
-        return
-    good, set_aside, clean_seconds = cleaned
-    what = table.removeprefix("tutor_")
-    context.log.info(f"Read {rows.count[table]} {what}, set {len(set_aside)} values aside")
-    for source_table, column, reason, count in _reasons(set_aside).iter_rows():
-        context.log.warning(f"Set aside {count} of {source_table}: {column} is {reason}")
-    if kept in selected:
-        _add_read_metadata(context, kept, rows, table, clean_seconds=clean_seconds)
-        _add_set_aside_metadata(context, kept, set_aside, window_days)
-        yield dg.Output(_by_reference_date(context, good, _DATE_COLUMNS[table], window_days), kept)
-    if aside in selected:
-        yield dg.Output(_by_reference_date(context, set_aside.lazy(), "date", window_days), aside)
-
-
-def _by_parts(
-    parts: Iterable[pl.LazyFrame],
-    clean: Callable[[pl.LazyFrame], tuple[pl.LazyFrame, pl.LazyFrame]],
-    folder: Path,
-) -> tuple[pl.LazyFrame, pl.DataFrame, float]:
-    """The good rows, which wait in a folder, what was set aside, and the seconds that it took."""
-    started = perf_counter()
-    folder.mkdir()
-    set_aside = []
-    for number, part in enumerate(parts):
-        # What is good and what is set aside would each join the part anew.
-        good, aside = pl.collect_all(clean(part.collect().lazy()))
-        good.write_ipc(folder / f"{number}.ipc")
-        set_aside.append(aside)
-    return pl.scan_ipc(folder / "*.ipc"), pl.concat(set_aside), perf_counter() - started
-
-
-def _by_reference_date(
-    context: dg.AssetExecutionContext, rows: pl.LazyFrame, column: str, window_days: int
-) -> FramesByDate:
-    return {
-        key: rows.filter(within_window(column, reference_date=day, days=window_days))
-        for key, day in reference_dates(context).items()
-    }
-
-
-def _add_read_metadata(
+def _add_metadata(
     context: dg.AssetExecutionContext,
     asset: str,
-    rows: PlatformRows,
-    table: snapshot.Table,
-    **seconds: float,
+    key: str,
+    view: View,
+    report: SnapshotReport,
+    day: date,
 ) -> None:
-    for key in context.partition_keys:
-        context.add_asset_metadata(
-            {
-                "rows_read_by_run": rows.count[table],
-                "read_seconds": round(rows.seconds, 3),
-                **{name: round(value, 3) for name, value in seconds.items()},
-                "read_at": dg.MetadataValue.timestamp(rows.read_at),
-                "source_snapshot": rows.snapshot,
-            },
-            asset_key=asset,
-            partition_key=key,
-        )
-
-
-def _add_set_aside_metadata(
-    context: dg.AssetExecutionContext, asset: str, set_aside: pl.DataFrame, window_days: int
-) -> None:
-    of_date = _by_reference_date(context, set_aside.lazy(), "date", window_days)
-    for key, rows in of_date.items():
-        reasons = _reasons(rows.collect())
-        context.add_asset_metadata(
-            {
-                "values_set_aside": int(reasons["values"].sum()),
-                SET_ASIDE_METADATA: dg.MetadataValue.table(
-                    [dg.TableRecord(reason) for reason in reasons.to_dicts()],
-                    dg.TableSchema(
-                        [dg.TableColumn(name, str(dtype)) for name, dtype in reasons.schema.items()]
-                    ),
+    table = _READ_FROM[asset][0]
+    context.add_asset_metadata(
+        {
+            "rows_read_by_run": report.count[table],
+            "read_seconds": round(report.read_seconds, 3),
+            "read_at": dg.MetadataValue.timestamp(view.read_at),
+            "source_snapshot": view.snapshot,
+        },
+        asset_key=asset,
+        partition_key=key,
+    )
+    if asset != f"{table}_snapshot":
+        return
+    reasons = report.reasons[table][day]
+    context.add_asset_metadata(
+        {
+            "clean_seconds": round(report.clean_seconds[table], 3),
+            "values_set_aside": int(reasons["values"].sum()),
+            SET_ASIDE_METADATA: dg.MetadataValue.table(
+                [dg.TableRecord(reason) for reason in reasons.to_dicts()],
+                dg.TableSchema(
+                    [dg.TableColumn(name, str(dtype)) for name, dtype in reasons.schema.items()]
                 ),
-            },
-            asset_key=asset,
-            partition_key=key,
-        )
-
-
-def _reasons(set_aside: pl.DataFrame) -> pl.DataFrame:
-    reasons = set_aside.group_by("source_table", "column", "reason")
-    return reasons.agg(pl.len().alias("values")).sort(pl.all())
+            ),
+        },
+        asset_key=asset,
+        partition_key=key,
+    )
 
 
 # The first one is the table whose rows an asset has one row of each.
-_READ_FROM: dict[str, tuple[snapshot.Table, *tuple[str, ...]]] = {
+_READ_FROM: dict[str, tuple[str, ...]] = {
     "tutor_roster": ("tutors",),
     "sessions_snapshot": ("sessions", "student_feedback"),
     "sessions_set_aside": ("sessions", "student_feedback"),
     "tutor_events_snapshot": ("tutor_events",),
     "tutor_events_set_aside": ("tutor_events",),
 }
-_DATE_COLUMNS = {"sessions": "scheduled_date", "tutor_events": "event_date"}
 _ROSTER_LINEAGE = {
     "tutor_id": [("tutors", "tutor_id")],
     "status": [("tutors", "status")],

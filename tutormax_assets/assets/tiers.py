@@ -1,18 +1,20 @@
 """The tier of each tutor and window."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import dagster as dg
-import polars as pl
 
 from tutormax_assets.assets import OWNERS, frame_metadata
 from tutormax_assets.assets.distribution import distribution_image
 from tutormax_assets.assets.metrics import metrics_asset_name
+from tutormax_assets.compute import Compute
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from tutormax_assets.metrics.schemas import TIERS, TutorTiers, WindowMetrics
-from tutormax_assets.metrics.tiers import performance_tiers
+from tutormax_assets.parts import partition_of, shared_shards
 from tutormax_assets.resources import MetricsPolicy
-from tutormax_assets.storage import FramesByDate
+from tutormax_assets.shards import shard_name
+from tutormax_assets.stages.tiers import TiersTask, compute_tiers
+from tutormax_assets.storage import PartitionedParquetIOManager, PartitionsByDate
 
 
 def tutor_tiers_asset(
@@ -34,26 +36,31 @@ def tutor_tiers_asset(
     )
     def tutor_tiers(
         context: dg.AssetExecutionContext,
+        compute: Compute,
         metrics_policy: MetricsPolicy,
-        **metrics_by_window: FramesByDate,
-    ) -> FramesByDate:
+        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+        **metrics_by_window: PartitionsByDate,
+    ) -> PartitionsByDate:
         """The metrics of all windows with their flags and the tier that follows.
 
         One row per tutor and window per reference date.
         """
-        policy = metrics_policy.policy
-        tiers: FramesByDate = {}
+        tiers: PartitionsByDate = {}
         for key in context.partition_keys:
-            frame = (
-                performance_tiers(
-                    pl.concat(metrics_by_window[metrics_asset_name(days)][key] for days in windows),
-                    policy=policy,
+            metrics = [metrics_by_window[metrics_asset_name(days)][key] for days in windows]
+            path = io_manager.path(context.asset_key, key)
+            shards, numbers = shared_shards(metrics)
+            tasks = {
+                shard_name(key, number): TiersTask(
+                    [partition.rows(number) for partition in metrics],
+                    number or 0,
+                    path,
+                    metrics_policy.policy,
                 )
-                .sort("tutor_id", maintain_order=True)
-                .pipe(TutorTiers.validate, eager=False)
-                .collect()
-            )
-            counts = tier_counts(frame)
+                for number in numbers
+            }
+            reports = [report for _, report in compute.map(compute_tiers, tasks, log=context.log)]
+            counts = _added_up(report.counts for report in reports)
             context.add_asset_metadata(
                 {
                     "tier_distribution": dg.MetadataValue.md(distribution_image(counts)),
@@ -61,22 +68,20 @@ def tutor_tiers_asset(
                 },
                 partition_key=key,
             )
-            tiers[key] = frame.lazy()
+            tiers[key] = partition_of(path, shards, [report.stored for report in reports])
         return tiers
 
     return tutor_tiers
 
 
-def tier_counts(tiers: pl.DataFrame) -> dict[str, dict[str, int]]:
-    """Number of tutors in each tier by window, tiers without a tutor included.
-
-    Args:
-        tiers: ``TutorTiers``.
-    """
-    counted = tiers.group_by("window", "performance_tier").len()
-    found = {(window, tier): count for window, tier, count in counted.iter_rows()}
-    windows = tiers["window"].unique(maintain_order=True)
-    return {window: {tier: found.get((window, tier), 0) for tier in TIERS} for window in windows}
+def _added_up(counts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    total: dict[str, dict[str, int]] = {}
+    for of_shard in counts:
+        for window, tiers in of_shard.items():
+            of_window = total.setdefault(window, dict.fromkeys(TIERS, 0))
+            for tier, tutors in tiers.items():
+                of_window[tier] += tutors
+    return total
 
 
 def _table(counts: dict[str, dict[str, int]]) -> dg.TableMetadataValue:

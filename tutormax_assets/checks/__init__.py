@@ -20,6 +20,7 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (  # n
     AssetCheckEvaluationTargetMaterializationData,
 )
 
+from tutormax_assets.parquet import StorageError
 from tutormax_assets.storage import PartitionedParquetIOManager
 
 FIRST_KEYS = 10
@@ -133,7 +134,7 @@ def partition(storage: PartitionedParquetIOManager, asset: str, partition_key: s
 
     It is read here and not as an input of the check, of which Dagster records two events.
     """
-    return storage.scan(dg.AssetKey(asset), [partition_key])[partition_key]
+    return storage.partitions(dg.AssetKey(asset), [partition_key])[partition_key].rows().scan()
 
 
 def day_before(
@@ -141,7 +142,7 @@ def day_before(
 ) -> pl.DataFrame | None:
     """The partition of the day before, if there is one that can be read."""
     before = date.fromisoformat(partition_key) - timedelta(days=1)
-    with suppress(OSError, pl.exceptions.PolarsError):
+    with suppress(OSError, StorageError, pl.exceptions.PolarsError):
         return partition(storage, asset, before.isoformat()).collect()
     return None
 

@@ -28,7 +28,8 @@ def set_aside(
     import polars as pl
     from dagster import AssetKey
 
-    from tutormax_assets.storage import partition_path, scan_partition
+    from tutormax_assets.parts import scan_partition
+    from tutormax_assets.storage import partition_path
 
     environment = settings()
     key = reference_date("--date", day, environment).isoformat()

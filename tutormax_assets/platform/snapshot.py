@@ -15,7 +15,7 @@ are read meanwhile, by another connection that is given the snapshot of the firs
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal, Self
 
 import dataframely as dy
 import polars as pl
@@ -44,6 +44,7 @@ from tutormax_assets.platform.connection import (
     Timeouts,
     conninfo,
     describe,
+    source_url,
     transaction_limits,
 )
 from tutormax_assets.platform.contract import (
@@ -53,6 +54,8 @@ from tutormax_assets.platform.contract import (
     breaches,
 )
 from tutormax_assets.platform.faults import of_stream, reason
+from tutormax_assets.settings import load_settings
+from tutormax_assets.shards import ALL_TUTORS, TutorRange
 
 _TUTORS = """
 SELECT t.tutor_id::text, t.status::text
@@ -187,7 +190,7 @@ ROWS_OF_A_PART = 500_000
 _MOST_PARTS = 256
 _USE_COPY = "adbc.postgresql.use_copy"
 
-Table = Literal["tutors", "sessions", "tutor_events"]
+Table = Literal["sessions", "tutor_events"]
 
 
 _Streamed = tuple[list[pl.LazyFrame], dict[str, int]]
@@ -200,115 +203,167 @@ class SourceError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Where the platform is read, and how long a statement may take there."""
+    """Where the platform is read, and how long a statement may take there.
+
+    In another process it is what the environment there says: no password travels.
+    """
 
     url: sa.URL
     timeouts: Timeouts = field(default_factory=Timeouts)
 
+    @classmethod
+    def of_environment(cls) -> Self:
+        """The source of this process.
+
+        Raises:
+            SettingsError: The environment does not make sense.
+        """
+        settings = load_settings()
+        return cls(source_url(settings), Timeouts.of(settings))
+
+    def __reduce__(self) -> tuple[Callable[[], "Source"], tuple[()]]:
+        return Source.of_environment, ()
+
 
 @dataclass(frozen=True)
 class PlatformRows:
-    """What the platform held at one instant.
+    """Rows of the platform, which are read from the files they wait in when they are collected.
 
     Attributes:
-        tutors: ``SourceTutors``.
         sessions: ``SourceSessions`` in parts, at least one; all rows of a session are in one part.
         events: ``SourceEvents`` in parts, at least one.
-        count: Number of rows of each table.
-        ids_are_unique: Whether the database sees to it that a session, and a feedback, is there
-            once.
-        read_at: When the transaction began, in UTC.
-        snapshot: The transactions that it saw, as PostgreSQL's type ``pg_snapshot`` writes them.
+        count: Number of rows of each table that was read.
         seconds: How long the reading took.
-        empty_tables: Tables that were read and hold no row at all, whatever its date.
     """
 
-    tutors: pl.DataFrame
     sessions: Sequence[pl.LazyFrame]
     events: Sequence[pl.LazyFrame]
-    count: dict[Table, int]
-    ids_are_unique: bool
+    count: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class View:
+    """The platform at one instant, for as long as the block of ``open_view`` lasts.
+
+    Other processes that it is sent to see the same instant, by a connection of their own.
+
+    Attributes:
+        source: Where it is read.
+        tutor_ids: Only rows of these tutors; all when empty.
+        read_at: When its transaction began, in UTC.
+        snapshot: The transactions that it sees, as PostgreSQL's type ``pg_snapshot`` writes them.
+        ids_are_unique: Whether the database sees to it that a session, and a feedback, is there
+            once.
+    """
+
+    source: Source
+    tutor_ids: tuple[str, ...]
     read_at: datetime
     snapshot: str
-    seconds: float
-    empty_tables: tuple[str, ...]
+    ids_are_unique: bool
+    _cursor: dbapi.Cursor | None = None
+    _name: str | None = None
 
+    def tutors(self) -> pl.DataFrame:
+        """``SourceTutors``.
 
-def read(
-    source: Source,
-    folder: Path,
-    *,
-    tables: Collection[Table] = ("tutors", "sessions", "tutor_events"),
-    start: datetime,
-    end: datetime,
-    tutor_ids: Sequence[str] = (),
-) -> PlatformRows:
-    """Tutors, and sessions with their feedback and events in ``[start, end)``, of one snapshot.
+        Raises:
+            SourceError: The platform cannot be read, or has no tutors.
+        """
+        with self._reading() as cursor:
+            query = _bound(_TUTORS, tutor_ids=self.tutor_ids)
+            tutors = _fetch(cursor, query, SourceTutors)
+            if tutors.is_empty() and self.empty_tables(["tutors"]):
+                raise SourceError(
+                    f"The platform at {describe(self.source.url)} cannot be used: table tutors:"
+                    " found no row, expected at least one tutor. See that TUTORMAX_SOURCE_URL, or"
+                    " else TUTORMAX_DATABASE_URL, leads to the platform's database and that its"
+                    " user sees the rows."
+                )
+        return tutors
 
-    Args:
-        source: Where to read.
-        folder: Where the parts are kept, which are read when they are collected. What it holds is
-            removed first.
-        tables: What is wanted; the frames of the others are empty.
-        start: First instant of sessions and events.
-        end: First instant after them.
-        tutor_ids: Only rows of these tutors; all when empty.
+    def rows(
+        self,
+        folder: Path,
+        *,
+        tables: Collection[Table] = ("sessions", "tutor_events"),
+        start: datetime,
+        end: datetime,
+        tutor_range: TutorRange = ALL_TUTORS,
+    ) -> PlatformRows:
+        """Sessions with their feedback, and events, in ``[start, end)``.
 
-    Raises:
-        SourceError: The platform cannot be read, ``tutors`` is empty, or a table is not as the
-            contract has it. Its cause tells whether to try again.
-    """
-    began = perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    bound = partial(_bound, tutor_ids=tutor_ids, start=start, end=end)
-    tutors: pl.DataFrame = SourceTutors.create_empty()
-    streamed: dict[Table, Sequence[pl.LazyFrame]] = {
-        "sessions": [SourceSessions.create_empty().lazy()],
-        "tutor_events": [SourceEvents.create_empty().lazy()],
-    }
-    count: dict[Table, int] = {}
-    is_empty: dict[str, bool] = {}
+        Args:
+            folder: Where the parts are kept. What it holds is removed first.
+            tables: What is wanted; the frames of the others are empty.
+            start: First instant.
+            end: First instant after them.
+            tutor_range: Only rows of these tutors.
 
-    with _snapshot(source, tutor_ids=tutor_ids) as cursor:
-        read_at, snapshot = _fetch(cursor, _INSTANT, _Instant).row(0)
-        _check_contract(cursor, source)
-        ids_are_unique = bool(_fetch(cursor, _IS_UNIQUE, _IsUnique).item())
-        if "tutors" in tables:
-            tutors = _fetch(cursor, bound(_TUTORS), SourceTutors)
-            count["tutors"], is_empty["tutors"] = len(tutors), tutors.is_empty()
+        Raises:
+            SourceError: The platform cannot be read. Its cause tells whether to try again.
+        """
+        began = perf_counter()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        bound = partial(
+            _bound, tutor_ids=self.tutor_ids, tutor_range=tutor_range, start=start, end=end
+        )
+        parts: dict[Table, Sequence[pl.LazyFrame]] = {
+            "sessions": [SourceSessions.create_empty().lazy()],
+            "tutor_events": [SourceEvents.create_empty().lazy()],
+        }
+        count: dict[str, int] = {}
         readers = {
             table: partial(read_table, folder=folder, bound=bound)
             for table, read_table in _READERS.items()
             if table in tables
         }
-        for table, (parts, rows) in _at_once(source, cursor, readers, tutor_ids).items():
-            streamed[table] = parts
-            count[table] = rows[table]
-            is_empty |= {name: not number for name, number in rows.items()}
-        empty_tables = tuple(
-            name
-            for name, is_suspect in is_empty.items()
-            if is_suspect and _fetch(cursor, _IS_EMPTY[name], _IsEmpty).item()
-        )
-    if "tutors" in empty_tables:
-        raise SourceError(
-            f"The platform at {describe(source.url)} cannot be used: table tutors: found no row,"
-            " expected at least one tutor. See that TUTORMAX_SOURCE_URL, or else"
-            " TUTORMAX_DATABASE_URL, leads to the platform's database and that its user sees the"
-            " rows."
-        )
-    return PlatformRows(
-        tutors,
-        streamed["sessions"],
-        streamed["tutor_events"],
-        count,
-        ids_are_unique,
-        read_at,
-        snapshot,
-        perf_counter() - began,
-        empty_tables,
-    )
+        with self._reading() as cursor:
+            streamed = _at_once(self.source, cursor, readers, self.tutor_ids)
+        for table, (of_table, rows) in streamed.items():
+            parts[table] = of_table
+            count |= rows
+        return PlatformRows(parts["sessions"], parts["tutor_events"], count, perf_counter() - began)
+
+    def empty_tables(self, names: Iterable[str]) -> list[str]:
+        """Those of the source tables that hold no row at all, whatever its date.
+
+        Raises:
+            SourceError: The platform cannot be read.
+        """
+        with self._reading() as cursor:
+            return [name for name in names if _fetch(cursor, _IS_EMPTY[name], _IsEmpty).item()]
+
+    @contextmanager
+    def _reading(self) -> Iterator[dbapi.Cursor]:
+        if self._cursor is None:
+            with _snapshot(self.source, tutor_ids=self.tutor_ids, shared=self._name) as cursor:
+                yield cursor
+            return
+        with _told(self.source):
+            yield self._cursor
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._reading() as cursor:
+            name = self._name or _fetch(cursor, _SHARED, _Shared).item()
+        return {**self.__dict__, "_cursor": None, "_name": name}
+
+
+@contextmanager
+def open_view(source: Source, *, tutor_ids: Sequence[str] = ()) -> Iterator[View]:
+    """A view of the platform, of some tutors or of all.
+
+    Raises:
+        SourceError: The platform cannot be read, or a table is not as the contract has it. Its
+            cause tells whether to try again.
+    """
+    with _snapshot(source, tutor_ids=tutor_ids) as cursor:
+        read_at, snapshot = _fetch(cursor, _INSTANT, _Instant).row(0)
+        _check_contract(cursor, source)
+        ids_are_unique = bool(_fetch(cursor, _IS_UNIQUE, _IsUnique).item())
+        yield View(source, tuple(tutor_ids), read_at, snapshot, ids_are_unique, cursor)
 
 
 def newest(
@@ -405,14 +460,23 @@ def _snapshot(
         "tutormax.tutor_ids": json.dumps(list(tutor_ids)),
     }
     set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in enumerate(settings, 1))
+    with (
+        _told(source),
+        dbapi.connect(conninfo(source.url)) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        if shared is not None:
+            given = sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(shared))
+            cursor.execute(given.as_string(None))
+        cursor.execute(f"SELECT {set_all}", tuple(settings.values()))
+        yield cursor
+
+
+@contextmanager
+def _told(source: Source) -> Iterator[None]:
     try:
-        with dbapi.connect(conninfo(source.url)) as connection, connection.cursor() as cursor:
-            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            if shared is not None:
-                given = sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(shared))
-                cursor.execute(given.as_string(None))
-            cursor.execute(f"SELECT {set_all}", tuple(settings.values()))
-            yield cursor
+        yield
     except dbapi.Error as error:
         raise SourceError(
             f"The platform at {describe(source.url)} cannot be read: {reason(error)}."
@@ -437,10 +501,20 @@ def _check_contract(cursor: dbapi.Cursor, source: Source) -> None:
         )
 
 
-def _bound(query: str, *, tutor_ids: Sequence[str] = (), **instants: datetime) -> str:
+def _bound(
+    query: str,
+    *,
+    tutor_ids: Sequence[str] = (),
+    tutor_range: TutorRange = ALL_TUTORS,
+    **instants: datetime,
+) -> str:
+    only_tutors: list[sql.Composable] = [sql.SQL(_ONLY_TUTORS if tutor_ids else "")]
+    for operator, bound in ((">=", tutor_range.lower), ("<", tutor_range.upper)):
+        if bound is not None:
+            compared = sql.SQL(f' AND t.tutor_id::text COLLATE "C" {operator} {{}}')
+            only_tutors.append(compared.format(sql.Literal(bound)))
     literals = {name: sql.Literal(instant) for name, instant in instants.items()}
-    only_tutors = sql.SQL(_ONLY_TUTORS if tutor_ids else "")
-    return sql.SQL(query).format(only_tutors=only_tutors, **literals).as_string(None)
+    return sql.SQL(query).format(only_tutors=sql.Composed(only_tutors), **literals).as_string(None)
 
 
 def _is_lost(connection: dbapi.Connection) -> bool:

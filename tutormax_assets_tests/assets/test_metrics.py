@@ -12,10 +12,11 @@ from polars.testing import assert_frame_equal
 
 from tutormax_assets.assets import metrics
 from tutormax_assets.assets.metrics import window_metrics_assets
-from tutormax_assets.parquet import write_parquet
+from tutormax_assets.compute import Compute
+from tutormax_assets.parts import delete_files, scan_partition
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
-from tutormax_assets.storage import PartitionedParquetIOManager, partition_path, scan_partition
-from tutormax_assets_tests.conftest import Platform
+from tutormax_assets.storage import PartitionedParquetIOManager, partition_path
+from tutormax_assets_tests.conftest import Platform, store
 from tutormax_assets_tests.metrics.rows import events, roster, sessions
 
 WINDOWS = (7, 30, 90)
@@ -40,7 +41,7 @@ def base_path(platform: Platform, tmp_path: Path) -> str:
         }
         for asset, rows in frames.items():
             path = partition_path(base_path, dg.AssetKey(asset), day.isoformat())
-            write_parquet(path, rows)
+            store(path, rows.collect())
     return base_path
 
 
@@ -56,6 +57,7 @@ def materialize(
         ],
         selection=[f"metrics_{window}day" for window in windows],
         resources={
+            "compute": Compute(),
             "metrics_policy": MetricsPolicy(),
             "io_manager": PartitionedParquetIOManager(
                 base_path=base_path, run_options=RunOptions(), database=PlatformDatabase()
@@ -97,7 +99,7 @@ def test_only_selected_windows_are_computed_and_come_out_the_same(base_path: str
     materialize(base_path, DAYS)
     together = stored(base_path, 30, DAYS[1])
     path = partition_path(base_path, dg.AssetKey("metrics_30day"), DAYS[1].isoformat())
-    path.unlink()
+    delete_files(path)
 
     found = materialize(base_path, [DAYS[1]], windows=[30])
 

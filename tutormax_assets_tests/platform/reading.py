@@ -1,13 +1,15 @@
 """What a reading of the platform gives, held in memory: for tests, whose platforms are small."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 
+from tutormax_assets.metrics.schemas import SourceTutors
 from tutormax_assets.platform import snapshot
 from tutormax_assets.platform.snapshot import Source
 
@@ -27,30 +29,39 @@ class Rows:
     feedback_rows: int
 
 
-def read(source: Source, **arguments: Any) -> Rows:
-    with TemporaryDirectory() as folder:
-        rows = snapshot.read(source, Path(folder), **arguments)
+def read(
+    source: Source,
+    *,
+    tables: Collection[str] = ("tutors", "sessions", "tutor_events"),
+    tutor_ids: Sequence[str] = (),
+    **arguments: Any,
+) -> Rows:
+    with TemporaryDirectory() as folder, snapshot.open_view(source, tutor_ids=tutor_ids) as view:
+        tutors = view.tutors() if "tutors" in tables else SourceTutors.create_empty()
+        wanted = [table for table in get_args(snapshot.Table) if table in tables]
+        rows = view.rows(Path(folder), tables=wanted, **arguments)
+        empty_tables = view.empty_tables(table for table, count in rows.count.items() if not count)
         session_parts = pl.collect_all(rows.sessions)
         sessions, events = pl.concat(session_parts), pl.concat(pl.collect_all(rows.events))
-        feedback = Path(folder).glob("student_feedback/**/*.ipc")
-        feedback_rows = sum(len(pl.read_ipc(file)) for file in feedback)
+        files = Path(folder).glob("student_feedback/**/*.ipc")
+        feedback_rows = sum(len(pl.read_ipc(file)) for file in files)
     assert rows.count == {
-        table: len(frame)
-        for table, frame in (
-            ("tutors", rows.tutors),
-            ("sessions", sessions.unique("session_id")),
-            ("tutor_events", events),
+        table: count
+        for table, count in (
+            ("sessions", sessions["session_id"].n_unique()),
+            ("student_feedback", feedback_rows),
+            ("tutor_events", len(events)),
         )
         if table in rows.count
     }
     return Rows(
-        rows.tutors,
+        tutors,
         sessions,
         events,
-        rows.read_at,
-        rows.snapshot,
-        rows.empty_tables,
-        rows.ids_are_unique,
+        view.read_at,
+        view.snapshot,
+        tuple(empty_tables),
+        view.ids_are_unique,
         session_parts,
         feedback_rows,
     )
