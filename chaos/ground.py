@@ -20,8 +20,10 @@ from unittest.mock import patch
 import polars as pl
 import sqlalchemy as sa
 from adbc_driver_postgresql import dbapi
+from upath import UPath
 
 from tutormax_assets.log import LOGGER
+from tutormax_assets.parts import scan_partition, stored_partition
 from tutormax_assets.platform import embedded
 from tutormax_assets.platform.connection import conninfo, create_engine
 from tutormax_assets.platform.tables import (
@@ -128,20 +130,31 @@ class Ground:
         if days:
             table = table.filter(pl.col("date").is_in(list(days)))
         keys = {day.isoformat() for day in days}
-        files = [p for p in self.storage.glob("*/*.parquet") if not days or p.stem in keys]
+        listings = [p for p in self.storage.glob("*/*.json") if not days or p.stem in keys]
         partitions = {
-            f"{path.parent.name}/{path.stem}": _sorted(pl.read_parquet(path, memory_map=False))
-            for path in files
+            f"{listing.parent.name}/{listing.stem}": _sorted(
+                scan_partition(_folder(listing)).collect()
+            )
+            for listing in listings
         }
         return {METRICS_TABLE: _sorted(table), **partitions}
 
     def leftovers(self) -> list[Path]:
-        """Files in the storage that are no partition."""
-        return [
-            path
-            for path in self.storage.rglob("*")
-            if path.is_file() and (path.name.startswith(".") or path.suffix != ".parquet")
-        ]
+        """Files in the storage that are of no partition."""
+        listings = list(self.storage.glob("*/*.json"))
+        known = {
+            *listings,
+            *(
+                Path(str(file))
+                for listing in listings
+                for file in stored_partition(_folder(listing)).rows().files
+            ),
+        }
+        return [path for path in self.storage.rglob("*") if path.is_file() and path not in known]
+
+
+def _folder(listing: Path) -> UPath:
+    return UPath(listing.with_suffix(".parquet"))
 
 
 @dataclass(frozen=True)

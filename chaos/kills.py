@@ -19,6 +19,7 @@ import dagster as dg
 import psutil
 import sqlalchemy as sa
 from polars.exceptions import PolarsError
+from upath import UPath
 
 from chaos.ground import (
     END,
@@ -35,6 +36,7 @@ from chaos.ground import (
 from chaos.report import Report
 from tutormax_assets import sample_platform
 from tutormax_assets.aggregation import aggregate
+from tutormax_assets.parts import delete_files
 from tutormax_assets.platform.tables import METRICS_TABLE
 from tutormax_assets.resources import RunOptions
 from tutormax_assets.settings import load_settings
@@ -372,7 +374,7 @@ def _forget(lane: _Lane, days: Sequence[date]) -> None:
             lane.ground.engine, f"DELETE FROM {METRICS_TABLE} WHERE calculation_date = :d", d=day
         )
         for path in lane.ground.storage.glob(f"*/{day}.parquet"):
-            path.unlink()
+            delete_files(UPath(path))
 
 
 def _scalars(lane: _Lane, statement: str) -> list[str]:

@@ -24,7 +24,7 @@ from psycopg import sql
 from upath import UPath
 
 from tutormax_assets import sample_platform
-from tutormax_assets.parts import list_partition, partition_of, store_parts
+from tutormax_assets.parts import list_partition, partition_of, scan_partition, store_parts
 from tutormax_assets.platform import embedded, tables
 from tutormax_assets.platform.connection import conninfo, create_engine
 from tutormax_assets.platform.tables import metrics_metadata, source_metadata
@@ -231,7 +231,7 @@ class Platform:
         return metrics_of(self.engine)
 
     def partition(self, asset: str, day: str) -> pl.DataFrame:
-        return pl.read_parquet(self.storage / asset / f"{day}.parquet")
+        return scan_partition(UPath(self.storage) / asset / f"{day}.parquet").collect()
 
 
 @contextmanager

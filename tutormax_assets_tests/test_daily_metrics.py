@@ -194,9 +194,10 @@ def test_a_range_gives_the_same_rows_as_single_runs_in_any_order(
 def test_a_date_that_fails_does_not_lose_the_others_of_its_range(
     small_platform: Platform,
 ) -> None:
-    # A file cannot take the place of this folder.
+    # A folder cannot take the place of this file.
     obstacle = small_platform.storage / "tutor_tiers" / f"{WEEK_END[1]}.parquet"
-    obstacle.mkdir(parents=True)
+    obstacle.parent.mkdir()
+    obstacle.touch()
 
     with captured_log() as log:
         failed, saved = small_platform.run(*WEEK_END[1:])
@@ -209,7 +210,8 @@ def test_a_date_that_fails_does_not_lose_the_others_of_its_range(
     dates = small_platform.metrics()["calculation_date"].dt.date().unique()
     assert dates.to_list() == [date(2025, 11, 7)]
     assert sorted(path.name for path in obstacle.parent.iterdir()) == [
-        f"{day}.parquet" for day in WEEK_END[1:]
+        obstacle.name,
+        *(f"{WEEK_END[2]}.{suffix}" for suffix in ("json", "parquet")),
     ]
 
 
@@ -435,7 +437,7 @@ def test_nothing_personal_and_no_secret_is_kept_anywhere(
 
     kept = "\n".join(log).encode()
     for path in home.rglob("*"):
-        if path.suffix == ".parquet":
+        if path.suffix == ".parquet" and path.is_file():
             kept += pl.read_parquet(path, memory_map=False).write_csv().encode()
         elif path.is_file():
             kept += path.read_bytes()

@@ -305,9 +305,10 @@ def test_many_dates_and_failures_stay_readable(
 def test_the_command_line_tells_of_its_runs_itself(
     small_platform: Platform, webhook: WebhookServer
 ) -> None:
-    # A file cannot take the place of this folder.
+    # A folder cannot take the place of this file.
     obstacle = small_platform.storage / "tutor_events_set_aside" / f"{DAY}.parquet"
-    obstacle.mkdir(parents=True)
+    obstacle.parent.mkdir()
+    obstacle.touch()
 
     with captured_log() as log:
         replace(small_platform, settings=load_settings()).run("2025-11-06", DAY)

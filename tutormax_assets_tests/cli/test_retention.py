@@ -11,11 +11,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from upath import UPath
 
 from tutormax_assets.partitions import midnight, today
 from tutormax_assets.platform import tables
 from tutormax_assets_tests.cli.conftest import Invoke, tutormax, words
-from tutormax_assets_tests.conftest import Platform
+from tutormax_assets_tests.conftest import Platform, store
 
 AUGUST = [date(2025, 8, 30), date(2025, 8, 31)]
 SEPTEMBER = date(2025, 9, 1)
@@ -41,8 +42,7 @@ def add_metrics(platform: Platform, *days: date) -> pl.DataFrame:
 
 def add_partition(platform: Platform, asset: str, day: date) -> Path:
     path = platform.storage / asset / f"{day}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pl.DataFrame({"tutor_id": ["t1"]}).write_parquet(path)
+    store(UPath(path), pl.DataFrame({"tutor_id": ["t1"]}))
     return path
 
 

@@ -1,0 +1,156 @@
+"""Tutors divided into shards: all of them, each once, and the same results."""
+
+import pickle
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+
+from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions
+from tutormax_assets.parts import stored_partition
+from tutormax_assets.platform.snapshot import PlatformRows, Source, View, open_view
+from tutormax_assets.settings import load_settings
+from tutormax_assets.shards import ALL_IN_ONE, TUTORS_OF_A_SHARD, Shards, TutorRange
+from tutormax_assets.storage import partition_path
+from tutormax_assets_tests.conftest import Platform
+
+DAY = "2025-11-07"
+PARQUET = (
+    "tutor_roster",
+    "sessions_snapshot",
+    "sessions_set_aside",
+    "tutor_events_snapshot",
+    "tutor_events_set_aside",
+    "metrics_7day",
+    "metrics_30day",
+    "metrics_90day",
+    "tutor_tiers",
+)
+
+
+@given(st.sets(st.text(max_size=3), max_size=30), st.integers(0, 40))
+def test_every_tutor_is_in_the_range_of_one_shard(ids: set[str], count: int) -> None:
+    tutor_ids = pl.Series(sorted(ids), dtype=pl.String)
+
+    shards = Shards.of(tutor_ids, count=count)
+
+    assert list(shards.bounds) == sorted(set(shards.bounds), key=str.encode)
+    assert len(shards) == max(1, min(count or 1, len(ids)))
+    numbers = pl.DataFrame({"tutor_id": tutor_ids}).select(shards.number()).to_series().to_list()
+    for tutor_id, number in zip(tutor_ids, numbers, strict=True):
+        lower, upper = shards.range_of([number])
+        assert (lower or "").encode() <= tutor_id.encode()
+        assert upper is None or tutor_id.encode() < upper.encode()
+        assert shards.numbers_of([tutor_id]) == {number}
+    sizes = [numbers.count(number) for number in range(len(shards))]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_number_of_shards_follows_from_the_tutors() -> None:
+    tutor_ids = pl.int_range(2 * TUTORS_OF_A_SHARD + 1, eager=True).cast(pl.String)
+
+    assert len(Shards.of(tutor_ids)) == 3
+    assert Shards.of(tutor_ids[:TUTORS_OF_A_SHARD]) == ALL_IN_ONE
+
+
+def test_neighbouring_shards_have_one_range() -> None:
+    shards = Shards(("b", "d", "x"))
+
+    assert shards.range_of([1, 2]) == TutorRange("b", "x")
+    assert shards.range_of(range(4)) == TutorRange()
+    assert shards.of_numbers([1, 2]) == Shards(("d",))
+    assert shards.of_numbers([3]) == shards.of_numbers([0]) == ALL_IN_ONE
+
+
+def rows(view: View, folder: Path, tutor_range: TutorRange = TutorRange()) -> PlatformRows:  # noqa: B008
+    start, end = datetime(2025, 8, 1, tzinfo=UTC), datetime(2025, 12, 1, tzinfo=UTC)
+    return view.rows(folder, start=start, end=end, tutor_range=tutor_range)
+
+
+def collected(parts: PlatformRows) -> Iterator[pl.DataFrame]:
+    yield pl.concat(pl.collect_all(parts.sessions))
+    yield pl.concat(pl.collect_all(parts.events))
+
+
+def test_ranges_of_tutors_read_apart_are_what_is_read_at_once(
+    small_platform: Platform, tmp_path: Path
+) -> None:
+    with open_view(Source(small_platform.url)) as view:
+        whole = list(collected(rows(view, tmp_path)))
+        shards = Shards.of(view.tutors()["tutor_id"], count=4)
+        parts = [
+            list(collected(rows(view, tmp_path, shards.range_of([number])))) for number in range(4)
+        ]
+    for of_table, schema, expected in zip(
+        zip(*parts, strict=True), (SourceSessions, SourceEvents), whole, strict=True
+    ):
+        assert all(len(part) for part in of_table)
+        assert_frame_equal(pl.concat(of_table), expected, check_row_order=False)
+        assert expected.schema == pl.Schema(schema)
+
+
+def test_who_is_sent_a_view_sees_the_same_instant_and_no_password(
+    small_platform: Platform, tmp_path: Path
+) -> None:
+    url = small_platform.url.set(password="se/cret")
+    with open_view(Source(url), tutor_ids=["t1"]) as view:
+        sent = pickle.dumps(view)
+        small_platform.execute("DELETE FROM student_feedback")
+        small_platform.execute("DELETE FROM tutor_events")
+        received: View = pickle.loads(sent)
+        before, after = (list(collected(rows(one, tmp_path))) for one in (view, received))
+
+    assert b"se/cret" not in sent
+    assert b"se%2Fcret" not in sent
+    assert (received.read_at, received.snapshot) == (view.read_at, view.snapshot)
+    assert received.tutor_ids == ("t1",)
+    for one, other in zip(before, after, strict=True):
+        assert_frame_equal(one, other, check_row_order=False)
+
+
+def stored(platform: Platform) -> dict[str, pl.DataFrame]:
+    found = {asset: platform.partition(asset, DAY) for asset in PARQUET}
+    return {asset: frame.sort(pl.all()) for asset, frame in found.items()}
+
+
+@pytest.mark.parametrize("shards", [2, 7, 10_000])
+def test_the_number_of_shards_does_not_show(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    small_platform.run(DAY)
+    expected, table = stored(small_platform), small_platform.metrics()
+    monkeypatch.setenv("TUTORMAX_SHARDS", str(shards))
+    sharded = Platform(load_settings(), small_platform.engine)
+
+    [summary] = sharded.run(DAY)
+
+    assert (summary.all_saved, summary.total_metrics_saved) == (True, len(table))
+    found = stored(sharded)
+    for asset, frame in expected.items():
+        assert_frame_equal(found[asset], frame, check_exact=True)
+        path = partition_path(str(sharded.storage), dg.AssetKey(asset), DAY)
+        number = len(stored_partition(path).parts)
+        assert number == min(shards, len(expected["tutor_roster"]))
+    assert_frame_equal(sharded.metrics(), table, check_row_order=False)
+
+
+def test_shards_may_change_between_runs_and_stages(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_platform.run(DAY)
+    expected = stored(small_platform)
+    ids = expected["tutor_roster"]["tutor_id"].to_list()
+    for shards, tutor_ids in ((3, []), (5, ids[2:9]), (1, ids[:4]), (2, [])):
+        monkeypatch.setenv("TUTORMAX_SHARDS", str(shards))
+        sharded = Platform(load_settings(), small_platform.engine)
+        [summary] = sharded.run(DAY, tutor_ids=tutor_ids)
+
+        assert summary.all_saved
+        for asset, frame in stored(sharded).items():
+            assert_frame_equal(frame, expected[asset], check_exact=True)
