@@ -227,8 +227,9 @@ def delete_files(path: UPath) -> None:
     """Delete a partition; one that is gone already is fine."""
     _listing_path(path).unlink(missing_ok=True)
     _delete_unlisted(path, ())
-    if isinstance(path, Path):
-        with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
+        # An object store has no folders, unless it plays them.
+        if path.exists():
             path.rmdir()
 
 

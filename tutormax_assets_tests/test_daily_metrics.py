@@ -196,7 +196,7 @@ def test_a_date_that_fails_does_not_lose_the_others_of_its_range(
 ) -> None:
     # A folder cannot take the place of this file.
     obstacle = small_platform.storage / "tutor_tiers" / f"{WEEK_END[1]}.parquet"
-    obstacle.parent.mkdir()
+    obstacle.parent.mkdir(parents=True)
     obstacle.touch()
 
     with captured_log() as log:

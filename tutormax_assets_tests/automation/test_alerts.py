@@ -307,7 +307,7 @@ def test_the_command_line_tells_of_its_runs_itself(
 ) -> None:
     # A folder cannot take the place of this file.
     obstacle = small_platform.storage / "tutor_events_set_aside" / f"{DAY}.parquet"
-    obstacle.parent.mkdir()
+    obstacle.parent.mkdir(parents=True)
     obstacle.touch()
 
     with captured_log() as log:
