@@ -146,6 +146,9 @@ def store_parts(
     numbers = range(first, first + len(shards))
     names = [f"{number:04}-{uuid4().hex[:12]}.parquet" for number in numbers]
     try:
+        if isinstance(path, Path) and path.is_file():
+            # A partition that is one file, as other tools and versions write it, is replaced.
+            path.unlink()
         files = write_parquet_parts(path, rows, shards.number(), names)
     # Polars passes on what the system says as an error of its own.
     except (OSError, pl.exceptions.PolarsError) as error:

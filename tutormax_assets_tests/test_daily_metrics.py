@@ -194,10 +194,9 @@ def test_a_range_gives_the_same_rows_as_single_runs_in_any_order(
 def test_a_date_that_fails_does_not_lose_the_others_of_its_range(
     small_platform: Platform,
 ) -> None:
-    # A folder cannot take the place of this file.
-    obstacle = small_platform.storage / "tutor_tiers" / f"{WEEK_END[1]}.parquet"
-    obstacle.parent.mkdir(parents=True)
-    obstacle.touch()
+    # A file cannot take the place of this folder.
+    obstacle = small_platform.storage / "tutor_tiers" / f"{WEEK_END[1]}.json"
+    obstacle.mkdir(parents=True)
 
     with captured_log() as log:
         failed, saved = small_platform.run(*WEEK_END[1:])
@@ -209,10 +208,7 @@ def test_a_date_that_fails_does_not_lose_the_others_of_its_range(
     assert "WARNING The run of 2025-11-06 to 2025-11-07 failed; running each date by itself" in log
     dates = small_platform.metrics()["calculation_date"].dt.date().unique()
     assert dates.to_list() == [date(2025, 11, 7)]
-    assert sorted(path.name for path in obstacle.parent.iterdir()) == [
-        obstacle.name,
-        *(f"{WEEK_END[2]}.{suffix}" for suffix in ("json", "parquet")),
-    ]
+    assert sorted(path.stem for path in obstacle.parent.glob("*.json")) == [*WEEK_END[1:]]
 
 
 def test_a_filtered_run_touches_only_its_tutors(small_platform: Platform) -> None:

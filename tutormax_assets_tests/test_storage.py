@@ -84,6 +84,16 @@ def test_what_is_not_listed_is_not_read(base_path: str) -> None:
     assert [entry.name for entry in path.iterdir()] == [twice[1].parts[0].name]
 
 
+def test_a_partition_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    path = partition_path(str(tmp_path), KEY, "2025-11-07")
+    path.parent.mkdir()
+    frame({"a": 1}).write_parquet(str(path))
+
+    store(path, frame({"a": 2}))
+
+    assert_frame_equal(scan_partition(path).collect(), frame({"a": 2}))
+
+
 def test_a_damaged_listing_says_what_to_do(tmp_path: Path) -> None:
     path = partition_path(str(tmp_path), KEY, "2025-11-07")
     store(path, frame({"a": 1}))

@@ -106,7 +106,9 @@ def platform_snapshot_assets(
     ) -> Iterator[dg.Output[PartitionsByDate]]:
         """Read the platform at one instant for all reference dates of the run; slice by date."""
         days = reference_dates(context)
-        selected = _selected(context)
+        selected = [
+            asset for asset in _READ_FROM if dg.AssetKey(asset) in context.selected_asset_keys
+        ]
         first, last = horizon(list(days.values()), window_days=window_days)
         paths = {
             asset: {day: io_manager.path(dg.AssetKey(asset), key) for key, day in days.items()}
@@ -166,10 +168,6 @@ def platform_snapshot_assets(
             yield dg.Output(partitions, asset)
 
     return platform_snapshot
-
-
-def _selected(context: dg.AssetExecutionContext) -> set[str]:
-    return {key.to_user_string() for key in context.selected_asset_keys}
 
 
 def _roster(

@@ -305,10 +305,9 @@ def test_many_dates_and_failures_stay_readable(
 def test_the_command_line_tells_of_its_runs_itself(
     small_platform: Platform, webhook: WebhookServer
 ) -> None:
-    # A folder cannot take the place of this file.
-    obstacle = small_platform.storage / "tutor_events_set_aside" / f"{DAY}.parquet"
-    obstacle.parent.mkdir(parents=True)
-    obstacle.touch()
+    # A file cannot take the place of this folder.
+    obstacle = small_platform.storage / "tutor_events_set_aside" / f"{DAY}.json"
+    obstacle.mkdir(parents=True)
 
     with captured_log() as log:
         replace(small_platform, settings=load_settings()).run("2025-11-06", DAY)

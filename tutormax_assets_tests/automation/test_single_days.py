@@ -57,10 +57,9 @@ def failed_run(tags: dict[str, str], **fields: Any) -> dg.DagsterRun:
 
 
 def test_one_bad_date_of_a_range_does_not_lose_the_others(small_platform: Platform) -> None:
-    # A folder cannot take the place of this file.
-    obstacle = small_platform.storage / "tutor_events_set_aside" / f"{DAYS[1]}.parquet"
-    obstacle.parent.mkdir(parents=True)
-    obstacle.touch()
+    # A file cannot take the place of this folder.
+    obstacle = small_platform.storage / "tutor_events_set_aside" / f"{DAYS[1]}.json"
+    obstacle.mkdir(parents=True)
     job = build_definitions(small_platform.settings).resolve_job_def(JOB_NAME)
     config = {
         "resources": {"run_options": {"config": {"batch_size": 7}}},
