@@ -1,6 +1,8 @@
 """Tutors divided into shards: all of them, each once, and the same results."""
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -154,3 +156,11 @@ def test_shards_may_change_between_runs_and_stages(
         assert summary.all_saved
         for asset, frame in stored(sharded).items():
             assert_frame_equal(frame, expected[asset], check_exact=True)
+
+
+def test_what_is_done_with_a_shard_needs_no_dagster() -> None:
+    modules = ("snapshots", "windows", "tiers", "metrics_table")
+    imports = "; ".join(f"import tutormax_assets.stages.{module}" for module in modules)
+    look = f"import sys; {imports}; sys.exit('dagster' in sys.modules)"
+
+    subprocess.run([sys.executable, "-c", look], check=True)
