@@ -7,7 +7,7 @@ LOCKS := requirements.lock requirements-dev.lock requirements-bench.lock deploy/
 OSV_URL ?= https://api.osv.dev/v1/query
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test e2e chaos bench check dev lock audit clean
+.PHONY: help install demo test e2e chaos bench bench-scale check dev lock audit clean
 
 help: ## Show these targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -21,7 +21,7 @@ dev: .venv/installed ## Start the Dagster UI on http://127.0.0.1:3000.
 	@$(BIN)/tutormax dev
 
 test: .venv/installed-dev ## Run the tests.
-	@$(BIN)/python -m pytest -n 2 $(PYTEST)
+	@$(BIN)/python -m pytest -n 3 --dist loadgroup $(PYTEST)
 
 e2e: .venv/installed-dev ## Use the Dagster UI in a real browser; installs Debian's Chromium if there is none.
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
@@ -34,6 +34,9 @@ chaos: .venv/installed-dev ## Break the product on purpose for about half an hou
 
 bench: .venv/installed-bench ## Measure the product against other ways to its rows, in about twenty minutes.
 	@$(BIN)/python -m benchmarks $(or $(BENCH),all)
+
+bench-scale: .venv/installed-bench ## Measure one process against Dask workers, in about ten minutes.
+	@$(BIN)/python -m benchmarks.scale $(BENCH)
 
 check: .venv/installed-dev ## Lint, format and types.
 	$(BIN)/ruff check .
@@ -48,7 +51,7 @@ lock: .venv/installed-dev ## Choose versions anew from pyproject.toml.
 	$(BIN)/uv pip compile pyproject.toml --group dev --group bench --universal --generate-hashes --no-header \
 		--no-strip-extras --upgrade --quiet --constraint requirements-dev.lock --output-file requirements-bench.lock
 	$(BIN)/uv pip compile pyproject.toml --group build --extra postgres-instance --extra kubernetes --extra s3 --extra gcs \
-		--universal --generate-hashes --no-header --no-strip-extras \
+		--extra dask --universal --generate-hashes --no-header --no-strip-extras \
 		--upgrade --quiet --constraint requirements.lock --output-file deploy/requirements.lock
 
 audit: .venv/installed-dev ## Ask osv.dev for known vulnerabilities of the locked versions.

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -37,8 +38,15 @@ class Measured:
     output: dict[str, Any]
 
 
-def product(platform: Platform, *arguments: str) -> Measured:
+def product(
+    platform: Platform, *arguments: str, variables: Mapping[str, str] | None = None
+) -> Measured:
     """Run ``tutormax`` with these arguments; its output is JSON.
+
+    Args:
+        platform: Where.
+        arguments: Those of the command.
+        variables: What else the environment says.
 
     Returns:
         Seconds as ``stages`` has them, and ``whole_process``.
@@ -46,7 +54,7 @@ def product(platform: Platform, *arguments: str) -> Measured:
     since = datetime.now(UTC)
     done = processes.run(
         [TUTORMAX, *arguments, "--json", "--quiet"],
-        environment=platform.environment(),
+        environment={**platform.environment(), **(variables or {})},
         folder=platform.home,
     )
     seconds = {**stages(platform.home, since=since), "whole_process": done.seconds}

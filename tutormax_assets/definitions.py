@@ -16,7 +16,7 @@ from tutormax_assets.checks.tutor_events_snapshot import tutor_events_snapshot_c
 from tutormax_assets.checks.tutor_performance_metrics import tutor_performance_metrics_checks
 from tutormax_assets.checks.tutor_tiers import tutor_tiers_checks
 from tutormax_assets.checks.window_metrics import window_metrics_checks
-from tutormax_assets.compute import Compute
+from tutormax_assets.compute.resource import Compute
 from tutormax_assets.log import line_logger
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions, load_policy
 from tutormax_assets.settings import Settings, load_settings
@@ -75,7 +75,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     )
     retention = retention_job(settings, parquet_assets)
     return dg.Definitions(
-        assets=[*platform_tables(), *assets],
+        assets=[*platform_tables(settings.source), *assets],
         asset_checks=checks,
         jobs=[daily_metrics, retention],
         schedules=[nightly_schedule(daily_metrics, running=settings.automation)],

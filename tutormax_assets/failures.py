@@ -6,15 +6,25 @@ from typing import Protocol
 
 import dagster as dg
 
+from tutormax_assets.compute import DaskError
 from tutormax_assets.memory import is_out_of_memory, out_of_memory
 from tutormax_assets.platform.embedded import EmbeddedServerError
 from tutormax_assets.platform.faults import TIMEOUT_SETTING
+from tutormax_assets.platform.lake import LakeUnreachableError
 from tutormax_assets.platform.metrics_table import MetricsTableError
 from tutormax_assets.platform.snapshot import SourceError
 from tutormax_assets.settings import SettingsError
 
 _OF_EVERY_DATE = {
-    error.__name__ for error in (EmbeddedServerError, MetricsTableError, SettingsError, SourceError)
+    error.__name__
+    for error in (
+        DaskError,
+        EmbeddedServerError,
+        LakeUnreachableError,
+        MetricsTableError,
+        SettingsError,
+        SourceError,
+    )
 }
 
 _INTERRUPTED = "DagsterExecutionInterruptedError"

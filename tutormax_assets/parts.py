@@ -216,8 +216,17 @@ def list_partition(partition: Partition) -> None:
     """Make the files of a partition those that are read, and delete the others.
 
     Raises:
-        StorageError: The storage cannot be written.
+        StorageError: The storage cannot be written, or not all files are there.
     """
+    missing = {part.name for part in partition.parts} - {
+        entry.name for entry in entries(partition.path)
+    }
+    if missing:
+        raise StorageError(
+            f"{partition.path} lacks {len(missing)} of {len(partition.parts)} files that were"
+            " stored, as where workers have a folder of their own: let TUTORMAX_STORAGE be one"
+            " that all of them share, then run the date again."
+        )
     listing = _Listing(bounds=partition.shards.bounds, parts=partition.parts)
     try:
         write_text(_listing_path(partition.path), listing.model_dump_json())

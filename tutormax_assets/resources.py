@@ -14,10 +14,9 @@ from tutormax_assets.platform.connection import (
     Timeouts,
     create_engine,
     database_url,
-    source_url,
 )
 from tutormax_assets.platform.faults import retrying
-from tutormax_assets.platform.snapshot import Source
+from tutormax_assets.platform.sources import AnySource, source_of
 from tutormax_assets.settings import Settings, SettingsError, load_settings
 
 
@@ -58,7 +57,7 @@ class PlatformDatabase(dg.ConfigurableResource[None]):
     """
 
     _url: sa.URL | None = PrivateAttr(default=None)
-    _source: Source | None = PrivateAttr(default=None)
+    _source: AnySource | None = PrivateAttr(default=None)
     _engine: sa.Engine | None = PrivateAttr(default=None)
 
     @property
@@ -69,11 +68,10 @@ class PlatformDatabase(dg.ConfigurableResource[None]):
         return self._url
 
     @property
-    def source(self) -> Source:
+    def source(self) -> AnySource:
         """Where the source tables are read."""
         if self._source is None:
-            settings = load_settings()
-            self._source = Source(source_url(settings), Timeouts.of(settings))
+            self._source = source_of(load_settings())
         return self._source
 
     @property

@@ -1,5 +1,6 @@
 """The environment, resolved once: where the database is, where files live, which timezone rules."""
 
+import re
 from datetime import date
 from pathlib import Path
 from typing import Literal, Self
@@ -45,6 +46,14 @@ class Settings(BaseSettings):
             "Where the source tables are read unless it is the same: with another user, or from a"
             " read replica."
         ),
+    )
+    source: Literal["postgres", "parquet"] = Field(
+        default="postgres",
+        description="Whether the source tables are PostgreSQL's, or Parquet datasets of a lake.",
+    )
+    lake: str | None = Field(
+        default=None,
+        description="Base path of the lake: a folder, s3://… or gs://….",
     )
     statement_timeout_seconds: int = Field(
         default=600,
@@ -104,6 +113,23 @@ class Settings(BaseSettings):
         le=36_500,
         description="Age in days beyond which Parquet partitions are deleted.",
     )
+    dask_address: str | None = Field(
+        default=None,
+        description="Address of the Dask scheduler whose workers compute: tcp:// or tls://host:port.",
+    )
+    dask_tls_ca_file: Path | None = Field(
+        default=None, description="PEM file of the authority that all certificates there are of."
+    )
+    dask_tls_cert: Path | None = Field(
+        default=None, description="PEM file of the certificate that a run shows the scheduler."
+    )
+    dask_tls_key: Path | None = Field(default=None, description="PEM file of its key.")
+    dask_no_workers_timeout_seconds: int = Field(
+        default=60,
+        ge=1,
+        le=86_400,
+        description="Seconds that a run waits for a worker of the Dask cluster when it has none.",
+    )
     automation: bool = Field(
         default=False, description="Whether schedules and sensors run unless they are stopped."
     )
@@ -136,6 +162,41 @@ class Settings(BaseSettings):
                 f"{value!r} is not an IANA timezone; expected a name such as 'America/New_York'"
             ) from error
         return value
+
+    @field_validator("dask_address")
+    @classmethod
+    def _scheme_host_and_port(cls, value: str | None) -> str | None:
+        # A password in it would show in the log; nothing that is refused is repeated.
+        if value is not None and not re.fullmatch(r"(tcp|tls)://[^@/\s]+:\d+", value):
+            raise ValueError("expected tcp://host:port or tls://host:port, such as tcp://dask:8786")
+        return value
+
+    @model_validator(mode="after")
+    def _dask_has_tls_wholly_or_not(self) -> Self:
+        files = {
+            f"TUTORMAX_{name.upper()}": getattr(self, name)
+            for name in ("dask_tls_ca_file", "dask_tls_cert", "dask_tls_key")
+        }
+        is_tls = (self.dask_address or "").startswith("tls://")
+        missing = [name for name, file in files.items() if file is None]
+        if is_tls and missing:
+            raise ValueError(f"TUTORMAX_DASK_ADDRESS is tls://, which needs {', '.join(missing)}")
+        if self.dask_address and not is_tls and len(missing) < len(files):
+            found = ", ".join(name for name in files if name not in missing)
+            raise ValueError(f"{found} set, but TUTORMAX_DASK_ADDRESS is not tls://host:port")
+        for name, file in files.items():
+            if is_tls and file is not None and not file.is_file():
+                raise ValueError(f"{name} names {file}, where there is no file")
+        return self
+
+    @model_validator(mode="after")
+    def _a_lake_has_a_path(self) -> Self:
+        if self.source == "parquet" and self.lake is None:
+            raise ValueError(
+                "TUTORMAX_SOURCE is parquet but TUTORMAX_LAKE is not set; set it to the base path"
+                " of the lake: a folder, s3://… or gs://…"
+            )
+        return self
 
     @model_validator(mode="after")
     def _postgres_variables_are_all_set_or_none(self) -> Self:
@@ -172,6 +233,13 @@ class Settings(BaseSettings):
     def storage_path(self) -> str:
         """Base path of the Parquet partitions; ``storage`` under the home unless it is set."""
         return self.storage or str(self.home_path / "storage")
+
+    @property
+    def lake_path(self) -> str | None:
+        """Base path of the lake, absolute where it is a folder; none unless it is read."""
+        if self.source == "postgres" or self.lake is None:
+            return None
+        return self.lake if "://" in self.lake else str(Path(self.lake).expanduser().absolute())
 
     @property
     def archive_path(self) -> str:

@@ -39,6 +39,16 @@ GOLDEN = Path(__file__).parent / "golden"
 SMALL_PLATFORM_END = date(2025, 11, 7)
 """Reference date up to which the small platform has rows."""
 
+SMALL_PLATFORM: dict[str, Any] = {
+    "tutors": 30,
+    "sessions_per_tutor": 40,
+    "days": 100,
+    "end": SMALL_PLATFORM_END,
+    "seed": 3,
+    "bad_rows": 0.02,
+}
+"""How the small platform is generated."""
+
 PASSWORD = "hunter2-never-shown"
 """In the URL of every ``Platform``. The server trusts its socket, so any will do."""
 
@@ -403,15 +413,7 @@ def _create_tables(engine: sa.Engine) -> None:
 
 
 def _fill_small(engine: sa.Engine) -> None:
-    sample_platform.generate(
-        engine,
-        tutors=30,
-        sessions_per_tutor=40,
-        days=100,
-        end=SMALL_PLATFORM_END,
-        seed=3,
-        bad_rows=0.02,
-    )
+    sample_platform.generate(engine, **SMALL_PLATFORM)
 
 
 def _fill_golden(engine: sa.Engine) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ def read(name: str) -> Any:
     return yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8"))
 
 
+def read_all(name: str) -> list[Any]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text(encoding="utf-8")))
+
+
 def pins(file: Path) -> dict[str, str]:
     return dict(PIN.findall(file.read_text(encoding="utf-8")))
 
@@ -27,7 +32,7 @@ def test_the_image_has_the_versions_that_the_tests_run_with() -> None:
     needed = pins(ROOT / "requirements.lock")
 
     assert needed.items() <= image.items()
-    assert {"dagster-postgres", "dagster-k8s", "s3fs", "gcsfs"} <= image.keys()
+    assert {"dagster-postgres", "dagster-k8s", "s3fs", "gcsfs", "distributed"} <= image.keys()
     for name in image.keys() & tested.keys():
         assert image[name] == tested[name], name
 
@@ -90,13 +95,68 @@ def test_the_sign_on_leads_to_the_webserver_on_loopback_and_nowhere_else() -> No
     assert not [name for name in sign_on if name.startswith("skip_auth") or "insecure" in name]
 
 
-def test_only_the_code_location_knows_the_platforms_database() -> None:
+def test_only_who_computes_knows_the_platforms_database() -> None:
     for name, service in read("compose.yaml")["services"].items():
         knows = "TUTORMAX_DATABASE_URL" in service["environment"] or "env_file" in service
-        assert knows == (name == "code-location"), name
+        assert knows == (name in ("code-location", "dask-worker")), name
 
 
-@pytest.mark.parametrize("name", ["compose.yaml", "kubernetes/values.yaml", "dagster.yaml"])
+def dask_commands() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Command and environment of scheduler and workers, wherever they are started."""
+    found = {}
+    for name, service in read("compose.yaml")["services"].items():
+        if name.startswith("dask-"):
+            found[f"compose {name}"] = (service["command"], service["environment"])
+    for document in read_all("kubernetes/dask.yaml"):
+        if document["kind"] == "Deployment":
+            [container] = document["spec"]["template"]["spec"]["containers"]
+            values = {entry["name"]: entry["value"] for entry in container["env"]}
+            found[f"kubernetes {document['metadata']['name']}"] = (container["command"], values)
+    for unit in DEPLOY.glob("systemd/tutormax-dask-*.service"):
+        text = unit.read_text(encoding="utf-8")
+        [command] = re.findall(r"^ExecStart=\S+/(dask .*)$", text, re.MULTILINE)
+        found[f"systemd {unit.name}"] = (
+            command.split(),
+            dict(re.findall(r"^Environment=(\w+)=(.*)$", text, re.MULTILINE)),
+        )
+    return found
+
+
+def test_dasks_dashboards_are_on_loopback_and_a_worker_computes_one_shard_at_a_time() -> None:
+    commands = dask_commands()
+
+    assert len(commands) == 6
+    settings: dict[str, list[dict[str, str]]] = {"scheduler": [], "worker": []}
+    for where, (command, environment) in commands.items():
+        options = dict(pairwise(command))
+        assert options["--dashboard-address"].startswith("127.0.0.1:"), where
+        assert "--no-dashboard" not in command, where
+        if command[1] == "worker":
+            assert options["--nthreads"] == "1", where
+            assert options["--memory-limit"] != "auto", where
+        kind = f"DASK_DISTRIBUTED__{command[1].upper()}__"
+        settings[command[1]].append(
+            {name: value for name, value in environment.items() if name.startswith(kind)}
+        )
+    for same in settings.values():
+        assert same[0]
+        assert same == [same[0]] * 3
+
+
+def test_dask_has_no_password_but_certificates_or_a_network_of_its_own() -> None:
+    services = read("compose.yaml")["services"]
+    in_network = {name for name, s in services.items() if "dask" in s.get("networks", [])}
+    assert in_network == {"code-location", "dask-scheduler", "dask-worker"}
+    for where, (command, environment) in dask_commands().items():
+        assert where.startswith("compose") or "tls" in command, where
+        if where.startswith("kubernetes"):
+            assert environment["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] == "true"
+    assert "NetworkPolicy" in [document["kind"] for document in read_all("kubernetes/dask.yaml")]
+
+
+@pytest.mark.parametrize(
+    "name", ["compose.yaml", "kubernetes/values.yaml", "kubernetes/dask.yaml", "dagster.yaml"]
+)
 def test_no_file_holds_a_secret(name: str) -> None:
     def walk(value: Any, key: str = "") -> None:
         if isinstance(value, dict):
@@ -107,11 +167,12 @@ def test_no_file_holds_a_secret(name: str) -> None:
                 walk(child, key)
         elif SECRET.fullmatch(key) and isinstance(value, str):
             # Substituted from the environment, or the name of a Kubernetes secret.
-            assert value.startswith("${") or key.endswith("SecretName"), key
+            assert value.startswith("${") or key.lower().endswith("secretname"), key
         elif isinstance(value, str) and "://" in value and "@" in value:
             assert re.search(r"://\w+:\$\{\w+", value), key
 
-    walk(read(name))
+    for document in read_all(name):
+        walk(document)
     for line in (DEPLOY / ".env.example").read_text(encoding="utf-8").splitlines():
         if SECRET.match(line):
             assert line.endswith("="), line

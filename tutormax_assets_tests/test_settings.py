@@ -35,6 +35,8 @@ def test_an_empty_environment_means_the_embedded_database(tmp_path: Path) -> Non
     assert (settings.alerts, settings.ui_url) == (None, "http://127.0.0.1:3000")
     assert settings.max_dates_per_run == 31
     assert settings.source_url is None
+    assert (settings.dask_address, settings.dask_no_workers_timeout_seconds) == (None, 60)
+    assert (settings.source, settings.lake_path) == ("postgres", None)
     assert (settings.statement_timeout_seconds, settings.lock_timeout_seconds) == (600, 5)
     assert list(tmp_path.iterdir()) == []
 
@@ -53,8 +55,12 @@ def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("TUTORMAX_UI_URL", "https://dagster.example.com")
     monkeypatch.setenv("TUTORMAX_MAX_DATES_PER_RUN", "0")
     monkeypatch.setenv("TUTORMAX_SOURCE_URL", f"postgresql://u:{SECRET}@replica/db")
+    monkeypatch.setenv("TUTORMAX_SOURCE", "parquet")
+    monkeypatch.setenv("TUTORMAX_LAKE", "s3://bucket/lake")
     monkeypatch.setenv("TUTORMAX_STATEMENT_TIMEOUT_SECONDS", "30")
     monkeypatch.setenv("TUTORMAX_LOCK_TIMEOUT_SECONDS", "1")
+    monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", "tcp://[fd00::1]:8786")
+    monkeypatch.setenv("TUTORMAX_DASK_NO_WORKERS_TIMEOUT_SECONDS", "5")
     monkeypatch.setenv("DAGSTER_HOME", "dagster-home")
 
     settings = load_settings()
@@ -72,8 +78,23 @@ def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert settings.max_dates_per_run == 0
     assert settings.source_url is not None
     assert settings.source_url.get_secret_value() == f"postgresql://u:{SECRET}@replica/db"
+    assert (settings.source, settings.lake_path) == ("parquet", "s3://bucket/lake")
     assert (settings.statement_timeout_seconds, settings.lock_timeout_seconds) == (30, 1)
+    assert settings.dask_address == "tcp://[fd00::1]:8786"
+    assert settings.dask_no_workers_timeout_seconds == 5
     assert settings.dagster_home_path == tmp_path / "dagster-home"
+
+
+def test_the_path_of_a_lake_is_absolute_and_counts_where_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TUTORMAX_LAKE", "lake")
+    assert load_settings().lake_path is None
+
+    monkeypatch.setenv("TUTORMAX_SOURCE", "parquet")
+    assert load_settings().lake_path == str(tmp_path / "lake")
+    monkeypatch.setenv("TUTORMAX_LAKE", "")
+    assert refusal().startswith("TUTORMAX_SOURCE is parquet but TUTORMAX_LAKE is not set; set it")
 
 
 @pytest.mark.parametrize("missing", POSTGRES_VARIABLES)
@@ -154,6 +175,7 @@ def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> No
         ("TUTORMAX_FIRST_DATE", "2025-13-01", "^TUTORMAX_FIRST_DATE: .*date"),
         ("TUTORMAX_FIRST_DATE", "yesterday", "^TUTORMAX_FIRST_DATE: .*date"),
         ("TUTORMAX_STATEMENT_TIMEOUT_SECONDS", "0", "^TUTORMAX_STATEMENT_TIMEOUT_SECONDS: .*1"),
+        ("TUTORMAX_SOURCE", "delta", "^TUTORMAX_SOURCE: .*'postgres' or 'parquet'"),
         ("TUTORMAX_LOCK_TIMEOUT_SECONDS", "long", "^TUTORMAX_LOCK_TIMEOUT_SECONDS: .*integer"),
     ],
 )
@@ -184,3 +206,39 @@ def test_no_secret_shows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert SECRET not in shown
     monkeypatch.setenv("TUTORMAX_TIMEZONE", "nowhere")
     refusal()
+
+
+@pytest.mark.parametrize(
+    "address", ["dask:8786", f"tcp://user:{SECRET}@dask:8786", "http://dask:8787", "tcp://dask"]
+)
+def test_an_address_that_dask_would_not_take_is_refused(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", address)
+
+    assert refusal() == (
+        "TUTORMAX_DASK_ADDRESS: expected tcp://host:port or tls://host:port,"
+        " such as tcp://dask:8786"
+    )
+
+
+def test_tls_of_dask_takes_three_files_and_an_address(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", "tls://dask:8786")
+    file = tmp_path / "dask.pem"
+    for name in ("CA_FILE", "CERT"):
+        monkeypatch.setenv(f"TUTORMAX_DASK_TLS_{name}", str(file))
+    assert refusal() == "TUTORMAX_DASK_ADDRESS is tls://, which needs TUTORMAX_DASK_TLS_KEY"
+
+    monkeypatch.setenv("TUTORMAX_DASK_TLS_KEY", str(file))
+    assert refusal() == f"TUTORMAX_DASK_TLS_CA_FILE names {file}, where there is no file"
+
+    file.touch()
+    assert load_settings().dask_tls_key == file
+
+    monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", "tcp://dask:8786")
+    assert refusal() == (
+        "TUTORMAX_DASK_TLS_CA_FILE, TUTORMAX_DASK_TLS_CERT, TUTORMAX_DASK_TLS_KEY set, but"
+        " TUTORMAX_DASK_ADDRESS is not tls://host:port"
+    )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dagster as dg
 
 from tutormax_assets.assets import OWNERS, frame_metadata, reference_dates
-from tutormax_assets.compute import Compute
+from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics.schemas import WindowMetrics
 from tutormax_assets.parts import StoredParts, partition_of, shared_shards
 from tutormax_assets.resources import MetricsPolicy

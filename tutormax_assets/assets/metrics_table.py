@@ -6,15 +6,22 @@ from typing import Any
 import dagster as dg
 
 from tutormax_assets.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates
-from tutormax_assets.compute import Compute
+from tutormax_assets.compute import DaskError, KilledShardError, ShardsError
+from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.partitions import midnight
 from tutormax_assets.parts import shared_shards
-from tutormax_assets.platform.metrics_table import Target
+from tutormax_assets.platform.metrics_table import MetricsTableError, Target
 from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 from tutormax_assets.shards import shard_name
-from tutormax_assets.stages.metrics_table import WritingTask, added_up, write_table
+from tutormax_assets.stages.metrics_table import (
+    WritingReport,
+    WritingTask,
+    added_up,
+    not_tried,
+    write_table,
+)
 from tutormax_assets.storage import PartitionsByDate
 
 SUMMARY_METADATA = "summary"
@@ -67,16 +74,22 @@ def tutor_performance_metrics_asset(
                 )
                 for number in numbers
             }
-            reports = []
-            for _, report in compute.map(write_table, tasks, log=context.log):
-                reports.append(report)
-                if report.failure is not None:
-                    summary = added_up(one.summary for one in reports)
-                    yield from _of_a_step_that_fails(context.asset_key, written, key, summary)
-                    raise report.failure
+            reports: dict[str, WritingReport] = {}
+            try:
+                for name, report in compute.map(write_table, tasks, log=context.log):
+                    reports[name] = report
+                    if report.failure is not None:
+                        raise report.failure
+            except (MetricsTableError, ShardsError, DaskError, KilledShardError) as error:
+                summary = added_up(
+                    reports[name].summary if name in reports else not_tried(task, str(error))
+                    for name, task in tasks.items()
+                )
+                yield from _of_a_step_that_fails(context.asset_key, written, key, summary)
+                raise
             metadata = {
-                **_metadata(added_up(report.summary for report in reports)),
-                "write_seconds": round(sum(report.seconds for report in reports), 3),
+                **_metadata(added_up(report.summary for report in reports.values())),
+                "write_seconds": round(sum(report.seconds for report in reports.values()), 3),
             }
             context.add_asset_metadata(metadata, partition_key=key)
             written[key] = metadata

@@ -1,5 +1,7 @@
 """The platform's own tables: read, never written."""
 
+from typing import Literal
+
 import dagster as dg
 
 from tutormax_assets.assets import OWNERS
@@ -12,15 +14,19 @@ _DESCRIPTIONS = {
 }
 
 
-def platform_tables() -> list[dg.AssetSpec]:
-    """The four source tables as external assets."""
+def platform_tables(source: Literal["postgres", "parquet"]) -> list[dg.AssetSpec]:
+    """The four source tables as external assets.
+
+    Args:
+        source: What holds them.
+    """
     return [
         dg.AssetSpec(
             table,
             description=description,
             group_name="platform",
             owners=OWNERS,
-            kinds={"postgres"},
+            kinds={source},
             metadata={"dagster/table_name": table},
         )
         for table, description in _DESCRIPTIONS.items()

@@ -9,7 +9,7 @@ import dataframely as dy
 import polars as pl
 
 from tutormax_assets.assets import OWNERS, PLATFORM_POOL, Lineage, frame_metadata, reference_dates
-from tutormax_assets.compute import Compute
+from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import (
     SessionsSnapshot,
@@ -20,7 +20,7 @@ from tutormax_assets.metrics.schemas import (
 from tutormax_assets.partitions import horizon, midnight
 from tutormax_assets.parts import partition_of, store_parts
 from tutormax_assets.platform.contract import NEEDED_COLUMNS
-from tutormax_assets.platform.snapshot import View, open_view
+from tutormax_assets.platform.sources import View, open_view
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
 from tutormax_assets.shards import ALL_IN_ONE, Shards
 from tutormax_assets.stages.snapshots import (
@@ -138,6 +138,8 @@ def platform_snapshot_assets(
                         window_days=window_days,
                         timezone=daily.timezone,
                         policy=metrics_policy.policy,
+                        max_retries=run_options.max_retries,
+                        retry_delay_seconds=run_options.retry_delay_seconds,
                     )
                     for numbers in compute.groups(range(len(shards)))
                 }

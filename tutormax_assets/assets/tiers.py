@@ -7,7 +7,7 @@ import dagster as dg
 from tutormax_assets.assets import OWNERS, frame_metadata
 from tutormax_assets.assets.distribution import distribution_image
 from tutormax_assets.assets.metrics import metrics_asset_name
-from tutormax_assets.compute import Compute
+from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from tutormax_assets.metrics.schemas import TIERS, TutorTiers, WindowMetrics
 from tutormax_assets.parts import partition_of, shared_shards

@@ -26,7 +26,7 @@ from tutormax_assets.checks.source import (
     source_is_fresh,
 )
 from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
-from tutormax_assets.platform import snapshot
+from tutormax_assets.platform import sources
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
 from tutormax_assets.storage import PartitionedParquetIOManager
 
@@ -80,7 +80,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                 engine="streaming",
             )
         tutor_ids = pl.concat(by_tutor["tutor_id"] for _, by_tutor, _ in summed.values()).unique()
-        unknown = retrying(snapshot.unknown_tutors, database.source, tutor_ids.to_list())
+        unknown = retrying(sources.unknown_tutors, database.source, tutor_ids.to_list())
         found: dict[str, dict[str, Finding]] = {}
         for key, day in days.items():
             by_day, by_tutor, set_aside = summed.pop(key)

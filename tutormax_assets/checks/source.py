@@ -12,7 +12,7 @@ from tutormax_assets.checks import ERROR, WARN, Finding, Metadata, first_keys
 from tutormax_assets.metrics.policy import window_name
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.partitions import midnight
-from tutormax_assets.platform import snapshot
+from tutormax_assets.platform import sources
 
 NOT_OF_ALL = Finding(
     passed=True, description="Not looked at: the run is about some tutors only, and read no others."
@@ -193,7 +193,7 @@ def day_volume_is_usual(
 
 def newest_date(
     by_day: pl.DataFrame,
-    source: snapshot.Source,
+    source: sources.AnySource,
     table: Literal["sessions", "tutor_events"],
     *,
     retrying: tenacity.Retrying,
@@ -208,7 +208,7 @@ def newest_date(
     if not by_day.is_empty():
         return cast("date", by_day["date"].max())
     before = midnight(reference_date, timezone=timezone)
-    found = retrying(snapshot.newest, source, table, before=before)
+    found = retrying(sources.newest, source, table, before=before)
     return found and found.astimezone(ZoneInfo(timezone)).date()
 
 

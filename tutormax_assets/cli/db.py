@@ -73,6 +73,7 @@ def status() -> None:
     """Show where the database is, its tables and the state of the migration."""
     from tutormax_assets.platform import embedded, schema
     from tutormax_assets.platform.connection import create_engine, describe, source_url
+    from tutormax_assets.platform.lake import Lake
 
     environment = settings()
     if environment.database_source == "embedded" and not embedded.is_running(environment.home_path):
@@ -84,11 +85,14 @@ def status() -> None:
         engine = opened.enter_context(_engine(environment))
         _print(f"Database: {describe(engine.url)} (from {environment.database_source})")
         source = None
-        if environment.source_url is not None:
+        lake = None if environment.lake_path is None else Lake(environment.lake_path)
+        if lake is not None:
+            _print(f"Source tables: {lake} (from TUTORMAX_LAKE)")
+        elif environment.source_url is not None:
             source = create_engine(source_url(environment))
             opened.callback(source.dispose)
             _print(f"Source tables: {describe(source.url)} (from TUTORMAX_SOURCE_URL)")
-        found = schema.status(engine, source=source)
+        found = schema.status(engine, source=source, lake=lake)
     for line in found.lines():
         _print(line)
     if not found.ready:

@@ -51,6 +51,12 @@ def demo(
             "on the embedded database only. Unset the variable, or comment it out in .env.",
             code=EXIT_USAGE,
         )
+    if environment.source == "parquet":
+        fail(
+            "TUTORMAX_SOURCE is parquet, and the demo reads the platform that it generates in the "
+            "embedded database. Unset the variable, or comment it out in .env.",
+            code=EXIT_USAGE,
+        )
     with sentences():
         from tutormax_assets.partitions import today
         from tutormax_assets.platform.connection import create_engine, database_url

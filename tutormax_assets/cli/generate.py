@@ -1,12 +1,21 @@
-"""``tutormax generate``: fill the source tables with a synthetic platform."""
+"""``tutormax generate``: fill the source tables, or a lake, with a synthetic platform."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
 from rich.progress import Progress
 
 from tutormax_assets.cli.arguments import reference_date
-from tutormax_assets.cli.terminal import EXIT_FAILED, fail, messages, output, sentences, settings
+from tutormax_assets.cli.terminal import (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    fail,
+    messages,
+    output,
+    sentences,
+    settings,
+)
 
 
 def generate(
@@ -29,27 +38,43 @@ def generate(
     append: Annotated[
         bool, typer.Option("--append", help="Add to the tutors that are there.")
     ] = False,
+    lake: Annotated[
+        str | None,
+        typer.Option(
+            "--lake",
+            help="Write Parquet datasets below this path, and nothing into the database.",
+            metavar="PATH",
+        ),
+    ] = None,
 ) -> None:
-    """Fill the source tables with a synthetic platform. Never for a database that customers use."""
+    """Fill the source tables with a synthetic platform. Never for a database that customers use.
+
+    The same arguments give the same rows, in the database and in a lake.
+    """
+    if append and lake is not None:
+        fail("--append and --lake exclude each other: a lake is written once.", code=EXIT_USAGE)
     with sentences():
         from tutormax_assets import sample_platform
         from tutormax_assets.platform.connection import create_engine, database_url
 
         environment = settings()
         last = reference_date("--end", end, environment)
-        engine = create_engine(database_url(environment))
+        engine = create_engine(database_url(environment)) if lake is None else None
+        write = (
+            partial(sample_platform.generate, engine, append=append)
+            if engine is not None
+            else partial(sample_platform.generate_lake, str(lake))
+        )
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as bar:
             task = bar.add_task("generating", total=tutors)
             try:
-                rows = sample_platform.generate(
-                    engine,
+                rows = write(
                     tutors=tutors,
                     sessions_per_tutor=sessions_per_tutor,
                     days=days,
                     end=last,
                     seed=seed,
                     bad_rows=bad_rows,
-                    append=append,
                     progress=lambda done, total: bar.update(task, completed=done, total=total),
                 )
             except (
@@ -58,6 +83,7 @@ def generate(
             ) as error:
                 fail(str(error), code=EXIT_FAILED)
             finally:
-                engine.dispose()
+                if engine is not None:
+                    engine.dispose()
     for table, count in rows.items():
         output.print(f"{table}: {count:,} rows")

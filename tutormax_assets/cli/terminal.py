@@ -33,6 +33,7 @@ def sentences() -> Iterator[None]:
     import psycopg
     import sqlalchemy as sa
 
+    from tutormax_assets.compute import DaskError, KilledShardError, ShardsError
     from tutormax_assets.metrics.policy import PolicyError
     from tutormax_assets.parquet import StorageError
     from tutormax_assets.platform.archive import ArchiveError
@@ -40,6 +41,7 @@ def sentences() -> Iterator[None]:
     from tutormax_assets.platform.faults import reason
     from tutormax_assets.platform.metrics_table import MetricsTableError
     from tutormax_assets.platform.schema import SchemaError
+    from tutormax_assets.platform.snapshot import SourceError
     from tutormax_assets.settings import SettingsError
 
     try:
@@ -53,7 +55,11 @@ def sentences() -> Iterator[None]:
         EmbeddedServerError,
         MetricsTableError,
         ArchiveError,
+        SourceError,
         StorageError,
+        DaskError,
+        KilledShardError,
+        ShardsError,
     ) as error:
         fail(str(error), code=EXIT_FAILED)
     except sa.exc.DBAPIError as error:

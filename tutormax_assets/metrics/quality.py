@@ -82,16 +82,19 @@ def session_rules(policy: Policy) -> list[Rule]:
 
 
 def with_repetitions(rows: pl.LazyFrame, /) -> pl.LazyFrame:
-    """``SourceSessions`` with whether a row repeats its session or its feedback.
+    """``SourceSessions`` with whether a row repeats its session, or the feedback of its session.
 
-    A session with several feedback rows comes once for each of them.
+    A session with several feedback rows comes once for each of them. Feedback of another session is
+    no repetition, even under the same id: each of the ratings is looked at.
     """
-    session, feedback = pl.col("session_id"), pl.col("feedback_id")
-    return rows.with_columns(
+    session, both = pl.col("session_id"), pl.struct("session_id", "feedback_id")
+    marked = rows.with_columns(
         (~session.is_first_distinct()).alias("session_repeats"),
-        (~feedback.is_first_distinct()).alias("feedback_repeats"),
+        (~both.is_first_distinct()).alias("feedback_repeats"),
         session.is_duplicated().alias("session_comes_again"),
     )
+    # What is good and what is set aside would each look for them.
+    return marked.cache()
 
 
 def without_repetitions(rows: pl.LazyFrame, /) -> pl.LazyFrame:

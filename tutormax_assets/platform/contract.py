@@ -1,12 +1,13 @@
 """The source contract: the tables and columns that are read, their types, and the rights to them.
 
-Names are declared here and types in ``tables``; the checks of a database and the grants of the
-reading role follow from both.
+Names are declared here and types in ``tables``; the checks of a database and of a lake, and the
+grants of the reading role, follow from both.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import polars as pl
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
@@ -119,3 +120,65 @@ def accepted_types(table: str, column: str) -> tuple[str, ...]:
 
 
 _TEXT = _ACCEPTED_TYPES[sa.String][0]
+
+RESPONSE_TIME = "response_time_minutes"
+"""What is read of the metadata of an event; in a lake it may be a column of its own."""
+
+
+def lake_breaches(table: str, found: Mapping[str, Mapping[str, pl.DataType]]) -> Iterator[str]:
+    """What is missing in the Parquet files of a dataset, or of another type.
+
+    A column without any value, which has no type then, is of any. ``metadata`` may be missing where
+    there is a column ``response_time_minutes``, which is a number.
+
+    Args:
+        table: Name of the dataset.
+        found: The columns of each file, as Polars reads them, by the file's path.
+
+    Yields:
+        For each column, a clause that names table, column, the first file of those that break the
+        contract, what was found there and what was expected.
+    """
+    for column in NEEDED_COLUMNS[table]:
+        declared = type(source_metadata.tables[table].c[column].type)
+        expected, accepts = _ACCEPTED_IN_PARQUET[declared]
+        for path, columns in found.items():
+            name, dtype = column, columns.get(column)
+            if declared is JSONB and dtype is None and RESPONSE_TIME in columns:
+                name, dtype, expected, accepts = (
+                    RESPONSE_TIME,
+                    columns[RESPONSE_TIME],
+                    "a number",
+                    lambda dtype: dtype.is_numeric(),
+                )
+            if dtype is not None and (dtype == pl.Null or accepts(dtype)):
+                continue
+            what = "no such column" if dtype is None else f"type {dtype}"
+            yield f"table {table}, column {name}: found {what} in {path}, expected {expected}"
+            break
+
+
+def _is_text(dtype: pl.DataType) -> bool:
+    return dtype in (pl.String, pl.Categorical, pl.Enum)
+
+
+def _is_metadata(dtype: pl.DataType) -> bool:
+    if not isinstance(dtype, pl.Struct):
+        return _is_text(dtype)
+    time = pl.Schema(dtype).get(RESPONSE_TIME, pl.Null())
+    return time.is_numeric() or time == pl.Null
+
+
+# What a column may be in Parquet, by what it is declared as: how that is called, and as Polars
+# reads it. Whole numbers are clamped and instants converted.
+_ACCEPTED_IN_PARQUET: Mapping[type, tuple[str, Callable[[pl.DataType], bool]]] = {
+    sa.String: ("text", _is_text),
+    sa.Integer: ("an integer", lambda dtype: dtype.is_integer()),
+    sa.Float: ("a floating-point number or a decimal", lambda d: d.is_float() or d.is_decimal()),
+    sa.Boolean: ("a boolean", lambda dtype: dtype == pl.Boolean),
+    sa.DateTime: (
+        "a timestamp with a timezone",
+        lambda dtype: isinstance(dtype, pl.Datetime) and dtype.time_zone is not None,
+    ),
+    JSONB: (f"JSON text, or a struct with a number {RESPONSE_TIME}", _is_metadata),
+}

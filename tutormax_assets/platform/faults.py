@@ -80,6 +80,10 @@ _SAID_IN_STREAMS = (
 _DRIVERS_ERRORS = (sa.exc.DBAPIError, psycopg.Error, dbapi.Error)
 
 
+class PassingError(Exception):
+    """What no database said, and may not happen again when the same is tried once more."""
+
+
 def sqlstate(error: BaseException) -> str | None:
     """PostgreSQL's code of the error, or none where the server did not speak."""
     return getattr(_original(error), "sqlstate", None) or None
@@ -87,6 +91,8 @@ def sqlstate(error: BaseException) -> str | None:
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same statement may succeed when it is tried again."""
+    if isinstance(error, PassingError) or isinstance(error.__cause__, PassingError):
+        return True
     state = sqlstate(error)
     if state is not None:
         return state.startswith(_PASSING)

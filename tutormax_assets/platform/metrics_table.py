@@ -514,7 +514,10 @@ def _why(error: BaseException) -> str:
     diagnosis = _diagnosis(error)
     constraint = diagnosis and diagnosis.constraint_name
     if constraint == _REFERENCE_TO_TUTORS:
-        return "The tutor is no longer in tutors: deleted since the roster of the date was read"
+        return (
+            "The tutor is not in the database's tutors: deleted since the roster of the date was"
+            " read, or in the lake only"
+        )
     said = reason(error)
     return f"{said} (constraint {constraint})" if constraint and constraint not in said else said
 

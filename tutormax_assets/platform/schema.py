@@ -15,6 +15,7 @@ from alembic.script import Script, ScriptDirectory
 
 from tutormax_assets.platform import adoption, contract
 from tutormax_assets.platform.adoption import SchemaError, UpgradeReport
+from tutormax_assets.platform.lake import Lake, breaches, open_view
 from tutormax_assets.platform.migrations import VERSION_TABLE
 from tutormax_assets.platform.roles import WRITER_RIGHTS
 from tutormax_assets.platform.tables import (
@@ -62,12 +63,19 @@ class SchemaStatus:
     rows_set_aside: int | None
     missing_rights: tuple[str, ...] = ()
     """Clauses that name what the user lacks to write."""
+    missing_tutors: tuple[str, ...] = ()
+    """A clause where the metrics of some of a lake's tutors would refer to nobody."""
 
     @property
     def ready(self) -> bool:
         """Whether a run can read its sources and write its result, and a cleanup move it."""
         readable = not any(source.breaches for source in self.sources)
-        return self.metrics == "current" and readable and not self.missing_rights
+        return self.metrics == "current" and readable and not self.unmet
+
+    @property
+    def unmet(self) -> tuple[str, ...]:
+        """Clauses that say what keeps a run from writing."""
+        return (*self.missing_rights, *self.missing_tutors)
 
     def lines(self) -> list[str]:
         """The status for a person."""
@@ -79,7 +87,7 @@ class SchemaStatus:
             f"(revision {self.revision or 'none'}, newest {self.newest_revision})",
             f"  {_rows(self.rows)}, newest calculation date {last}",
             f"{adoption.SET_ASIDE_TABLE}: {_rows(self.rows_set_aside)}",
-            *self.missing_rights,
+            *self.unmet,
         ]
 
 
@@ -132,12 +140,15 @@ def upgrade(engine: sa.Engine, *, timezone: str, dry_run: bool = False) -> Upgra
         return _apply(connection, timezone=timezone)
 
 
-def status(engine: sa.Engine, *, source: sa.Engine | None = None) -> SchemaStatus:
+def status(
+    engine: sa.Engine, *, source: sa.Engine | None = None, lake: Lake | None = None
+) -> SchemaStatus:
     """What the database holds; only reads.
 
     Args:
         engine: The database that holds the metrics table.
         source: The one that holds the source tables; the same unless given.
+        lake: Holds the source tables instead.
 
     Returns:
         The source tables, the revision of this project's tables, what they hold, and the rights
@@ -145,9 +156,15 @@ def status(engine: sa.Engine, *, source: sa.Engine | None = None) -> SchemaStatu
 
     Raises:
         SchemaError: The metrics table is of another making.
+        SourceError: The lake cannot be read.
     """
-    with (source or engine).connect() as connection, _refusals():
-        sources = tuple(_sources(connection))
+    if lake is not None:
+        sources = tuple(
+            SourceTable(name, not clauses, clauses) for name, clauses in breaches(lake).items()
+        )
+    else:
+        with (source or engine).connect() as connection, _refusals():
+            sources = tuple(_sources(connection))
     with engine.connect() as connection, _refusals():
         inspector = sa.inspect(connection)
         present = inspector.has_table(METRICS_TABLE)
@@ -181,6 +198,11 @@ def status(engine: sa.Engine, *, source: sa.Engine | None = None) -> SchemaStatu
             newest_calculation_date=newest,
             rows_set_aside=rows_set_aside,
             missing_rights=tuple(_rights_lines(connection, missing)),
+            missing_tutors=(
+                tuple(_missing_tutors(connection, lake))
+                if lake is not None and present and not any(source.breaches for source in sources)
+                else ()
+            ),
         )
 
 
@@ -309,6 +331,18 @@ def _rights_lines(
         yield (
             f"database {connection.scalar(sa.select(database))}: found no right to create temporary"
             " tables, expected TEMPORARY"
+        )
+
+
+def _missing_tutors(connection: sa.Connection, lake: Lake) -> Iterator[str]:
+    referred = open_view(lake).tutors()["tutor_id"]
+    held = set(connection.scalars(sa.select(tutors.c.tutor_id)))
+    missing = sorted(set(referred) - held)
+    if missing:
+        yield (
+            f"table {tutors.name}: found no row of {len(missing)} of the lake's {len(referred)}"
+            f" tutors, such as {missing[0]}; expected all of them, for {METRICS_TABLE} refers to"
+            " them: load them into this database"
         )
 
 

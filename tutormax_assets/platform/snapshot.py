@@ -153,7 +153,11 @@ _INSTANT = """
 SELECT transaction_timestamp() AS read_at, pg_current_snapshot()::text AS snapshot
 """
 
-_SHARED = "SELECT pg_export_snapshot() AS name"
+# Who shares a snapshot waits for the others, however long they read.
+_SHARED = """
+SELECT pg_export_snapshot() AS name
+FROM (SELECT set_config('idle_in_transaction_session_timeout', '0', true)) AS patient
+"""
 
 _IS_EMPTY = {
     name: f"SELECT NOT EXISTS (SELECT FROM {name}) AS is_empty"  # noqa: S608 - constants only
@@ -345,9 +349,16 @@ class View:
         with _told(self.source):
             yield self._cursor
 
+    @property
+    def is_received(self) -> bool:
+        """Whether it came from another process; a reading that failed may be tried again then."""
+        return self._cursor is None
+
     def __getstate__(self) -> dict[str, Any]:
-        with self._reading() as cursor:
-            name = self._name or _fetch(cursor, _SHARED, _Shared).item()
+        name = self._name
+        if name is None:
+            with self._reading() as cursor:
+                name = _fetch(cursor, _SHARED, _Shared).item()
         return {**self.__dict__, "_cursor": None, "_name": name}
 
 
@@ -561,7 +572,7 @@ def _read_sessions(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str],
     feedback = _FEEDBACK
     if _estimate(cursor, _FEEDBACK) > _MOST_FEEDBACK_PER_SESSION * sessions_expected:
         feedback += _OF_SESSIONS_READ
-    part = pl.col("session_id").hash() % _number_of_parts(sessions_expected)
+    part = pl.col("session_id").hash() % number_of_parts(sessions_expected)
     for name, query, schema in (
         ("sessions", bound(_SESSIONS), _StreamedSessions),
         ("student_feedback", bound(feedback), _StreamedFeedback),
@@ -608,7 +619,8 @@ _READERS: Mapping[Table, Callable[..., _Streamed]] = {
 }
 
 
-def _number_of_parts(rows: int) -> int:
+def number_of_parts(rows: int) -> int:
+    """Parts to split so many rows of a table into."""
     return min(max(-(-rows // ROWS_OF_A_PART), 1), _MOST_PARTS)
 
 

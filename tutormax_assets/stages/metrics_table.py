@@ -88,6 +88,11 @@ def write_table(task: WritingTask, log: logging.Logger) -> WritingReport:
     return WritingReport(summary, perf_counter() - started, failure)
 
 
+def not_tried(task: WritingTask, reason: str) -> dict[str, Any]:
+    """The summary of a shard of which no report came."""
+    return _summary(task.tiers.scan().select("tutor_id").collect(), [], not_tried=reason)
+
+
 def added_up(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The summary of all shards from that of each, at least one."""
     first, *others = summaries

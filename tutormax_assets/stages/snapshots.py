@@ -15,7 +15,9 @@ from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.parts import StoredParts, store_parts
-from tutormax_assets.platform.snapshot import Table, View
+from tutormax_assets.platform.faults import retrying
+from tutormax_assets.platform.snapshot import Table
+from tutormax_assets.platform.sources import View
 from tutormax_assets.settings import load_settings
 from tutormax_assets.shards import Shards, TutorRange
 from tutormax_assets.spool import spool_folder
@@ -36,6 +38,8 @@ class SnapshotTask:
         window_days: Days before a reference date that are in its partitions.
         timezone: In which a date begins.
         policy: Says which values are good.
+        max_retries: How often a view that was received is read again.
+        retry_delay_seconds: Seconds before the first retry.
     """
 
     view: View
@@ -48,6 +52,8 @@ class SnapshotTask:
     window_days: int
     timezone: str
     policy: Policy
+    max_retries: int
+    retry_delay_seconds: float
 
 
 @dataclass
@@ -94,7 +100,13 @@ def read_snapshots(task: SnapshotTask, log: logging.Logger) -> SnapshotReport:
     ]
     report = SnapshotReport()
     with spool_folder(load_settings().home_path) as folder:
-        rows = task.view.rows(
+        attempt = retrying(
+            max_retries=task.max_retries if task.view.is_received else 0,
+            retry_delay_seconds=task.retry_delay_seconds,
+            log=log,
+        )
+        rows = attempt(
+            task.view.rows,
             folder / "source",
             tables=tables,
             start=task.start,

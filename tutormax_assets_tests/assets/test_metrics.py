@@ -12,7 +12,7 @@ from polars.testing import assert_frame_equal
 
 from tutormax_assets.assets import metrics
 from tutormax_assets.assets.metrics import window_metrics_assets
-from tutormax_assets.compute import Compute
+from tutormax_assets.compute.resource import Compute
 from tutormax_assets.parts import delete_files, scan_partition
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
 from tutormax_assets.storage import PartitionedParquetIOManager, partition_path

@@ -243,6 +243,19 @@ def test_a_session_that_comes_twice_with_two_feedback_rows_has_no_believed_ratin
         assert good["overall_rating"].to_list() == [None]
 
 
+def test_feedback_of_two_sessions_is_looked_at_twice() -> None:
+    bad: Row = {"feedback_id": "f", "overall_rating": 9}
+    of_another: Row = {"feedback_id": "f", "overall_rating": 5, "feedback_tutor_id": "t2"}
+    good, set_aside = checked_sessions(bad, bad, of_another)
+
+    assert good["overall_rating"].to_list() == [None, None, None]
+    assert told(set_aside) == [
+        ("student_feedback", "f", "overall_rating", "not within 1 and 5"),
+        ("student_feedback", "f", "overall_rating", "not within 1 and 5"),
+        ("student_feedback", "f", "tutor_id", "not the session's tutor"),
+    ]
+
+
 def test_every_broken_value_of_a_session_is_told() -> None:
     good, set_aside = checked_sessions(
         {

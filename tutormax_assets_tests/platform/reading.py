@@ -10,8 +10,8 @@ from typing import Any, get_args
 import polars as pl
 
 from tutormax_assets.metrics.schemas import SourceTutors
-from tutormax_assets.platform import snapshot
-from tutormax_assets.platform.snapshot import Source
+from tutormax_assets.platform.snapshot import Table
+from tutormax_assets.platform.sources import AnySource, open_view
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Rows:
 
 
 def read(
-    source: Source,
+    source: AnySource,
     *,
     tables: Collection[str] = ("tutors", "sessions", "tutor_events"),
     tutor_ids: Sequence[str] = (),
     **arguments: Any,
 ) -> Rows:
-    with TemporaryDirectory() as folder, snapshot.open_view(source, tutor_ids=tutor_ids) as view:
+    with TemporaryDirectory() as folder, open_view(source, tutor_ids=tutor_ids) as view:
         tutors = view.tutors() if "tutors" in tables else SourceTutors.create_empty()
-        wanted = [table for table in get_args(snapshot.Table) if table in tables]
+        wanted = [table for table in get_args(Table) if table in tables]
         rows = view.rows(Path(folder), tables=wanted, **arguments)
         empty_tables = view.empty_tables(table for table, count in rows.count.items() if not count)
         session_parts = pl.collect_all(rows.sessions)

@@ -29,7 +29,10 @@ from tutormax_assets.platform.tables import METRICS_TABLE
 from tutormax_assets_tests.conftest import Platform, captured_log, metrics_of
 from tutormax_assets_tests.platform.test_metrics_table import DAY, WINDOWS, tiers
 
-DELETED = "The tutor is no longer in tutors: deleted since the roster of the date was read"
+DELETED = (
+    "The tutor is not in the database's tutors: deleted since the roster of the date was read, or"
+    " in the lake only"
+)
 
 
 def write(

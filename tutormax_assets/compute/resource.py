@@ -1,0 +1,159 @@
+"""The resource of the steps that map a function over shards."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
+
+import dagster as dg
+from pydantic import PrivateAttr
+
+from tutormax_assets.compute import DaskError, ShardsError
+from tutormax_assets.platform.faults import reason
+from tutormax_assets.settings import load_settings
+
+if TYPE_CHECKING:
+    from tutormax_assets.compute.dask import Cluster
+
+LOCAL_THREADS = 1
+"""Shards that this process computes at once; one, since each Polars query uses all cores."""
+
+Task = TypeVar("Task")
+Report = TypeVar("Report")
+
+
+class Compute(dg.ConfigurableResource[None]):
+    """Computes shards where the environment of the process says: here, or on a Dask cluster.
+
+    It has no settings of its own, so that steps are the same for both.
+    """
+
+    _cluster: "Cluster | None" = PrivateAttr(default=None)
+
+    def groups(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+        """Neighbouring shards that are read from the platform at once.
+
+        One process goes through the platform's tables once; workers do so for each shard.
+        """
+        if load_settings().dask_address is None:
+            return [numbers]
+        return [[number] for number in numbers]
+
+    def map(
+        self,
+        function: Callable[[Task, logging.Logger], Report],
+        tasks: Mapping[str, Task],
+        *,
+        log: logging.Logger,
+    ) -> Generator[tuple[str, Report], None, None]:
+        """Call a function for each shard, and give its reports in the order of the tasks.
+
+        A shard may be computed more than once, also at the same time, so the function must bear
+        repetition. What it raises does not keep other shards from being computed. An iterator that
+        is closed early cancels what is queued; a worker ends what it has begun.
+
+        Args:
+            function: A function of a module; that module is imported by the workers. What it tells
+                its argument ``log`` comes out in ours.
+            tasks: What the function is given, by the shard's name. Function, tasks and reports are
+                pickled and pass through the scheduler: they are small and hold no secret.
+            log: Where failures and the state of the cluster are told.
+
+        Yields:
+            Name and report of each shard that succeeded.
+
+        Raises:
+            ShardsError: Some shards failed; a single task raises what it raised by itself.
+            DaskError: The cluster cannot be reached, has other code, or has lost all workers.
+            KilledShardError: The workers that computed the single task died of it.
+        """
+        if not tasks:
+            return
+        errors: dict[str, BaseException] = {}
+        reports: dict[str, Report] = {}
+        waiting = deque(tasks)
+        lost = None
+        with closing(self._reports(function, tasks, errors, log)) as found:
+            try:
+                for name, report in found:
+                    reports[name] = report
+                    while waiting and (waiting[0] in reports or waiting[0] in errors):
+                        if (name := waiting.popleft()) in reports:
+                            yield name, reports.pop(name)
+            except DaskError as error:
+                lost = error
+        yield from ((name, reports[name]) for name in waiting if name in reports)
+        if lost is not None:
+            raise lost
+        if not errors:
+            return
+        if len(tasks) == 1:
+            raise next(iter(errors.values()))
+        errors = {name: errors[name] for name in tasks if name in errors}
+        for name, failure in errors.items():
+            log.error("Shard %s failed: %s", name, reason(failure))
+        raise ShardsError(errors, of=len(tasks)) from next(iter(errors.values()))
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """Leave the cluster when the run ends."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the cluster, if there is one; what it has queued for this run is cancelled."""
+        if self._cluster is not None:
+            self._cluster.close()
+            self._cluster = None
+
+    def _reports(
+        self,
+        function: Callable[[Task, logging.Logger], Report],
+        tasks: Mapping[str, Task],
+        errors: dict[str, BaseException],
+        log: logging.Logger,
+    ) -> Generator[tuple[str, Report], None, None]:
+        """Reports as they come; what failed is put into ``errors``."""
+        settings = load_settings()
+        if settings.dask_address is None:
+            return _locally(lambda task: function(task, log), tasks, errors)
+        if self._cluster is None or self._cluster.is_lost:
+            self.close()
+            try:
+                from tutormax_assets.compute.dask import Cluster
+            except ModuleNotFoundError as error:
+                if error.name not in ("dask", "distributed"):
+                    raise
+                raise DaskError(
+                    "TUTORMAX_DASK_ADDRESS is set, but Dask is not installed:"
+                    " pip install 'tutormax-assets[dask]'"
+                ) from error
+            self._cluster = Cluster(settings, log=log)
+        return self._cluster.reports(function, tasks, errors, log=log)
+
+
+def _locally(
+    function: Callable[[Task], Report],
+    tasks: Mapping[str, Task],
+    errors: dict[str, BaseException],
+) -> Generator[tuple[str, Report], None, None]:
+    if LOCAL_THREADS > 1:
+        with ThreadPoolExecutor(LOCAL_THREADS) as pool:
+            names = {pool.submit(function, task): name for name, task in tasks.items()}
+            try:
+                for future in as_completed(names):
+                    error = future.exception()
+                    if error is None:
+                        yield names[future], future.result()
+                    else:
+                        errors[names[future]] = error
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        return
+    for name, task in tasks.items():
+        try:
+            report = function(task)
+        except Exception as error:
+            errors[name] = error
+        else:
+            yield name, report

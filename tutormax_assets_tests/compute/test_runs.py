@@ -1,0 +1,209 @@
+"""Runs whose shards are computed by two Dask workers, against runs in one process."""
+
+import logging
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from datetime import date
+from pathlib import Path
+
+import polars as pl
+import pytest
+import sqlalchemy as sa
+from polars.testing import assert_frame_equal
+from upath import UPath
+
+from tutormax_assets.compute.resource import Compute
+from tutormax_assets.parquet import StorageError
+from tutormax_assets.partitions import midnight
+from tutormax_assets.parts import list_partition, partition_of, store_parts, stored_partition
+from tutormax_assets.platform.connection import Timeouts
+from tutormax_assets.platform.metrics_table import Target
+from tutormax_assets.shards import ALL_IN_ONE
+from tutormax_assets.stages.metrics_table import WritingTask, added_up, write_table
+from tutormax_assets_tests.compute.clusters import PATIENCE, DaskCluster, until
+from tutormax_assets_tests.conftest import (
+    PASSWORD,
+    Platform,
+    captured_log,
+    new_database,
+    open_platform,
+)
+from tutormax_assets_tests.test_shards import PARQUET
+
+# One process runs them all, so that there is one cluster.
+pytestmark = pytest.mark.xdist_group("runs on a cluster")
+
+LOG = logging.getLogger("tutormax_assets.runs")
+TIMES = ("created_at", "updated_at")
+DAYS = ("2025-11-06", "2025-11-07")
+SHARDS = 4
+
+Stored = Mapping[tuple[str, str], pl.DataFrame]
+
+
+@pytest.fixture(scope="module")
+def platform(
+    server_url: sa.URL, golden_template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Platform]:
+    """The platform of the golden rows, computed by this process."""
+    home = tmp_path_factory.mktemp("home")
+    with (
+        new_database(server_url, template=golden_template) as url,
+        open_platform(url, home, TUTORMAX_SHARDS=str(SHARDS)) as opened,
+    ):
+        opened.run(*DAYS)
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def expected(platform: Platform) -> Stored:
+    return stored(platform)
+
+
+@pytest.fixture(scope="module")
+def table(platform: Platform, expected: Stored) -> pl.DataFrame:
+    return platform.metrics()
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(
+    platform: Platform, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[DaskCluster]:
+    with closing(DaskCluster(tmp_path_factory.mktemp("dask"), allowed_failures=3)) as cluster:
+        cluster.start_scheduler()
+        yield cluster
+
+
+@pytest.fixture
+def cluster(
+    shared_cluster: DaskCluster,
+    platform: Platform,
+    expected: Stored,
+    table: pl.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
+) -> DaskCluster:
+    """Two workers, nothing computed, and an environment that leads there."""
+    url = platform.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("TUTORMAX_DATABASE_URL", url)
+    monkeypatch.setenv("TUTORMAX_HOME", str(platform.settings.home_path))
+    monkeypatch.setenv("TUTORMAX_SHARDS", str(SHARDS))
+    monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", shared_cluster.address)
+    shared_cluster.repair(2)
+    platform.execute("DELETE FROM tutor_performance_metrics")
+    return shared_cluster
+
+
+def stored(platform: Platform) -> Stored:
+    return {
+        (asset, day): platform.partition(asset, day).sort(pl.all())
+        for asset in PARQUET
+        for day in DAYS
+    }
+
+
+def assert_as_expected(platform: Platform, expected: Stored, table: pl.DataFrame) -> None:
+    for name, frame in stored(platform).items():
+        assert_frame_equal(frame, expected[name], check_exact=True)
+    assert_frame_equal(
+        platform.metrics().drop(TIMES), table.drop(TIMES), check_row_order=False, check_exact=True
+    )
+
+
+def test_a_cluster_gives_what_one_process_gives(
+    cluster: DaskCluster, platform: Platform, expected: Stored, table: pl.DataFrame
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in platform.storage.glob("*/*.json")}
+
+    with captured_log() as log:
+        summaries = platform.run(*DAYS)
+
+    assert all(summary.all_saved for summary in summaries)
+    assert_as_expected(platform, expected, table)
+    assert all(path.stat().st_mtime_ns > mtime for path, mtime in before.items())
+    said = "\n".join(log)
+    assert f"Dask scheduler {cluster.address}: 2 workers with 2 threads" in said
+    assert f"{DAYS[1]} shard {SHARDS - 1}: Batch 1/1 of {DAYS[1]} committed" in said
+
+
+def test_a_worker_that_is_killed_in_a_run_costs_time_and_nothing_else(
+    cluster: DaskCluster, platform: Platform, expected: Stored, table: pl.DataFrame
+) -> None:
+    folder = platform.storage / "sessions_snapshot" / f"{DAYS[1]}.parquet"
+    files = set(folder.iterdir())
+
+    def kill_one() -> None:
+        until(lambda: set(folder.iterdir()) - files, what="the first shard")
+        cluster.workers[0].send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    summaries = platform.run(*DAYS)
+    killer.join()
+
+    assert cluster.workers[0].wait(PATIENCE) == -signal.SIGKILL
+    assert all(summary.all_saved for summary in summaries)
+    assert_as_expected(platform, expected, table)
+
+
+def test_two_dates_at_once_do_not_touch_each_other(
+    cluster: DaskCluster, platform: Platform, expected: Stored, table: pl.DataFrame
+) -> None:
+    main = "import sys; from tutormax_assets.cli import main; main()"
+    command = [sys.executable, "-c", main, "run", "--quiet", "--date"]
+    runs = [
+        subprocess.Popen([*command, day], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for day in DAYS
+    ]
+    said = [run.communicate(timeout=120)[0].decode() for run in runs]
+
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert_as_expected(platform, expected, table)
+
+
+def test_a_shard_that_is_computed_again_counts_once(
+    cluster: DaskCluster, platform: Platform, expected: Stored, table: pl.DataFrame
+) -> None:
+    day = date.fromisoformat(DAYS[1])
+    path = UPath(platform.storage) / "tutor_tiers" / f"{DAYS[1]}.parquet"
+    again = {
+        f"{attempt} of shard {number}": WritingTask(
+            Target(platform.engine, Timeouts()),
+            stored_partition(path).rows(number),
+            day,
+            midnight(day, timezone="UTC"),
+            batch_size=5,
+            max_retries=0,
+            retry_delay_seconds=0,
+        )
+        for attempt in ("first", "second")
+        for number in range(SHARDS)
+    }
+
+    with closing(Compute()) as compute:
+        reports = [report for _, report in compute.map(write_table, again, log=LOG)]
+
+    of_day = table.filter(pl.col("calculation_date").dt.date() == day)
+    total = added_up(report.summary for report in reports)
+    assert (total["inserted"], total["unchanged"]) == (len(of_day), len(of_day))
+    assert PASSWORD.encode() not in pickle.dumps(again)
+    assert_frame_equal(
+        platform.metrics().drop(TIMES), of_day.drop(TIMES), check_row_order=False, check_exact=True
+    )
+
+
+def test_a_storage_that_is_not_shared_is_told(
+    tmp_path: Path,
+) -> None:
+    path = UPath(tmp_path) / "tutor_tiers" / f"{DAYS[1]}.parquet"
+    rows = pl.LazyFrame({"tutor_id": ["a"]})
+    partition = partition_of(path, ALL_IN_ONE, [store_parts(path, rows)])
+    [part] = path.iterdir()
+    part.unlink()
+
+    with pytest.raises(StorageError, match=r"lacks 1 of 1 files .* TUTORMAX_STORAGE be one that"):
+        list_partition(partition)
