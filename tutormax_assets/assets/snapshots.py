@@ -141,7 +141,7 @@ def platform_snapshot_assets(
                         max_retries=run_options.max_retries,
                         retry_delay_seconds=run_options.retry_delay_seconds,
                     )
-                    for numbers in compute.groups(range(len(shards)))
+                    for numbers in compute.groups(range(len(shards)), log=context.log)
                 }
                 reports = dict(compute.map(read_snapshots, tasks, log=context.log))
                 report = added_up(reports.values())

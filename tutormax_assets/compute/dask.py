@@ -146,6 +146,11 @@ class Cluster:
         )
 
     @property
+    def threads(self) -> int:
+        """How many shards the workers computed at once when they were last looked at."""
+        return sum(self._threads.values())
+
+    @property
     def is_lost(self) -> bool:
         """Whether the connection is of no use any more."""
         return self._client.scheduler_comm is not self._connection

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 import dagster as dg
@@ -32,14 +33,19 @@ class Compute(dg.ConfigurableResource[None]):
 
     _cluster: "Cluster | None" = PrivateAttr(default=None)
 
-    def groups(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+    def groups(self, numbers: Sequence[int], *, log: logging.Logger) -> list[Sequence[int]]:
         """Neighbouring shards that are read from the platform at once.
 
-        One process goes through the platform's tables once; workers do so for each shard.
+        To read a group, a database goes through its tables once. So there are as many groups as
+        shards can be computed at once: one here, and one for each thread of a cluster's workers.
+
+        Raises:
+            DaskError: The cluster cannot be reached or has other code.
         """
-        if load_settings().dask_address is None:
-            return [numbers]
-        return [[number] for number in numbers]
+        cluster = self._connected(log)
+        count = 1 if cluster is None else max(1, min(cluster.threads, len(numbers)))
+        starts = [len(numbers) * group // count for group in range(count + 1)]
+        return [numbers[start:end] for start, end in pairwise(starts)]
 
     def map(
         self,
@@ -114,9 +120,16 @@ class Compute(dg.ConfigurableResource[None]):
         log: logging.Logger,
     ) -> Generator[tuple[str, Report], None, None]:
         """Reports as they come; what failed is put into ``errors``."""
+        cluster = self._connected(log)
+        if cluster is None:
+            return _locally(lambda task: function(task, log), tasks, errors)
+        return cluster.reports(function, tasks, errors, log=log)
+
+    def _connected(self, log: logging.Logger) -> "Cluster | None":
+        """The cluster that the environment names, if it names one."""
         settings = load_settings()
         if settings.dask_address is None:
-            return _locally(lambda task: function(task, log), tasks, errors)
+            return None
         if self._cluster is None or self._cluster.is_lost:
             self.close()
             try:
@@ -129,7 +142,7 @@ class Compute(dg.ConfigurableResource[None]):
                     " pip install 'tutormax-assets[dask]'"
                 ) from error
             self._cluster = Cluster(settings, log=log)
-        return self._cluster.reports(function, tasks, errors, log=log)
+        return self._cluster
 
 
 def _locally(

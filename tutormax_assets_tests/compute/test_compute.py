@@ -72,6 +72,19 @@ def areas(compute: Compute, todo: dict[str, Square]) -> dict[str, int]:
     return {name: report.area for name, report in compute.map(squared, todo, log=LOG)}
 
 
+@pytest.mark.parametrize(
+    ("anywhere", "groups"),
+    [("local", [[0, 1, 2, 3, 4]]), ("dask", [[0, 1], [2, 3, 4]])],
+    indirect=["anywhere"],
+)
+@pytest.mark.usefixtures("anywhere")
+def test_as_many_groups_are_read_as_can_be_at_once(
+    compute: Compute, groups: list[list[int]]
+) -> None:
+    assert [list(group) for group in compute.groups(range(5), log=LOG)] == groups
+    assert [list(group) for group in compute.groups(range(1), log=LOG)] == [[0]]
+
+
 @pytest.mark.usefixtures("anywhere")
 def test_reports_come_in_the_order_of_the_tasks(compute: Compute) -> None:
     todo = dict(reversed(tasks(9).items()))
