@@ -215,6 +215,7 @@ def listens(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.waits
 def test_the_daemon_fires_a_schedule_that_is_due_in_the_next_minute(
     production: Platform, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
