@@ -75,11 +75,6 @@ class PlatformDatabase(dg.ConfigurableResource[None]):
         return self._source
 
     @property
-    def home(self) -> Path:
-        """Folder of everything local."""
-        return load_settings().home_path
-
-    @property
     def timeouts(self) -> Timeouts:
         """How long a statement may take and wait."""
         return Timeouts.of(load_settings())

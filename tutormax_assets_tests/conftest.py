@@ -49,6 +49,17 @@ SMALL_PLATFORM: dict[str, Any] = {
 }
 """How the small platform is generated."""
 
+PARQUET_ASSETS = [
+    "tutor_roster",
+    "sessions_snapshot",
+    "sessions_set_aside",
+    "tutor_events_snapshot",
+    "tutor_events_set_aside",
+    "metrics_7day",
+    "metrics_30day",
+    "metrics_90day",
+    "tutor_tiers",
+]
 PASSWORD = "hunter2-never-shown"
 """In the URL of every ``Platform``. The server trusts its socket, so any will do."""
 

@@ -19,6 +19,7 @@ from tutormax_assets.platform import tables
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests.conftest import (
     GOLDEN,
+    PARQUET_ASSETS,
     PASSWORD,
     Platform,
     captured_log,
@@ -42,17 +43,6 @@ RATES = [
     "response_time_avg_minutes",
 ]
 VALUES = [*KEY, *COUNTS, *RATES, "performance_tier"]
-PARQUET_ASSETS = [
-    "tutor_roster",
-    "sessions_snapshot",
-    "sessions_set_aside",
-    "tutor_events_snapshot",
-    "tutor_events_set_aside",
-    "metrics_7day",
-    "metrics_30day",
-    "metrics_90day",
-    "tutor_tiers",
-]
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,10 @@ from tutormax_assets.metrics.policy import PolicyError
 from tutormax_assets.partitions import today
 from tutormax_assets.settings import Settings, SettingsError, load_settings
 from tutormax_assets_tests.checks.test_runs import ALL as ALL_CHECKS
+from tutormax_assets_tests.conftest import PARQUET_ASSETS
 
 PLATFORM = {"tutors", "sessions", "student_feedback", "tutor_events"}
-COMPUTED = {
-    "tutor_roster",
-    "sessions_snapshot",
-    "sessions_set_aside",
-    "tutor_events_snapshot",
-    "tutor_events_set_aside",
-    "metrics_7day",
-    "metrics_30day",
-    "metrics_90day",
-    "tutor_tiers",
-    "tutor_performance_metrics",
-}
+COMPUTED = {*PARQUET_ASSETS, "tutor_performance_metrics"}
 GROUPS = {
     **dict.fromkeys(PLATFORM, "platform"),
     **dict.fromkeys(COMPUTED, "snapshots"),

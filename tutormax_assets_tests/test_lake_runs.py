@@ -8,19 +8,14 @@ from polars.testing import assert_frame_equal
 
 from tutormax_assets.platform.contract import NEEDED_COLUMNS
 from tutormax_assets.sample_platform import sample_frames, write_lake
-from tutormax_assets_tests.conftest import GOLDEN, SMALL_PLATFORM, Platform, open_platform
+from tutormax_assets_tests.conftest import (
+    GOLDEN,
+    PARQUET_ASSETS,
+    SMALL_PLATFORM,
+    Platform,
+    open_platform,
+)
 
-ASSETS = [
-    "tutor_roster",
-    "sessions_snapshot",
-    "sessions_set_aside",
-    "tutor_events_snapshot",
-    "tutor_events_set_aside",
-    "metrics_7day",
-    "metrics_30day",
-    "metrics_90day",
-    "tutor_tiers",
-]
 DAY = "2025-11-07"
 
 
@@ -35,7 +30,7 @@ def assert_as_postgresql_has_it(of_postgres: Platform, lake: Path, *days: str) -
         found = [of_lake.run(day, include_inactive=True) for day in days]
         # A row whose values moved would have another updated_at.
         assert_frame_equal(of_lake.metrics(), metrics, check_exact=True)
-        for asset, day in product(ASSETS, days):
+        for asset, day in product(PARQUET_ASSETS, days):
             rows = of_lake.partition(asset, day).sort(pl.all())
             same = of_postgres.partition(asset, day).sort(pl.all())
             assert_frame_equal(rows, same, check_exact=True)

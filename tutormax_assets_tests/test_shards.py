@@ -20,20 +20,9 @@ from tutormax_assets.platform.snapshot import PlatformRows, Source, View, open_v
 from tutormax_assets.settings import load_settings
 from tutormax_assets.shards import ALL_IN_ONE, TUTORS_OF_A_SHARD, Shards, TutorRange
 from tutormax_assets.storage import partition_path
-from tutormax_assets_tests.conftest import Platform
+from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform
 
 DAY = "2025-11-07"
-PARQUET = (
-    "tutor_roster",
-    "sessions_snapshot",
-    "sessions_set_aside",
-    "tutor_events_snapshot",
-    "tutor_events_set_aside",
-    "metrics_7day",
-    "metrics_30day",
-    "metrics_90day",
-    "tutor_tiers",
-)
 
 
 @given(st.sets(st.text(max_size=3), max_size=30), st.integers(0, 40))
@@ -117,7 +106,7 @@ def test_who_is_sent_a_view_sees_the_same_instant_and_no_password(
 
 
 def stored(platform: Platform) -> dict[str, pl.DataFrame]:
-    found = {asset: platform.partition(asset, DAY) for asset in PARQUET}
+    found = {asset: platform.partition(asset, DAY) for asset in PARQUET_ASSETS}
     return {asset: frame.sort(pl.all()) for asset, frame in found.items()}
 
 

@@ -27,13 +27,13 @@ from tutormax_assets.shards import ALL_IN_ONE
 from tutormax_assets.stages.metrics_table import WritingTask, added_up, write_table
 from tutormax_assets_tests.compute.clusters import PATIENCE, DaskCluster, until
 from tutormax_assets_tests.conftest import (
+    PARQUET_ASSETS,
     PASSWORD,
     Platform,
     captured_log,
     new_database,
     open_platform,
 )
-from tutormax_assets_tests.test_shards import PARQUET
 
 # One process runs them all, so that there is one cluster.
 pytestmark = pytest.mark.xdist_group("runs on a cluster")
@@ -101,7 +101,7 @@ def cluster(
 def stored(platform: Platform) -> Stored:
     return {
         (asset, day): platform.partition(asset, day).sort(pl.all())
-        for asset in PARQUET
+        for asset in PARQUET_ASSETS
         for day in DAYS
     }
 
