@@ -104,11 +104,12 @@ def shared_shards(partitions: Sequence[Partition]) -> tuple[Shards, list[int | N
     """How tutors are divided in all of the partitions, and the numbers of the shards to compute.
 
     Returns:
-        One shard without a number, which stands for all rows, where only some tutors are meant or
-        the partitions are divided in different ways.
+        One shard without a number, which stands for all rows, where there is only one, only some
+        tutors are meant, or the partitions are divided in different ways.
     """
     first, *others = partitions
-    if first.tutor_ids or any(other.shards != first.shards for other in others):
+    is_shared = all(other.shards == first.shards for other in others)
+    if first.tutor_ids or not is_shared or len(first.shards) == 1:
         return ALL_IN_ONE, [None]
     return first.shards, list(range(len(first.shards)))
 

@@ -78,6 +78,11 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
         if self._locks is not None:
             self._locks.release()
 
+    @property
+    def holder(self) -> int | None:
+        """Who has the reference dates for the run, as ``DateLocks.holder`` says."""
+        return None if self._locks is None else self._locks.holder
+
     def load_input(self, context: dg.InputContext) -> PartitionsByDate:
         """The partitions that the run reads, restricted to the tutors it is filtered to."""
         self._renew_locks()

@@ -30,7 +30,7 @@ _LINEAGE = {
     "response_time_avg_minutes": [(_EVENTS, "response_time_minutes")],
 }
 
-# A shard with few tutors does not keep all cores busy; one with many takes much memory.
+# A date with few tutors does not keep all cores busy; one with many takes the memory of many.
 _TUTORS_AT_ONCE = 40_000
 
 
@@ -81,17 +81,20 @@ def window_metrics_assets(
                     key,
                     WindowsOfShard(day, roster, sessions, events, number or 0, paths),
                 )
-        at_once = {names[0]: names for names in _at_once(waiting)}
+        at_once = {
+            names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}": names
+            for names in _at_once(waiting)
+        }
         tasks = {
-            first: WindowsTask([waiting[name][1] for name in names], metrics_policy.policy)
-            for first, names in at_once.items()
+            group: WindowsTask([waiting[name][1] for name in names], metrics_policy.policy)
+            for group, names in at_once.items()
         }
         stored: dict[int, dict[str, list[StoredParts]]] = {
             days: {key: [] for key in shards} for days in selected
         }
         seconds = dict.fromkeys(shards, 0.0)
-        for first, report in compute.map(compute_windows, tasks, log=context.log):
-            for name, of_shard in zip(at_once[first], report.stored, strict=True):
+        for group, report in compute.map(compute_windows, tasks, log=context.log):
+            for name, of_shard in zip(at_once[group], report.stored, strict=True):
                 key, _ = waiting[name]
                 seconds[key] += report.compute_seconds
                 for days, parts in of_shard.items():
@@ -127,10 +130,13 @@ def _out(days: int) -> dg.AssetOut:
 
 
 def _at_once(shards: Mapping[str, tuple[str, WindowsOfShard]]) -> Iterator[list[str]]:
-    """The names of the shards in groups whose tutors are few enough to be computed at once."""
+    """The names of what is computed at once: a shard, or whole dates of few tutors."""
     group: list[str] = []
     tutors = 0
-    for name, (_, shard) in shards.items():
+    for name, (key, shard) in shards.items():
+        if name != key:
+            yield [name]
+            continue
         if group and tutors + shard.roster.count > _TUTORS_AT_ONCE:
             yield group
             group, tutors = [], 0

@@ -22,7 +22,7 @@ from tutormax_assets.stages.metrics_table import (
     not_tried,
     write_table,
 )
-from tutormax_assets.storage import PartitionsByDate
+from tutormax_assets.storage import PartitionedParquetIOManager, PartitionsByDate
 
 SUMMARY_METADATA = "summary"
 """Metadata key under which a materialization says what was saved and what was not."""
@@ -51,6 +51,7 @@ def tutor_performance_metrics_asset(
         database: PlatformDatabase,
         compute: Compute,
         run_options: RunOptions,
+        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
         tutor_tiers: PartitionsByDate,
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetMaterialization | dg.AssetObservation]:
         """Metrics and tiers as kept in PostgreSQL: one row per tutor, reference date and window.
@@ -71,6 +72,7 @@ def tutor_performance_metrics_asset(
                     run_options.batch_size,
                     run_options.max_retries,
                     run_options.retry_delay_seconds,
+                    io_manager.holder if compute.is_elsewhere else None,
                 )
                 for number in numbers
             }

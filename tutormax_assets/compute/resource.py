@@ -33,6 +33,11 @@ class Compute(dg.ConfigurableResource[None]):
 
     _cluster: "Cluster | None" = PrivateAttr(default=None)
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether other processes compute, which may outlive the run."""
+        return load_settings().dask_address is not None
+
     def groups(self, numbers: Sequence[int], *, log: logging.Logger) -> list[Sequence[int]]:
         """Neighbouring shards that are read from the platform at once.
 

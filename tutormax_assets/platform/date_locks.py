@@ -66,6 +66,12 @@ class DateLocks:
         self._retrying = retrying
         self._log = log
         self._connection: sa.Connection | None = None
+        self._holder: int | None = None
+
+    @property
+    def holder(self) -> int | None:
+        """The server's process that holds them; none before ``take`` and after ``release``."""
+        return None if self._connection is None else self._holder
 
     def take(self) -> None:
         """Wait for other runs of these dates to end, and keep further ones waiting.
@@ -130,6 +136,7 @@ class DateLocks:
                 self._wait(connection, _ALL_DATES, shared=True)
                 for key in self._keys:
                     self._wait(connection, key)
+            self._holder = connection.scalar(sa.select(sa.func.pg_backend_pid()))
             _rest(connection)
         except BaseException:
             connection.invalidate()
@@ -169,7 +176,34 @@ def try_lock_date(connection: sa.Connection, key: str) -> bool:
     return bool(connection.scalar(_try(_ALL_DATES, shared=True)) and connection.scalar(_try(key)))
 
 
+def is_held(holder: int) -> sa.Select[bool]:
+    """Whether a process of the server's still holds its dates for a run, as a query.
+
+    Args:
+        holder: As ``DateLocks.holder`` says.
+    """
+    columns = ("locktype", "database", "granted", "pid", "classid", "objid")
+    locks = sa.table("pg_locks", *map(sa.column, columns))
+    database = sa.table("pg_database", sa.column("oid"), sa.column("datname"))
+    here = sa.select(database.c.oid).where(database.c.datname == sa.func.current_database())
+    upper, lower = (sa.cast(locks.c[name], sa.BigInteger) for name in ("classid", "objid"))
+    bits = sa.cast(32, sa.Integer)
+    # Whoever has a date has a part in the lock of all dates.
+    return sa.select(
+        sa.exists().where(
+            locks.c.locktype == "advisory",
+            locks.c.database == here.scalar_subquery(),
+            locks.c.granted,
+            locks.c.pid == holder,
+            upper.bitwise_lshift(bits).bitwise_or(lower) == _key(_ALL_DATES),
+        )
+    )
+
+
+def _key(name: str) -> sa.ColumnElement[int]:
+    return lock_key(f"reference date:{name}")
+
+
 def _try(name: str, *, shared: bool = False) -> sa.Select[bool]:
-    key = lock_key(f"reference date:{name}")
     lock = sa.func.pg_try_advisory_xact_lock_shared if shared else sa.func.pg_try_advisory_xact_lock
-    return sa.select(lock(key))
+    return sa.select(lock(_key(name)))

@@ -178,6 +178,7 @@ def write_metrics(
     batch_size: int,
     retrying: tenacity.Retrying,
     timeouts: Timeouts,
+    is_wanted: sa.Select[bool] | None = None,
 ) -> Iterator[Batch]:
     """Bring the table's rows of one date and these tutors to the given values, batch by batch.
 
@@ -193,14 +194,15 @@ def write_metrics(
         batch_size: Tutors per transaction at most, of those of whom a row moved.
         retrying: Calls the writing of a batch again when its failure may pass.
         timeouts: How long a statement may take, and wait for another session's lock.
+        is_wanted: Asked in each transaction whether the run that wants the rows goes on.
 
     Yields:
         One ``Batch`` after each batch, in their order, those included in which the writing ends
         with an error.
 
     Raises:
-        MetricsTableError: The table cannot be written, whatever the rows. What was saved stays,
-            and batches that are not under way are not tried.
+        MetricsTableError: The table cannot be written, whatever the rows, or the run has ended.
+            What was saved stays, and batches that are not under way are not tried.
     """
     stored = _look(engine, tiers, calculation_date, timeouts)
     rows = _with_moved(tiers, stored)
@@ -214,6 +216,7 @@ def write_metrics(
         of=len(batches),
         retrying=retrying,
         timeouts=timeouts,
+        is_wanted=is_wanted,
     )
     failure: Exception | None = None
     for batch, failed in _in_turn(writing.write, enumerate(batches, start=1), writers=writers):
@@ -328,6 +331,11 @@ def _look(
     """What the table holds of these tutors; nothing where the date is new, None if unknown."""
     try:
         with engine.connect() as connection:
+            limit_transaction(connection, replace(timeouts, lock_seconds=0))
+            # A batch of a run that has ended may be under way on another machine. What it writes
+            # has to be seen here, or this run would take an older value for its own.
+            lock_for_transaction(connection, _lock_name(calculation_date))
+            connection.rollback()
             limit_transaction(connection, timeouts)
             if connection.scalar(_DATE_HAS_ROWS, {"calculation_date": calculation_date}):
                 return _stored(connection, calculation_date, tiers["tutor_id"].to_list())
@@ -407,6 +415,7 @@ class _Writing:
     of: int
     retrying: tenacity.Retrying
     timeouts: Timeouts
+    is_wanted: sa.Select[bool] | None
     waited_seconds: float = 0.0
 
     def write(self, numbered: tuple[int, pl.DataFrame], over: Event) -> _Written:
@@ -471,15 +480,23 @@ class _Writing:
             )
             with connection.connection.cursor().copy(copy_rows) as copy:
                 copy.write(rows.select(columns).write_csv(include_header=False))
-            name = f"{METRICS_TABLE}:{self.calculation_date.timestamp():.0f}"
-            lock_for_transaction(connection, name, shared=not alone)
+            lock_for_transaction(connection, _lock_name(self.calculation_date), shared=not alone)
             limit_transaction(connection, self.timeouts)
+            if self.is_wanted is not None and not connection.scalar(self.is_wanted):
+                raise MetricsTableError(
+                    "The run that these rows are of has ended, or lost its right to the date: they"
+                    " are not written. Run the date again if need be."
+                )
             written = connection.execute(write, {"calculation_date": self.calculation_date}).one()
         return {
             "inserted": written.inserted,
             "updated": written.written - written.inserted,
             "unchanged": len(rows) - written.written,
         }
+
+
+def _lock_name(calculation_date: datetime) -> str:
+    return f"{METRICS_TABLE}:{calculation_date.timestamp():.0f}"
 
 
 def _split(rows: pl.DataFrame, *, size: int) -> list[pl.DataFrame]:

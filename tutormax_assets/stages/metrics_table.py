@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from tutormax_assets.parts import Rows
+from tutormax_assets.platform.date_locks import is_held
 from tutormax_assets.platform.faults import retrying
 from tutormax_assets.platform.metrics_table import (
     Batch,
@@ -35,6 +36,8 @@ class WritingTask:
         batch_size: Tutors per transaction at most.
         max_retries: How often a batch is tried again.
         retry_delay_seconds: Seconds before the first retry.
+        holder: Who has the date for the run, as ``DateLocks.holder`` says. A worker may outlive
+            the run, and another one have written newer rows.
     """
 
     target: Target
@@ -44,6 +47,7 @@ class WritingTask:
     batch_size: int
     max_retries: int
     retry_delay_seconds: float
+    holder: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def write_table(task: WritingTask, log: logging.Logger) -> WritingReport:
                 log=log,
             ),
             timeouts=task.target.timeouts,
+            is_wanted=None if task.holder is None else is_held(task.holder),
         ):
             _log_batch(log, task.reference_date, batch)
             batches.append(batch)

@@ -22,9 +22,16 @@ from tutormax_assets.parquet import StorageError
 from tutormax_assets.partitions import midnight
 from tutormax_assets.parts import list_partition, partition_of, store_parts, stored_partition
 from tutormax_assets.platform.connection import Timeouts
+from tutormax_assets.platform.date_locks import DateLocks, is_held
+from tutormax_assets.platform.faults import retrying
 from tutormax_assets.platform.metrics_table import Target
 from tutormax_assets.shards import ALL_IN_ONE
-from tutormax_assets.stages.metrics_table import WritingTask, added_up, write_table
+from tutormax_assets.stages.metrics_table import (
+    WritingReport,
+    WritingTask,
+    added_up,
+    write_table,
+)
 from tutormax_assets_tests.compute.clusters import PATIENCE, DaskCluster, until
 from tutormax_assets_tests.conftest import (
     PARQUET_ASSETS,
@@ -194,6 +201,47 @@ def test_a_shard_that_is_computed_again_counts_once(
     assert_frame_equal(
         platform.metrics().drop(TIMES), of_day.drop(TIMES), check_row_order=False, check_exact=True
     )
+
+
+def test_a_shard_of_a_run_that_has_ended_is_not_written(
+    cluster: DaskCluster, platform: Platform, table: pl.DataFrame
+) -> None:
+    day = date.fromisoformat(DAYS[1])
+    path = UPath(platform.storage) / "tutor_tiers" / f"{DAYS[1]}.parquet"
+    rows = stored_partition(path).rows(0)
+    once = retrying(max_retries=0, retry_delay_seconds=0, log=LOG)
+    locks = DateLocks(platform.engine, [DAYS[1]], retrying=once, log=LOG)
+
+    def written(holder: int | None) -> WritingReport:
+        target = Target(platform.engine, Timeouts())
+        instant = midnight(day, timezone="UTC")
+        task = WritingTask(target, rows, day, instant, 5, 0, 0, holder)
+        with closing(Compute()) as compute:
+            [(_, report)] = compute.map(write_table, {"shard": task}, log=LOG)
+        return report
+
+    locks.take()
+    holder = locks.holder
+    locks.release()
+    until(lambda: not held(platform, holder), what="the server to notice")
+    late = written(holder)
+
+    assert holder is not None
+    assert locks.holder is None
+    assert str(late.failure).startswith("The run that these rows are of has ended")
+    assert late.summary["successful"] == 0
+    assert platform.metrics().is_empty()
+    locks.take()
+    in_time = written(locks.holder)
+    locks.release()
+    assert in_time.failure is None
+    assert in_time.summary["inserted"] == len(platform.metrics()) == rows.count
+
+
+def held(platform: Platform, holder: int | None) -> bool:
+    assert holder is not None
+    with platform.engine.connect() as connection:
+        return bool(connection.scalar(is_held(holder)))
 
 
 def test_a_storage_that_is_not_shared_is_told(

@@ -324,10 +324,9 @@ def test_a_row_that_changed_meanwhile_is_tried_again_where_postgresql_refuses_th
     )
     engine.dispose()
     with engine.connect() as other, ThreadPoolExecutor(1) as pool:
-        lock_for_transaction(other, f"{METRICS_TABLE}:{DAY.timestamp():.0f}")
-        writing = pool.submit(write, engine, tiers(tutor_ids, no_show_count=2), max_retries=1)
-        until(engine, "wait_event = 'advisory'")
         other.exec_driver_sql("UPDATE tutor_performance_metrics SET no_show_count = 1")
+        writing = pool.submit(write, engine, tiers(tutor_ids, no_show_count=2), max_retries=1)
+        until(engine, "wait_event = 'transactionid'")
         other.commit()
 
         batches, failure = writing.result(30)
@@ -562,7 +561,7 @@ def test_a_slow_statement_ends_the_writing(engine: sa.Engine) -> None:
     provoke(engine, "PERFORM pg_sleep(30);")
 
     batches, failure = write(
-        engine, tiers(tutor_ids), batch_size=1, timeouts=Timeouts(statement_seconds=0.1)
+        engine, tiers(tutor_ids), batch_size=1, timeouts=Timeouts(statement_seconds=0.5)
     )
 
     assert (len(batches), writes(engine)) == (1, 1)
