@@ -6,12 +6,12 @@ reader sees the old partition or the new one, and a shard that was stored twice 
 
 import io
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import IO
+from typing import IO, NamedTuple
 from uuid import uuid4
 
 import polars as pl
@@ -45,6 +45,7 @@ class Part(BaseModel, frozen=True):
 class _Listing(BaseModel):
     bounds: tuple[str, ...]
     parts: tuple[Part, ...]
+    failed: dict[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Partition:
         shards: How its tutors are divided.
         parts: The file of each shard.
         tutor_ids: Only rows of these tutors are meant; all when empty.
+        failed: Why a shard has no rows, by its number, of those that could not be computed.
         seconds: How long the storing took.
     """
 
@@ -89,6 +91,7 @@ class Partition:
     shards: Shards
     parts: tuple[Part, ...]
     tutor_ids: tuple[str, ...] = ()
+    failed: Mapping[int, str] = field(default_factory=dict, hash=False)
     seconds: float = field(default=0, compare=False)
 
     def rows(self, number: int | None = None) -> Rows:
@@ -100,33 +103,89 @@ class Partition:
         return Rows(files, sum(part.rows for part in parts), self.tutor_ids)
 
 
-def shared_shards(partitions: Sequence[Partition]) -> tuple[Shards, list[int | None]]:
-    """How tutors are divided in all of the partitions, and the numbers of the shards to compute.
+class Division(NamedTuple):
+    """How the tutors of some partitions are divided.
 
-    Returns:
-        One shard without a number, which stands for all rows, where there is only one, only some
-        tutors are meant, or the partitions are divided in different ways.
+    Attributes:
+        shards: In the same way in all of them.
+        numbers: The shards to compute; one without a number stands for all rows.
+        failed: Why others cannot be computed, by number.
+    """
+
+    shards: Shards
+    numbers: list[int | None]
+    failed: dict[int, str]
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no shard is left."""
+        return len(self.failed) == len(self.shards)
+
+
+def division(partitions: Sequence[Partition]) -> Division:
+    """How to compute something from partitions of the same date, shard by shard.
+
+    Where there is only one shard, only some tutors are meant, or the partitions are divided in
+    different ways, all is computed at once.
+
+    Raises:
+        StorageError: They are divided in different ways, and lack shards that failed.
     """
     first, *others = partitions
+    failed = {number: why for one in partitions for number, why in one.failed.items()}
     is_shared = all(other.shards == first.shards for other in others)
+    if failed and not is_shared:
+        lacking = ", ".join(sorted(str(one.path) for one in partitions if one.failed))
+        raise StorageError(
+            f"Shards of {lacking} failed, and what is computed with it is divided in another way."
+            " Run the date again, from the platform on."
+        )
     if first.tutor_ids or not is_shared or len(first.shards) == 1:
-        return ALL_IN_ONE, [None]
-    return first.shards, list(range(len(first.shards)))
+        return Division(ALL_IN_ONE, [None], {})
+    return Division(first.shards, [n for n in range(len(first.shards)) if n not in failed], failed)
 
 
 @dataclass(frozen=True)
 class StoredParts:
-    """Files of neighbouring shards, and how long their storing took."""
+    """Files of neighbouring shards.
+
+    Attributes:
+        parts: The files.
+        first: The number of the first of the shards.
+        seconds: How long the storing took.
+    """
 
     parts: tuple[Part, ...]
+    first: int
     seconds: float
 
 
-def partition_of(path: UPath, shards: Shards, stored: Iterable[StoredParts]) -> Partition:
-    """A partition of the files of its shards, which are in their order."""
-    stored = list(stored)
-    parts = tuple(part for one in stored for part in one.parts)
-    return Partition(path, shards, parts, seconds=sum(one.seconds for one in stored))
+def partition_of(
+    path: UPath,
+    shards: Shards,
+    stored: Iterable[StoredParts],
+    *,
+    failed: Mapping[int, str] | None = None,
+    no_rows: pl.DataFrame | None = None,
+) -> Partition:
+    """A partition of the files of its shards.
+
+    Args:
+        path: Its folder.
+        shards: How its tutors are divided.
+        stored: The files.
+        failed: Why other shards have none, by number.
+        no_rows: What is stored of those.
+
+    Raises:
+        StorageError: The storage cannot be written.
+    """
+    failed = failed or {}
+    empty = pl.DataFrame() if no_rows is None else no_rows
+    stored = [*stored, *(store_parts(path, empty.lazy(), first=number) for number in failed)]
+    parts = tuple(part for one in sorted(stored, key=lambda one: one.first) for part in one.parts)
+    seconds = sum(one.seconds for one in stored)
+    return Partition(path, shards, parts, failed=failed, seconds=seconds)
 
 
 def store_parts(
@@ -158,7 +217,7 @@ def store_parts(
         Part(name=name, rows=file.rows, size_bytes=file.size_bytes)
         for name, file in zip(names, files, strict=True)
     )
-    return StoredParts(parts, perf_counter() - started)
+    return StoredParts(parts, first, perf_counter() - started)
 
 
 def scan_partition(path: UPath) -> pl.LazyFrame:
@@ -191,7 +250,9 @@ def stored_partition(path: UPath, *, tutor_ids: tuple[str, ...] = ()) -> Partiti
             f"{_listing_path(path)} does not list the files of a partition: found"
             f" {error.error_count()} errors. Materialize {path.parent.name} for {path.stem} again."
         ) from error
-    return Partition(path, Shards(listing.bounds), listing.parts, tutor_ids)
+    # The rows of the tutors that a run is about are its own.
+    failed = {} if tutor_ids else listing.failed
+    return Partition(path, Shards(listing.bounds), listing.parts, tutor_ids, failed)
 
 
 def merged(partition: Partition, *, only: Sequence[str]) -> Partition:
@@ -228,7 +289,9 @@ def list_partition(partition: Partition) -> None:
             " stored, as where workers have a folder of their own: let TUTORMAX_STORAGE be one"
             " that all of them share, then run the date again."
         )
-    listing = _Listing(bounds=partition.shards.bounds, parts=partition.parts)
+    listing = _Listing(
+        bounds=partition.shards.bounds, parts=partition.parts, failed=dict(partition.failed)
+    )
     try:
         write_text(_listing_path(partition.path), listing.model_dump_json())
         _delete_unlisted(partition.path, [part.name for part in partition.parts])

@@ -3,9 +3,10 @@
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -14,15 +15,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from tutormax_assets import stages
+from tutormax_assets.compute.resource import Compute
+from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions
 from tutormax_assets.parts import stored_partition
 from tutormax_assets.platform.snapshot import PlatformRows, Source, View, open_view
 from tutormax_assets.settings import load_settings
 from tutormax_assets.shards import ALL_IN_ONE, TUTORS_OF_A_SHARD, Shards, TutorRange
 from tutormax_assets.storage import partition_path
-from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform
+from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform, captured_log
 
 DAY = "2025-11-07"
+TIMES = ("created_at", "updated_at")
+_WINDOWS = ("metrics_7day", "metrics_30day", "metrics_90day")
+_READ = tuple(asset for asset in PARQUET_ASSETS if asset.endswith(("_snapshot", "_set_aside")))
+AFFECTED = {
+    "platform_snapshot": (*_READ, *_WINDOWS, "tutor_tiers"),
+    "window_metrics": (*_WINDOWS, "tutor_tiers"),
+    "tutor_tiers": ("tutor_tiers",),
+}
+"""The assets that lack a shard which fails in a step."""
 
 
 @given(st.sets(st.text(max_size=3), max_size=30), st.integers(0, 40))
@@ -129,6 +142,96 @@ def test_shards_do_not_show_whatever_their_number_and_however_it_changes(
             path = partition_path(str(sharded.storage), dg.AssetKey(asset), DAY)
             assert len(stored_partition(path).parts) == kept
         assert_frame_equal(sharded.metrics(), table, check_row_order=False)
+
+
+def poison(
+    monkeypatch: pytest.MonkeyPatch, step: str, tutor_id: str, *, groups: list[list[int]]
+) -> None:
+    """Let a step fail wherever it meets the tutor, and the platform be read in such groups."""
+
+    def met(*frames: pl.LazyFrame) -> None:
+        if any(tutor_id in frame.collect()["tutor_id"] for frame in frames):
+            raise ValueError("poisoned")
+
+    def instead(of: Any, name: str, tasted: Callable[..., Iterable[pl.LazyFrame]]) -> None:
+        function = getattr(of, name)
+
+        def poisoned(*arguments: Any, **options: Any) -> Any:
+            met(*tasted(*arguments))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(of, name, poisoned)
+
+    if step == "platform_snapshot":
+        monkeypatch.setattr(Compute, "groups", lambda *_, **__: groups)
+        instead(quality, "good_events", lambda rows: [rows])
+    elif step == "window_metrics":
+        instead(stages.windows, "window_metrics", lambda roster, *_: [roster])
+    else:
+        instead(stages.tiers, "performance_tiers", lambda metrics: [metrics])
+
+
+@pytest.mark.parametrize("step", ["platform_snapshot", "window_metrics", "tutor_tiers"])
+def test_a_shard_that_fails_in_any_step_is_named_and_the_others_are_saved(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    small_platform.run(DAY)
+    expected, table = stored(small_platform), small_platform.metrics()
+    small_platform.execute("DELETE FROM tutor_performance_metrics")
+    ids = expected["tutor_roster"]["tutor_id"].to_list()
+    culprits = ids[len(ids) * 3 // 5 : len(ids) * 4 // 5]
+    monkeypatch.setenv("TUTORMAX_SHARDS", "5")
+    sharded = Platform(load_settings(), small_platform.engine)
+
+    with monkeypatch.context() as patch, captured_log() as log:
+        poison(patch, step, culprits[1], groups=[[0, 1], [2, 3, 4]])
+        [summary] = sharded.run(DAY)
+
+    saved = ~pl.col("tutor_id").is_in(culprits)
+    assert [error["tutor_id"] for error in summary.errors] == culprits
+    assert {error["error"] for error in summary.errors} == {"poisoned"}
+    assert (summary.total_tutors, summary.failed) == (len(ids), len(culprits))
+    assert_frame_equal(
+        sharded.metrics().drop(TIMES), table.filter(saved).drop(TIMES), check_row_order=False
+    )
+    for asset, frame in stored(sharded).items():
+        of_step = asset in AFFECTED[step]
+        path = partition_path(str(sharded.storage), dg.AssetKey(asset), DAY)
+        partition, rows = stored_partition(path), expected[asset]
+        assert partition.failed == ({3: "poisoned"} if of_step else {})
+        left = rows.filter(partition.shards.number() != 3)
+        assert_frame_equal(frame, left if of_step else rows, check_exact=True)
+    said = f"{len(culprits)} tutors have no rows; shard 3: poisoned. Mend the reason"
+    assert any(
+        "check every_tutor_has_a_tier: 1 of 5 shards" in line and said in line for line in log
+    )
+
+    [summary] = sharded.run(DAY)
+    assert summary.all_saved
+    assert_frame_equal(sharded.metrics().drop(TIMES), table.drop(TIMES), check_row_order=False)
+
+
+def test_tutors_of_a_shard_that_failed_can_be_run_by_themselves(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_platform.run(DAY)
+    first = min(small_platform.partition("tutor_roster", DAY)["tutor_id"])
+    small_platform.execute("DELETE FROM tutor_performance_metrics")
+    monkeypatch.setenv("TUTORMAX_SHARDS", "5")
+    sharded = Platform(load_settings(), small_platform.engine)
+    with monkeypatch.context() as patch:
+        poison(patch, "window_metrics", first, groups=[])
+        [summary] = sharded.run(DAY)
+    culprits = [error["tutor_id"] for error in summary.errors]
+
+    [summary] = sharded.run(DAY, tutor_ids=culprits[:2])
+
+    assert (summary.total_tutors, summary.all_saved) == (2, True)
+    path = partition_path(str(sharded.storage), dg.AssetKey("tutor_tiers"), DAY)
+    partition = stored_partition(path)
+    assert partition.failed == {0: "poisoned"}
+    assert partition.rows(0).count == 3 * 2
+    assert set(sharded.metrics()["tutor_id"]) & set(culprits) == set(culprits[:2])
 
 
 def test_what_is_done_with_a_shard_needs_no_dagster() -> None:

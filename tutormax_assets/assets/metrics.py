@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import dagster as dg
 
 from tutormax_assets.assets import OWNERS, frame_metadata, reference_dates
+from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics.schemas import WindowMetrics
-from tutormax_assets.parts import StoredParts, partition_of, shared_shards
+from tutormax_assets.parts import StoredParts, division, partition_of
+from tutormax_assets.platform.faults import reason
 from tutormax_assets.resources import MetricsPolicy
 from tutormax_assets.shards import shard_name
 from tutormax_assets.stages.windows import WindowsOfShard, WindowsTask, compute_windows
@@ -70,36 +72,48 @@ def window_metrics_assets(
             for days in windows
             if (asset := dg.AssetKey(metrics_asset_name(days))) in context.selected_asset_keys
         }
-        shards, waiting = {}, {}
-        for key, day in reference_dates(context).items():
-            read = [rows[key] for rows in (tutor_roster, sessions_snapshot, tutor_events_snapshot)]
-            shards[key], numbers = shared_shards(read)
-            paths = {days: io_manager.path(asset, key) for days, asset in selected.items()}
-            for number in numbers:
-                roster, sessions, events = (partition.rows(number) for partition in read)
-                waiting[shard_name(key, number)] = (
-                    key,
-                    WindowsOfShard(day, roster, sessions, events, number or 0, paths),
-                )
-        at_once = {
-            names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}": names
-            for names in _at_once(waiting)
+        divided = {
+            key: division([tutor_roster[key], sessions_snapshot[key], tutor_events_snapshot[key]])
+            for key in tutor_roster
         }
+        waiting = {
+            shard_name(key, number): (
+                key,
+                WindowsOfShard(
+                    day,
+                    tutor_roster[key].rows(number),
+                    sessions_snapshot[key].rows(number),
+                    tutor_events_snapshot[key].rows(number),
+                    number or 0,
+                    {days: io_manager.path(asset, key) for days, asset in selected.items()},
+                ),
+            )
+            for key, day in reference_dates(context).items()
+            for number in divided[key].numbers
+        }
+        at_once = {_group_name(names): names for names in _at_once(waiting)}
         tasks = {
             group: WindowsTask([waiting[name][1] for name in names], metrics_policy.policy)
             for group, names in at_once.items()
         }
         stored: dict[int, dict[str, list[StoredParts]]] = {
-            days: {key: [] for key in shards} for days in selected
+            days: {key: [] for key in divided} for days in selected
         }
-        seconds = dict.fromkeys(shards, 0.0)
-        for group, report in compute.map(compute_windows, tasks, log=context.log):
-            for name, of_shard in zip(at_once[group], report.stored, strict=True):
-                key, _ = waiting[name]
-                seconds[key] += report.compute_seconds
-                for days, parts in of_shard.items():
-                    stored[days][key].append(parts)
-        for key in shards:
+        seconds = dict.fromkeys(divided, 0.0)
+        try:
+            for group, report in compute.map(compute_windows, tasks, log=context.log):
+                for name, of_shard in zip(at_once[group], report.stored, strict=True):
+                    key, _ = waiting[name]
+                    seconds[key] += report.compute_seconds
+                    for days, parts in of_shard.items():
+                        stored[days][key].append(parts)
+        except ShardsError as error:
+            for group, failure in error.errors.items():
+                for key, shard in map(waiting.__getitem__, at_once[group]):
+                    divided[key].failed[shard.shard] = reason(failure)
+            if any(divided[key].is_lost for key in divided):
+                raise
+        for key in divided:
             # On one of the assets, so that the seconds of a run add up.
             context.add_asset_metadata(
                 {"all_windows_compute_seconds": round(seconds[key], 3)},
@@ -108,7 +122,13 @@ def window_metrics_assets(
             )
         for days, asset in selected.items():
             partitions = {
-                key: partition_of(io_manager.path(asset, key), shards[key], parts)
+                key: partition_of(
+                    io_manager.path(asset, key),
+                    divided[key].shards,
+                    parts,
+                    failed=divided[key].failed,
+                    no_rows=WindowMetrics.create_empty(),
+                )
                 for key, parts in stored[days].items()
             }
             yield dg.Output(partitions, asset.to_python_identifier())
@@ -127,6 +147,10 @@ def _out(days: int) -> dg.AssetOut:
         kinds={"polars", "parquet"},
         metadata=frame_metadata(WindowMetrics, _LINEAGE),
     )
+
+
+def _group_name(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def _at_once(shards: Mapping[str, tuple[str, WindowsOfShard]]) -> Iterator[list[str]]:

@@ -1,16 +1,16 @@
 """The PostgreSQL table that dashboards, managers and churn models read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
 from tutormax_assets.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates
-from tutormax_assets.compute import DaskError, KilledShardError, ShardsError
+from tutormax_assets.compute import DaskError, EarlierStepError, KilledShardError, ShardsError
 from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.partitions import midnight
-from tutormax_assets.parts import shared_shards
+from tutormax_assets.parts import Division, division
 from tutormax_assets.platform.metrics_table import MetricsTableError, Target
 from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.resources import PlatformDatabase, RunOptions
@@ -60,9 +60,12 @@ def tutor_performance_metrics_asset(
         stay as they are.
         """
         written: dict[str, Mapping[str, Any]] = {}
+        broken_off: dict[str, Mapping[str, Any]] = {}
+        failed: dict[str, BaseException] = {}
+        shards = 0
         for key, day in reference_dates(context).items():
             partition = tutor_tiers[key]
-            _, numbers = shared_shards([partition])
+            divided = division([partition])
             tasks = {
                 shard_name(key, number): WritingTask(
                     Target(database.engine, database.timeouts),
@@ -74,8 +77,9 @@ def tutor_performance_metrics_asset(
                     run_options.retry_delay_seconds,
                     io_manager.holder if compute.is_elsewhere else None,
                 )
-                for number in numbers
+                for number in divided.numbers
             }
+            not_computed = _not_computed(io_manager, key, divided)
             reports: dict[str, WritingReport] = {}
             try:
                 for name, report in compute.map(write_table, tasks, log=context.log):
@@ -83,18 +87,28 @@ def tutor_performance_metrics_asset(
                     if report.failure is not None:
                         raise report.failure
             except (MetricsTableError, ShardsError, DaskError, KilledShardError) as error:
-                summary = added_up(
-                    reports[name].summary if name in reports else not_tried(task, str(error))
+                not_written = [
+                    not_tried(task.tiers.scan(), str(error))
                     for name, task in tasks.items()
-                )
-                yield from _of_a_step_that_fails(context.asset_key, written, key, summary)
+                    if name not in reports
+                ]
+                broken_off[key] = _metadata(reports.values(), [*not_computed, *not_written])
+                yield from _of_a_step_that_fails(context.asset_key, written, broken_off)
                 raise
-            metadata = {
-                **_metadata(added_up(report.summary for report in reports.values())),
-                "write_seconds": round(sum(report.seconds for report in reports.values()), 3),
-            }
-            context.add_asset_metadata(metadata, partition_key=key)
-            written[key] = metadata
+            metadata = _metadata(reports.values(), not_computed)
+            shards += len(divided.shards)
+            if divided.failed:
+                broken_off[key] = metadata
+                failed |= {
+                    shard_name(key, number): EarlierStepError(why)
+                    for number, why in divided.failed.items()
+                }
+            else:
+                context.add_asset_metadata(metadata, partition_key=key)
+                written[key] = metadata
+        if failed:
+            yield from _of_a_step_that_fails(context.asset_key, written, broken_off)
+            raise ShardsError(failed, of=shards)
         yield dg.MaterializeResult()
 
     return tutor_performance_metrics
@@ -119,19 +133,36 @@ def _column_metadata() -> Mapping[str, Any]:
     return {"dagster/column_schema": dg.TableSchema(columns), **lineage_metadata(lineage)}
 
 
-def _metadata(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(
+    reports: Iterable[WritingReport], not_written: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    reports = list(reports)
+    summary = added_up([*(report.summary for report in reports), *not_written])
     return {
         SUMMARY_METADATA: dg.MetadataValue.json(summary),
         **{name: value for name, value in summary.items() if name != "errors"},
         "dagster/partition_row_count": summary["total_metrics_saved"],
+        "write_seconds": round(sum(report.seconds for report in reports), 3),
     }
+
+
+def _not_computed(
+    storage: PartitionedParquetIOManager, key: str, divided: Division
+) -> list[dict[str, Any]]:
+    """The summaries of the shards that an earlier step could not compute."""
+    if not divided.failed:
+        return []
+    roster = storage.partitions(dg.AssetKey("tutor_roster"), [key])[key].rows().scan()
+    return [
+        not_tried(roster.filter(divided.shards.number() == number), why)
+        for number, why in divided.failed.items()
+    ]
 
 
 def _of_a_step_that_fails(
     asset_key: dg.AssetKey,
     written: Mapping[str, Mapping[str, Any]],
-    broken_off: str,
-    summary: Mapping[str, Any],
+    broken_off: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[dg.AssetMaterialization | dg.AssetObservation]:
     """What the step has saved all the same: it has no output that would say so.
 
@@ -139,5 +170,6 @@ def _of_a_step_that_fails(
     """
     for key, metadata in written.items():
         yield dg.AssetMaterialization(asset_key, partition=key, metadata=metadata)
-    if summary["successful"]:
-        yield dg.AssetObservation(asset_key, partition=broken_off, metadata=_metadata(summary))
+    for key, metadata in broken_off.items():
+        if metadata["successful"]:
+            yield dg.AssetObservation(asset_key, partition=key, metadata=metadata)

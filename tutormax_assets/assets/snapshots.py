@@ -1,6 +1,8 @@
 """The platform as it was known when the run read it: roster, sessions and events."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import date
 from time import perf_counter
 
@@ -9,6 +11,7 @@ import dataframely as dy
 import polars as pl
 
 from tutormax_assets.assets import OWNERS, PLATFORM_POOL, Lineage, frame_metadata, reference_dates
+from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import (
@@ -20,6 +23,7 @@ from tutormax_assets.metrics.schemas import (
 from tutormax_assets.partitions import horizon, midnight
 from tutormax_assets.parts import partition_of, store_parts
 from tutormax_assets.platform.contract import NEEDED_COLUMNS
+from tutormax_assets.platform.faults import may_pass, reason
 from tutormax_assets.platform.sources import View, open_view
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
 from tutormax_assets.shards import ALL_IN_ONE, Shards
@@ -55,32 +59,32 @@ def platform_snapshot_assets(
         name="platform_snapshot",
         outs={
             "tutor_roster": _out(
-                TutorRoster,
+                _SCHEMAS["tutor_roster"],
                 _ROSTER_LINEAGE,
                 "The tutors that a reference date is computed for: active ones unless the run says "
                 "all. One row per tutor per reference date, as known when it ran.",
             ),
             "sessions_snapshot": _out(
-                SessionsSnapshot,
+                _SCHEMAS["sessions_snapshot"],
                 _SESSIONS_LINEAGE,
                 "Sessions of the days before a reference date that the longest window spans, with "
                 "their rating; values that break the source contract are null. One row per "
                 "session per reference date, as known when it ran.",
             ),
             "sessions_set_aside": _out(
-                SetAside,
+                _SCHEMAS["sessions_set_aside"],
                 _set_aside_lineage("sessions", "session_id", "scheduled_start"),
                 "Values of sessions and feedback that break the source contract, by the keys of "
                 "their rows. One row per broken value per reference date.",
             ),
             "tutor_events_snapshot": _out(
-                TutorEventsSnapshot,
+                _SCHEMAS["tutor_events_snapshot"],
                 _EVENTS_LINEAGE,
                 "Logins and message responses of the days before a reference date that the "
                 "longest window spans. One row per event per reference date, as known when it ran.",
             ),
             "tutor_events_set_aside": _out(
-                SetAside,
+                _SCHEMAS["tutor_events_set_aside"],
                 _set_aside_lineage("tutor_events", "event_id", "event_timestamp"),
                 "Response times that break the source contract, by the keys of their rows. One "
                 "row per broken value per reference date.",
@@ -126,8 +130,9 @@ def platform_snapshot_assets(
                     if run_options.tutor_ids
                     else Shards.of(roster["tutor_id"], count=number_of_shards)
                 )
-                tasks = {
-                    f"shards {numbers[0]} to {numbers[-1]}": SnapshotTask(
+
+                def task(numbers: Sequence[int]) -> SnapshotTask:
+                    return SnapshotTask(
                         view=view,
                         tutor_range=shards.range_of(numbers),
                         shards=shards.of_numbers(numbers),
@@ -141,10 +146,9 @@ def platform_snapshot_assets(
                         max_retries=run_options.max_retries,
                         retry_delay_seconds=run_options.retry_delay_seconds,
                     )
-                    for numbers in compute.groups(range(len(shards)), log=context.log)
-                }
-                reports = dict(compute.map(read_snapshots, tasks, log=context.log))
-                report = added_up(reports.values())
+
+                groups = compute.groups(range(len(shards)), log=context.log)
+                report = _read_groups(compute, groups, task, log=context.log)
                 report.read_seconds += seconds
                 suspects = [table for table, rows in report.count.items() if not rows]
                 for table in view.empty_tables(suspects):
@@ -164,12 +168,50 @@ def platform_snapshot_assets(
             for key, day in days.items():
                 _add_metadata(context, asset, key, view, report, day)
             partitions = {
-                key: partition_of(paths[asset][day], shards, report.stored[asset][day])
+                key: partition_of(
+                    paths[asset][day],
+                    shards,
+                    report.stored[asset][day],
+                    failed={} if asset == "tutor_roster" else report.failed,
+                    no_rows=_SCHEMAS[asset].create_empty(),
+                )
                 for key, day in days.items()
             }
             yield dg.Output(partitions, asset)
 
     return platform_snapshot
+
+
+def _read_groups(
+    compute: Compute,
+    groups: Sequence[Sequence[int]],
+    task: Callable[[Sequence[int]], SnapshotTask],
+    *,
+    log: logging.Logger,
+) -> SnapshotReport:
+    """Read groups of shards; those of one that fails are read one by one, to keep the others.
+
+    Raises:
+        ShardsError: No group could be read, or all may be read when it is tried again.
+    """
+    reports: list[SnapshotReport] = []
+    failed: dict[int, str] = {}
+    while groups:
+        named = {f"shards {numbers[0]} to {numbers[-1]}": numbers for numbers in groups}
+        tasks = {name: task(numbers) for name, numbers in named.items()}
+        groups = []
+        try:
+            for _, report in compute.map(read_snapshots, tasks, log=log):
+                reports.append(report)
+        except ShardsError as error:
+            if not reports or any(may_pass(failure) for failure in error.errors.values()):
+                raise
+            for name, failure in error.errors.items():
+                if len(named[name]) > 1:
+                    groups = [*groups, *([number] for number in named[name])]
+                else:
+                    failed[named[name][0]] = reason(failure)
+    return replace(added_up(reports), failed=failed)
 
 
 def _roster(
@@ -211,8 +253,8 @@ def _log(context: dg.AssetExecutionContext, report: SnapshotReport) -> None:
         values = int(reasons[None]["values"].sum())
         what = table.removeprefix("tutor_")
         context.log.info(f"Read {report.count[table]} {what}, set {values} values aside")
-        for source_table, column, reason, count in reasons[None].iter_rows():
-            context.log.warning(f"Set aside {count} of {source_table}: {column} is {reason}")
+        for source_table, column, problem, count in reasons[None].iter_rows():
+            context.log.warning(f"Set aside {count} of {source_table}: {column} is {problem}")
 
 
 def _add_metadata(
@@ -253,6 +295,13 @@ def _add_metadata(
     )
 
 
+_SCHEMAS: dict[str, type[dy.Schema]] = {
+    "tutor_roster": TutorRoster,
+    "sessions_snapshot": SessionsSnapshot,
+    "sessions_set_aside": SetAside,
+    "tutor_events_snapshot": TutorEventsSnapshot,
+    "tutor_events_set_aside": SetAside,
+}
 # The first one is the table whose rows an asset has one row of each.
 _READ_FROM: dict[str, tuple[str, ...]] = {
     "tutor_roster": ("tutors",),

@@ -7,13 +7,15 @@ import dagster as dg
 from tutormax_assets.assets import OWNERS, frame_metadata
 from tutormax_assets.assets.distribution import distribution_image
 from tutormax_assets.assets.metrics import metrics_asset_name
+from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from tutormax_assets.metrics.schemas import TIERS, TutorTiers, WindowMetrics
-from tutormax_assets.parts import partition_of, shared_shards
+from tutormax_assets.parts import division, partition_of
+from tutormax_assets.platform.faults import reason
 from tutormax_assets.resources import MetricsPolicy
 from tutormax_assets.shards import shard_name
-from tutormax_assets.stages.tiers import TiersTask, compute_tiers
+from tutormax_assets.stages.tiers import TiersReport, TiersTask, compute_tiers
 from tutormax_assets.storage import PartitionedParquetIOManager, PartitionsByDate
 
 
@@ -49,7 +51,7 @@ def tutor_tiers_asset(
         for key in context.partition_keys:
             metrics = [metrics_by_window[metrics_asset_name(days)][key] for days in windows]
             path = io_manager.path(context.asset_key, key)
-            shards, numbers = shared_shards(metrics)
+            divided = division(metrics)
             tasks = {
                 shard_name(key, number): TiersTask(
                     [partition.rows(number) for partition in metrics],
@@ -57,9 +59,17 @@ def tutor_tiers_asset(
                     path,
                     metrics_policy.policy,
                 )
-                for number in numbers
+                for number in divided.numbers
             }
-            reports = [report for _, report in compute.map(compute_tiers, tasks, log=context.log)]
+            reports: list[TiersReport] = []
+            try:
+                for _, report in compute.map(compute_tiers, tasks, log=context.log):
+                    reports.append(report)
+            except ShardsError as error:
+                for name, failure in error.errors.items():
+                    divided.failed[tasks[name].shard] = reason(failure)
+                if divided.is_lost:
+                    raise
             counts = _added_up(report.counts for report in reports)
             context.add_asset_metadata(
                 {
@@ -68,7 +78,13 @@ def tutor_tiers_asset(
                 },
                 partition_key=key,
             )
-            tiers[key] = partition_of(path, shards, [report.stored for report in reports])
+            tiers[key] = partition_of(
+                path,
+                divided.shards,
+                [report.stored for report in reports],
+                failed=divided.failed,
+                no_rows=TutorTiers.create_empty(),
+            )
         return tiers
 
     return tutor_tiers

@@ -240,6 +240,7 @@ def _general_advice(unwell: Sequence[Findings]) -> str:
             f"tutormax run --date {key}" for key in dates[:3]
         )
     return (
-        "What a failed step would have written is as it was before. Mend the cause that the run"
-        f" or the report of its check names, then {again}"
+        "What a failed step would have written is as it was before, but for the tutors that it says"
+        " it saved. Mend the cause that the run or the report of its check names, then"
+        f" {again}"
     )

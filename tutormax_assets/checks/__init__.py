@@ -137,6 +137,45 @@ def partition(storage: PartitionedParquetIOManager, asset: str, partition_key: s
     return storage.partitions(dg.AssetKey(asset), [partition_key])[partition_key].rows().scan()
 
 
+def rows_and_roster(
+    storage: PartitionedParquetIOManager, asset: str, partition_key: str
+) -> tuple[pl.DataFrame, pl.DataFrame, Finding | None]:
+    """A partition with a row for each tutor, and the tutors who should have one.
+
+    Returns:
+        The rows, ``TutorRoster`` without the shards that failed, and what is to be said of those
+        if there are any. That is a warning: the other tutors are computed and saved all the same,
+        and the step that saves them fails.
+    """
+    stored = storage.partitions(dg.AssetKey(asset), [partition_key])[partition_key]
+    tutors = partition(storage, "tutor_roster", partition_key)
+    is_failed = stored.shards.number().is_in(list(stored.failed))
+    rows, roster, left_out = pl.collect_all(
+        [stored.rows().scan(), tutors.filter(~is_failed), tutors.filter(is_failed)]
+    )
+    if not stored.failed:
+        return rows, roster, None
+    number, why = min(stored.failed.items())
+    finding = Finding(
+        False,
+        f"{len(stored.failed)} of {len(stored.shards)} shards could not be computed, so"
+        f" {len(left_out)} tutors have no rows; shard {number}: {why.rstrip('.')}. Mend the reason"
+        " and run the date again.",
+        {
+            "failed_shards": ", ".join(map(str, sorted(stored.failed))),
+            "tutors": len(left_out),
+            "first_tutors": first_keys(left_out, "tutor_id"),
+        },
+        WARN,
+    )
+    return rows, roster, finding
+
+
+def unless_failed(found: Finding, of_failed_shards: Finding | None) -> Finding:
+    """What was found, or what is to be said of shards that failed where all others are right."""
+    return of_failed_shards if found.passed and of_failed_shards else found
+
+
 def day_before(
     storage: PartitionedParquetIOManager, asset: str, partition_key: str
 ) -> pl.DataFrame | None:

@@ -15,8 +15,9 @@ from tutormax_assets.checks import (
     check_spec,
     day_before,
     first_keys,
-    partition,
     report,
+    rows_and_roster,
+    unless_failed,
 )
 from tutormax_assets.metrics.policy import window_name
 from tutormax_assets.metrics.schemas import TIERS
@@ -61,16 +62,17 @@ def tutor_tiers_checks(
         limits = metrics_policy.policy.checks
         found = {}
         for key in context.partition_keys:
-            rows, roster = pl.collect_all(
-                [partition(io_manager, ASSET, key), partition(io_manager, "tutor_roster", key)]
-            )
+            rows, roster, of_failed_shards = rows_and_roster(io_manager, ASSET, key)
             found[key] = {
-                "every_tutor_has_a_tier": every_tutor_has_all_windows(
-                    rows,
-                    roster,
-                    windows=windows,
-                    what_to_do="Materialize tutor_roster and what follows from it again, in one"
-                    " run, for all tutors.",
+                "every_tutor_has_a_tier": unless_failed(
+                    every_tutor_has_all_windows(
+                        rows,
+                        roster,
+                        windows=windows,
+                        what_to_do="Materialize tutor_roster and what follows from it again, in one"
+                        " run, for all tutors.",
+                    ),
+                    of_failed_shards,
                 ),
                 "counts_never_shrink": counts_never_shrink(rows, windows=windows),
                 "tiers_are_steady": tiers_are_steady(

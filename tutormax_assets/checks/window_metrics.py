@@ -14,8 +14,9 @@ from tutormax_assets.checks import (
     check_spec,
     day_before,
     first_keys,
-    partition,
     report,
+    rows_and_roster,
+    unless_failed,
 )
 from tutormax_assets.metrics.policy import window_name
 from tutormax_assets.metrics.schemas import WindowMetrics
@@ -60,12 +61,12 @@ def window_metrics_checks(
         limits = metrics_policy.policy.checks
         found = {}
         for key in context.partition_keys:
-            rows, roster = pl.collect_all(
-                [partition(io_manager, asset, key), partition(io_manager, "tutor_roster", key)]
-            )
+            rows, roster, of_failed_shards = rows_and_roster(io_manager, asset, key)
             found[key] = {
                 "values_in_range": values_in_range(rows, window=window_name(days)),
-                "one_row_per_tutor": one_row_per_tutor(rows, roster),
+                "one_row_per_tutor": unless_failed(
+                    one_row_per_tutor(rows, roster), of_failed_shards
+                ),
                 "null_shares_are_steady": null_shares_are_steady(
                     rows,
                     day_before(io_manager, asset, key),

@@ -33,6 +33,10 @@ class ShardsError(Exception):
         )
 
 
+class EarlierStepError(Exception):
+    """A shard lacks what an earlier step should have computed; the message says why."""
+
+
 class DaskError(Exception):
     """The Dask cluster cannot be used, or not any more; the message says what to do."""
 

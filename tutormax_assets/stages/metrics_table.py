@@ -1,7 +1,7 @@
 """Writing a shard to the table that dashboards, managers and churn models read."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from itertools import islice
@@ -93,12 +93,12 @@ def write_table(task: WritingTask, log: logging.Logger) -> WritingReport:
     return WritingReport(summary, perf_counter() - started, failure)
 
 
-def not_tried(task: WritingTask, reason: str) -> dict[str, Any]:
-    """The summary of a shard of which no report came."""
-    return _summary(task.tiers.scan().select("tutor_id").collect(), [], not_tried=reason)
+def not_tried(tutors: pl.LazyFrame, reason: str) -> dict[str, Any]:
+    """The summary of tutors of whom no report came."""
+    return _summary(tutors.select("tutor_id").collect(), [], not_tried=reason)
 
 
-def added_up(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def added_up(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The summary of all shards from that of each, at least one."""
     first, *others = summaries
     total = dict(first)

@@ -61,12 +61,13 @@ class SnapshotReport:
     """What was read and stored of some shards.
 
     Attributes:
-        stored: By asset and reference date, in the order of the shards.
+        stored: By asset and reference date.
         count: Number of rows that were read, by source table.
         reasons: Number of values that were set aside, as ``source_table``, ``column``, ``reason``
             and ``values``, by table; of each reference date, and of all under ``None``.
         read_seconds: How long the reading took.
         clean_seconds: How long the cleaning took, by table.
+        failed: Why other shards could not be read, by number.
     """
 
     stored: dict[str, dict[date, list[StoredParts]]] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class SnapshotReport:
     reasons: dict[str, dict[date | None, pl.DataFrame]] = field(default_factory=dict)
     read_seconds: float = 0
     clean_seconds: dict[str, float] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 def snapshot_asset(table: Table) -> str:
@@ -184,7 +186,7 @@ def _reasons(set_aside: pl.DataFrame) -> pl.DataFrame:
 
 
 def added_up(reports: Iterable[SnapshotReport]) -> SnapshotReport:
-    """What was read and stored of all shards, in their order."""
+    """What was read and stored of all shards."""
     total = SnapshotReport()
     for report in reports:
         for asset, by_day in report.stored.items():
