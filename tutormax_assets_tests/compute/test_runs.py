@@ -1,6 +1,7 @@
 """Runs whose shards are computed by two Dask workers, against runs in one process."""
 
 import logging
+import os
 import pickle
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from tutormax_assets.stages.metrics_table import (
     added_up,
     write_table,
 )
-from tutormax_assets_tests.compute.clusters import PATIENCE, DaskCluster, until
+from tutormax_assets_tests.compute.clusters import PATIENCE, ROOT, DaskCluster, until
 from tutormax_assets_tests.conftest import (
     PARQUET_ASSETS,
     PASSWORD,
@@ -49,6 +50,21 @@ LOG = logging.getLogger("tutormax_assets.runs")
 TIMES = ("created_at", "updated_at")
 DAYS = ("2025-11-06", "2025-11-07")
 SHARDS = 4
+
+POISON = """
+import os, signal
+import tutormax_assets.stages.windows as windows
+
+compute = windows.window_metrics
+
+def poisoned(roster, *arguments, **options):
+    if {!r} in roster.collect()["tutor_id"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compute(roster, *arguments, **options)
+
+windows.window_metrics = poisoned
+"""
+"""Lets each worker die of a tutor."""
 
 Stored = Mapping[tuple[str, str], pl.DataFrame]
 
@@ -154,6 +170,42 @@ def test_a_worker_that_is_killed_in_a_run_costs_time_and_nothing_else(
 
     assert cluster.workers[0].wait(PATIENCE) == -signal.SIGKILL
     assert all(summary.all_saved for summary in summaries)
+    assert_as_expected(platform, expected, table)
+
+
+def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_saved(
+    platform: Platform,
+    cluster: DaskCluster,
+    expected: Stored,
+    table: pl.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    roster = stored_partition(UPath(platform.storage) / "tutor_roster" / f"{DAYS[1]}.parquet")
+    culprits = roster.rows(2).scan().collect()["tutor_id"].sort().to_list()
+    (tmp_path / "sitecustomize.py").write_text(POISON.format(culprits[0]))
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    with closing(DaskCluster(tmp_path, allowed_failures=0)) as mortal:
+        mortal.start_scheduler()
+        # One dies of the shard beside others, one of it alone, and one is left.
+        for _ in range(3):
+            mortal.start_worker(environment=environment)
+        mortal.wait_for(3)
+        monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", mortal.address)
+        [summary] = platform.run(DAYS[1])
+
+    assert [error["tutor_id"] for error in summary.errors] == culprits
+    assert "1 worker that computed it died" in summary.errors[0]["error"]
+    of_day = table.filter(pl.col("calculation_date").dt.date() == date.fromisoformat(DAYS[1]))
+    assert_frame_equal(
+        platform.metrics().drop(TIMES),
+        of_day.filter(~pl.col("tutor_id").is_in(culprits)).drop(TIMES),
+        check_row_order=False,
+        check_exact=True,
+    )
+
+    monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", cluster.address)
+    assert all(again.all_saved for again in platform.run(*DAYS))
     assert_as_expected(platform, expected, table)
 
 
