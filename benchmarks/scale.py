@@ -18,13 +18,13 @@ from benchmarks.contestants import Measured, differing, product
 from benchmarks.platforms import Platform, PlatformError, Size, generated, midnight, opened
 from benchmarks.processes import CommandError
 from benchmarks.stages import StagesError
+from tutormax_assets.shards import TUTORS_OF_A_SHARD
 from tutormax_assets_tests.compute.clusters import DaskCluster
 
 DAYS = 90
 SESSIONS_PER_TUTOR = 50
 FEWEST_SHARDS = 8
 """Shards of a date on workers; as many as a date of its size has anyway, if that is more."""
-TUTORS_OF_A_SHARD = 25_000
 WORKERS = (0, 1, 2)
 
 console = Console(highlight=False)

@@ -7,7 +7,8 @@ import polars as pl
 from polars.testing import assert_frame_equal
 
 from tutormax_assets.platform.contract import NEEDED_COLUMNS
-from tutormax_assets.sample_platform import sample_frames, write_lake
+from tutormax_assets.sample_lake import write_lake
+from tutormax_assets.sample_platform import sample_frames
 from tutormax_assets_tests.conftest import (
     GOLDEN,
     PARQUET_ASSETS,

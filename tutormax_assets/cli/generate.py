@@ -54,7 +54,7 @@ def generate(
     if append and lake is not None:
         fail("--append and --lake exclude each other: a lake is written once.", code=EXIT_USAGE)
     with sentences():
-        from tutormax_assets import sample_platform
+        from tutormax_assets import sample_lake, sample_platform
         from tutormax_assets.platform.connection import create_engine, database_url
 
         environment = settings()
@@ -63,7 +63,7 @@ def generate(
         write = (
             partial(sample_platform.generate, engine, append=append)
             if engine is not None
-            else partial(sample_platform.generate_lake, str(lake))
+            else partial(sample_lake.generate_lake, str(lake))
         )
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as bar:
             task = bar.add_task("generating", total=tutors)

@@ -142,7 +142,7 @@ class Cluster:
             "Dask scheduler %s: %d workers with %d threads",
             self._address,
             len(self._threads),
-            sum(self._threads.values()),
+            self.threads,
         )
 
     @property
@@ -195,7 +195,7 @@ class Cluster:
                     if monotonic() >= next_look:
                         self._look(log)
                         next_look = monotonic() + self._look_seconds
-                    most = 1 if alone else max(1, sum(self._threads.values()))
+                    most = 1 if alone else max(1, self.threads)
                     while queue and len(running) < most:
                         name = queue.popleft()
                         # Where some workers are to be kept away from, the others are named.

@@ -3,7 +3,6 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
@@ -17,9 +16,6 @@ from tutormax_assets.settings import load_settings
 
 if TYPE_CHECKING:
     from tutormax_assets.compute.dask import Cluster
-
-LOCAL_THREADS = 1
-"""Shards that this process computes at once; one, since each Polars query uses all cores."""
 
 Task = TypeVar("Task")
 Report = TypeVar("Report")
@@ -155,19 +151,7 @@ def _locally(
     tasks: Mapping[str, Task],
     errors: dict[str, BaseException],
 ) -> Generator[tuple[str, Report], None, None]:
-    if LOCAL_THREADS > 1:
-        with ThreadPoolExecutor(LOCAL_THREADS) as pool:
-            names = {pool.submit(function, task): name for name, task in tasks.items()}
-            try:
-                for future in as_completed(names):
-                    error = future.exception()
-                    if error is None:
-                        yield names[future], future.result()
-                    else:
-                        errors[names[future]] = error
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-        return
+    # One after the other: each query of Polars uses all cores, and threads gained nothing.
     for name, task in tasks.items():
         try:
             report = function(task)

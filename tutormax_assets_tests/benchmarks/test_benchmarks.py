@@ -1,7 +1,7 @@
 """The command ``python -m benchmarks``: what it measures, says and refuses."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import typer
+from psycopg import sql
 from typer.testing import CliRunner, Result
 
 from benchmarks import __main__ as command
-from benchmarks import again, processes, report
+from benchmarks import again, processes, report, scale
+from benchmarks.answers import TWIN
+from benchmarks.contestants import Measured
 from benchmarks.platforms import Platform, PlatformError, Size, generated
 from benchmarks.stages import StagesError, stages
+from tutormax_assets.settings import load_settings
+from tutormax_assets_tests import conftest
 
 KEYS = {
     "case",
@@ -180,3 +185,63 @@ def test_results_take_the_place_of_those_of_the_same_case_and_size(tmp_path: Pat
     )
     with pytest.raises(ValueError, match="The README has no lines"):
         report.in_readme("nothing", kept)
+
+
+@pytest.fixture
+def scale_of(
+    measured_platform: Platform, computed: conftest.Platform, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The home of the platform, which is computed here and on one worker."""
+
+    @contextmanager
+    def opened_here(home: Path) -> Iterator[Platform]:
+        yield measured_platform
+
+    def product(platform: Platform, *arguments: str, variables: Mapping[str, str]) -> Measured:
+        since = datetime.now(UTC)
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            conftest.Platform(load_settings(), computed.engine).run(arguments[-1])
+        seconds = {**stages(platform.home, since=since), "whole_process": 1.0}
+        return Measured(seconds, peak_rss_bytes=1, output={})
+
+    url = computed.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("TUTORMAX_DATABASE_URL", url)
+    monkeypatch.setenv("TUTORMAX_HOME", str(computed.settings.home_path))
+    monkeypatch.setattr(scale, "opened", opened_here)
+    monkeypatch.setattr(scale, "product", product)
+    monkeypatch.setattr(scale, "WORKERS", (0, 1))
+    return measured_platform.home
+
+
+def run_scale(home: Path) -> Result:
+    app = typer.Typer()
+    app.command()(scale.main)
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["--home", str(home)])
+
+
+def test_workers_are_measured_and_compared_with_one_process(
+    scale_of: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run_scale(scale_of)
+
+    assert result.exit_code == 0, result.output
+    here, worker = (line.split("│")[1:-1] for line in result.output.splitlines() if "│" in line)
+    assert [cell.strip() for cell in (here[0], here[-1])] == ["none", "0"]
+    assert [cell.strip() for cell in (worker[0], worker[-1])] == ["1", "0"]
+    assert float(worker[4]) > 0
+
+    keep = scale._keep
+
+    def keep_another(platform: Platform) -> None:
+        keep(platform)
+        with platform.connect() as connection:
+            connection.execute(
+                sql.SQL("UPDATE {} SET no_show_count = no_show_count + 1").format(TWIN)
+            )
+
+    monkeypatch.setattr(scale, "_keep", keep_another)
+    result = run_scale(scale_of)
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-2].split("│")[-2].strip() == str(3 * 29)

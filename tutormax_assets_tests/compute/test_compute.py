@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from tutormax_assets.compute import DaskError, KilledShardError, ShardsError, resource
+from tutormax_assets.compute import DaskError, KilledShardError, ShardsError
 from tutormax_assets.compute.resource import Compute
 from tutormax_assets_tests.compute.clusters import ROOT, DaskCluster, until
 from tutormax_assets_tests.compute.squares import Square, begun, squared
@@ -49,12 +49,10 @@ def compute() -> Iterator[Compute]:
         yield compute
 
 
-@pytest.fixture(params=["local", "local threads", "dask"])
-def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["local", "dask"])
+def anywhere(request: pytest.FixtureRequest) -> str:
     if request.param == "dask":
         request.getfixturevalue("cluster")
-    elif request.param == "local threads":
-        monkeypatch.setattr(resource, "LOCAL_THREADS", 2)
     return str(request.param)
 
 

@@ -34,7 +34,8 @@ from tutormax_assets.platform.lake import (
 )
 from tutormax_assets.platform.snapshot import Source, SourceError
 from tutormax_assets.platform.sources import newest, unknown_tutors
-from tutormax_assets.sample_platform import sample_frames, write_lake
+from tutormax_assets.sample_lake import write_lake
+from tutormax_assets.sample_platform import sample_frames
 from tutormax_assets.settings import SettingsError
 from tutormax_assets.shards import Shards, TutorRange
 from tutormax_assets_tests.conftest import (
