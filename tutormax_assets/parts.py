@@ -114,12 +114,7 @@ class Division(NamedTuple):
 
     shards: Shards
     numbers: list[int | None]
-    failed: dict[int, str]
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether no shard is left."""
-        return len(self.failed) == len(self.shards)
+    failed: Mapping[int, str]
 
 
 def division(partitions: Sequence[Partition]) -> Division:

@@ -100,6 +100,7 @@ def window_metrics_assets(
             days: {key: [] for key in divided} for days in selected
         }
         seconds = dict.fromkeys(divided, 0.0)
+        failed = {key: dict(of_date.failed) for key, of_date in divided.items()}
         try:
             for group, report in compute.map(compute_windows, tasks, log=context.log):
                 for name, of_shard in zip(at_once[group], report.stored, strict=True):
@@ -110,8 +111,8 @@ def window_metrics_assets(
         except ShardsError as error:
             for group, failure in error.errors.items():
                 for key, shard in map(waiting.__getitem__, at_once[group]):
-                    divided[key].failed[shard.shard] = reason(failure)
-            if any(divided[key].is_lost for key in divided):
+                    failed[key][shard.shard] = reason(failure)
+            if any(len(failed[key]) == len(of_date.shards) for key, of_date in divided.items()):
                 raise
         for key in divided:
             # On one of the assets, so that the seconds of a run add up.
@@ -126,7 +127,7 @@ def window_metrics_assets(
                     io_manager.path(asset, key),
                     divided[key].shards,
                     parts,
-                    failed=divided[key].failed,
+                    failed=failed[key],
                     no_rows=WindowMetrics.create_empty(),
                 )
                 for key, parts in stored[days].items()

@@ -62,13 +62,14 @@ def tutor_tiers_asset(
                 for number in divided.numbers
             }
             reports: list[TiersReport] = []
+            failed = dict(divided.failed)
             try:
                 for _, report in compute.map(compute_tiers, tasks, log=context.log):
                     reports.append(report)
             except ShardsError as error:
                 for name, failure in error.errors.items():
-                    divided.failed[tasks[name].shard] = reason(failure)
-                if divided.is_lost:
+                    failed[tasks[name].shard] = reason(failure)
+                if len(failed) == len(divided.shards):
                     raise
             counts = _added_up(report.counts for report in reports)
             context.add_asset_metadata(
@@ -82,7 +83,7 @@ def tutor_tiers_asset(
                 path,
                 divided.shards,
                 [report.stored for report in reports],
-                failed=divided.failed,
+                failed=failed,
                 no_rows=TutorTiers.create_empty(),
             )
         return tiers
