@@ -2,6 +2,7 @@
 
 import re
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -16,6 +17,9 @@ POSTGRES_VARIABLES = (
     "POSTGRES_PASSWORD",
     "POSTGRES_DB",
 )
+
+# Module and extra of this package, by the scheme of a path.
+_FILESYSTEMS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
 
 
 class SettingsError(Exception):
@@ -161,6 +165,18 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{value!r} is not an IANA timezone; expected a name such as 'America/New_York'"
             ) from error
+        return value
+
+    @field_validator("storage", "lake", "archive")
+    @classmethod
+    def _filesystem_is_installed(cls, value: str | None) -> str | None:
+        scheme, is_url, _ = (value or "").partition("://")
+        module, extra = _FILESYSTEMS.get(scheme, ("", ""))
+        if is_url and module and find_spec(module) is None:
+            raise ValueError(
+                f"{scheme}:// needs {module}, which is not installed:"
+                f" pip install 'tutormax-assets[{extra}]'"
+            )
         return value
 
     @field_validator("dask_address")

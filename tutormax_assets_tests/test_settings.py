@@ -44,6 +44,7 @@ def test_an_empty_environment_means_the_embedded_database(tmp_path: Path) -> Non
 def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     monkeypatch.setenv("TUTORMAX_HOME", "~/data")
+    monkeypatch.setattr("tutormax_assets.settings.find_spec", lambda module: object())
     monkeypatch.setenv("TUTORMAX_STORAGE", "s3://bucket/folder")
     monkeypatch.setenv("TUTORMAX_ARCHIVE", "gs://bucket/archive")
     monkeypatch.setenv("TUTORMAX_RETENTION_DAYS", "400")
@@ -220,6 +221,20 @@ def test_an_address_that_dask_would_not_take_is_refused(
         "TUTORMAX_DASK_ADDRESS: expected tcp://host:port or tls://host:port,"
         " such as tcp://dask:8786"
     )
+
+
+@pytest.mark.parametrize("name", ["TUTORMAX_STORAGE", "TUTORMAX_LAKE", "TUTORMAX_ARCHIVE"])
+def test_a_filesystem_that_is_not_installed_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tutormax_assets.settings.find_spec", lambda module: None)
+    monkeypatch.setenv(name, "gs://bucket/folder")
+
+    with pytest.raises(
+        SettingsError,
+        match=rf"^{name}: gs:// needs gcsfs, .*: pip install 'tutormax-assets\[gcs\]'$",
+    ):
+        load_settings()
 
 
 def test_tls_of_dask_takes_three_files_and_an_address(

@@ -96,9 +96,10 @@ def status() -> None:
     for line in found.lines():
         _print(line)
     if not found.ready:
+        of_lake = " docs/lake.md says what is expected of the lake." if lake is not None else ""
         _print(
             "Not ready: `tutormax db upgrade` mends tutor_performance_metrics, `tutormax db roles`"
-            " prints the rights that are needed."
+            f" prints the rights that are needed.{of_lake}"
         )
         raise typer.Exit(EXIT_FAILED)
 

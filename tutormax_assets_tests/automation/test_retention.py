@@ -140,6 +140,7 @@ def test_what_is_too_old_goes_and_the_rest_stays(
 def test_the_settings_say_how_long(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTORMAX_RETENTION_DAYS", "400")
     monkeypatch.setenv("TUTORMAX_SNAPSHOT_RETENTION_DAYS", "7")
+    monkeypatch.setattr("tutormax_assets.settings.find_spec", lambda module: object())
     monkeypatch.setenv("TUTORMAX_ARCHIVE", "s3://bucket/archive")
     rule = Retention.as_of_today(load_settings(), ASSETS)
 
