@@ -4,9 +4,14 @@ from itertools import product
 from pathlib import Path
 
 import polars as pl
+import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
+from tutormax_assets.platform.connection import Timeouts
 from tutormax_assets.platform.contract import NEEDED_COLUMNS
+from tutormax_assets.platform.lake import Lake
+from tutormax_assets.platform.snapshot import Source
+from tutormax_assets.platform.sources import where_to_look
 from tutormax_assets.sample_lake import write_lake
 from tutormax_assets.sample_platform import sample_frames
 from tutormax_assets_tests.conftest import (
@@ -55,3 +60,14 @@ def test_broken_rows_are_set_aside_alike(small_platform: Platform, tmp_path: Pat
     assert_as_postgresql_has_it(small_platform, tmp_path / "lake", DAY)
     set_aside = small_platform.partition("sessions_set_aside", DAY)
     assert set(set_aside["source_table"]) == {"sessions", "student_feedback"}
+
+
+def test_a_person_is_sent_to_where_the_rows_are() -> None:
+    source = Source(sa.make_url("postgresql://reader@db/platform"), Timeouts())
+
+    assert where_to_look(source, "sessions", instant="scheduled_start") == (
+        "SELECT max(scheduled_start) FROM sessions"
+    )
+    assert where_to_look(Lake("s3://lake/tutoring"), "sessions", instant="scheduled_start") == (
+        "the newest day=YYYY-MM-DD of s3://lake/tutoring/sessions"
+    )

@@ -27,6 +27,7 @@ from tutormax_assets.checks.source import (
 )
 from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
 from tutormax_assets.platform import sources
+from tutormax_assets.platform.sources import where_to_look
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
 from tutormax_assets.storage import PartitionedParquetIOManager
 
@@ -124,7 +125,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                     reference_date=day,
                     warn_days=limits.stale_warn_days,
                     error_days=limits.stale_error_days,
-                    query="SELECT max(scheduled_start) FROM sessions",
+                    look_at=where_to_look(database.source, "sessions", instant="scheduled_start"),
                 ),
                 "feedback_is_fresh": source_is_fresh(
                     by_day.filter(pl.col("rated") > 0)["date"].max(),  # type: ignore[arg-type]
@@ -132,7 +133,9 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                     reference_date=day,
                     warn_days=limits.stale_feedback_days,
                     since=day - timedelta(days=policy.horizon_days),
-                    query="SELECT max(submitted_at) FROM student_feedback",
+                    look_at=where_to_look(
+                        database.source, "student_feedback", instant="submitted_at"
+                    ),
                 ),
                 "day_volume_is_usual": day_volume_is_usual(
                     by_day,

@@ -93,7 +93,7 @@ def source_is_fresh(
     warn_days: int,
     error_days: int | None = None,
     since: date | None = None,
-    query: str,
+    look_at: str,
 ) -> Finding:
     """Whether the newest row is about as new as the reference date lets expect.
 
@@ -104,7 +104,7 @@ def source_is_fresh(
         warn_days: Days from the newest row to the reference date above which the check warns.
         error_days: Days above which it fails; it only ever warns without them.
         since: The first day that was looked at, unless that is the platform's first.
-        query: Shows the same in the platform.
+        look_at: Shows the same in the platform.
     """
     if newest is None:
         return Finding(
@@ -112,7 +112,7 @@ def source_is_fresh(
             f"There are no {what} before {reference_date}{f' from {since} on' if since else ''}."
             " If the platform had begun by then, see to what loads its database and run the date"
             " again.",
-            {"see_in_the_platform": query},
+            {"see_in_the_platform": look_at},
             WARN,
         )
     age = (reference_date - newest).days
@@ -126,7 +126,7 @@ def source_is_fresh(
         f" {error_days if failed else warn_days} expected at most. See to what loads the"
         " platform's database, then run the date again"
         + ("; if it is right, raise checks.stale_error_days in the policy." if failed else "."),
-        {**metadata, "see_in_the_platform": query},
+        {**metadata, "see_in_the_platform": look_at},
         ERROR if failed else WARN,
     )
 

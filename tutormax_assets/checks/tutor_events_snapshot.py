@@ -16,6 +16,7 @@ from tutormax_assets.checks.source import (
     newest_date,
     source_is_fresh,
 )
+from tutormax_assets.platform.sources import where_to_look
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
 from tutormax_assets.storage import PartitionedParquetIOManager
 
@@ -91,7 +92,9 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
                     reference_date=day,
                     warn_days=limits.stale_warn_days,
                     error_days=limits.stale_error_days,
-                    query="SELECT max(event_timestamp) FROM tutor_events",
+                    look_at=where_to_look(
+                        database.source, "tutor_events", instant="event_timestamp"
+                    ),
                 ),
                 "day_volume_is_usual": day_volume_is_usual(
                     by_day,

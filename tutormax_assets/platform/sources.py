@@ -75,6 +75,13 @@ def source_of(settings: Settings) -> AnySource:
     return Source(source_url(settings), Timeouts.of(settings))
 
 
+def where_to_look(source: AnySource, table: str, *, instant: str) -> str:
+    """What shows a person the newest row of a table: a query, or a folder of the lake."""
+    if isinstance(source, Lake):
+        return f"the newest day=YYYY-MM-DD of {source}/{table}"
+    return f"SELECT max({instant}) FROM {table}"  # noqa: S608 - only shown
+
+
 @contextmanager
 def open_view(source: AnySource, *, tutor_ids: Sequence[str] = ()) -> Iterator[View]:
     """A view of the platform for as long as the block lasts, of some tutors or of all.

@@ -138,7 +138,7 @@ def test_a_table_that_fails_comes_before_one_that_warns_more() -> None:
 def test_the_age_of_the_newest_row(age: int, passed: bool, severity: object) -> None:
     newest = DAY - timedelta(days=age)
     finding = source_is_fresh(
-        newest, what="sessions", reference_date=DAY, warn_days=3, error_days=7, query="SELECT 1"
+        newest, what="sessions", reference_date=DAY, warn_days=3, error_days=7, look_at="SELECT 1"
     )
 
     assert finding.passed is passed
@@ -151,7 +151,7 @@ def test_the_age_of_the_newest_row(age: int, passed: bool, severity: object) -> 
 
 def test_without_an_error_limit_an_old_row_warns() -> None:
     finding = source_is_fresh(
-        date(2025, 1, 1), what="ratings", reference_date=DAY, warn_days=3, query=""
+        date(2025, 1, 1), what="ratings", reference_date=DAY, warn_days=3, look_at=""
     )
     assert (finding.passed, finding.severity) == (False, WARN)
 
@@ -164,7 +164,7 @@ def test_no_row_at_all_warns() -> None:
         warn_days=3,
         error_days=7,
         since=date(2025, 8, 9),
-        query="",
+        look_at="",
     )
 
     assert (finding.passed, finding.severity) == (False, WARN)
