@@ -189,7 +189,7 @@ def test_a_shard_that_fails_in_any_step_is_named_and_the_others_are_saved(
 
     saved = ~pl.col("tutor_id").is_in(culprits)
     assert [error["tutor_id"] for error in summary.errors] == culprits
-    assert {error["error"] for error in summary.errors} == {"poisoned"}
+    assert {error["error"] for error in summary.errors} == {f"{DAY} shard 3: poisoned"}
     assert (summary.total_tutors, summary.failed) == (len(ids), len(culprits))
     assert_frame_equal(
         sharded.metrics().drop(TIMES), table.filter(saved).drop(TIMES), check_row_order=False

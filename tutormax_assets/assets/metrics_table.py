@@ -154,7 +154,9 @@ def _not_computed(
         return []
     roster = storage.partitions(dg.AssetKey("tutor_roster"), [key])[key].rows().scan()
     return [
-        not_tried(roster.filter(divided.shards.number() == number), why)
+        not_tried(
+            roster.filter(divided.shards.number() == number), f"{shard_name(key, number)}: {why}"
+        )
         for number, why in divided.failed.items()
     ]
 
