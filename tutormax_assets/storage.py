@@ -120,6 +120,7 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
                 {
                     "path": dg.MetadataValue.path(str(partition.path)),
                     "shards": len(partition.parts),
+                    **_failed(partition),
                     "size_bytes": sum(part.size_bytes for part in partition.parts),
                     "dagster/partition_row_count": sum(part.rows for part in partition.parts),
                     "write_seconds": round(seconds, 3),
@@ -137,6 +138,14 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
                     f"{path} was written by another run while this one had lost its connection to"
                     " the platform. What the other run saved stays; run the date again if need be."
                 )
+
+
+def _failed(partition: Partition) -> dict[str, dg.MetadataValue[Any]]:
+    """Which shards have no rows, where there are such."""
+    if not partition.failed:
+        return {}
+    why = {str(number): partition.failed[number] for number in sorted(partition.failed)}
+    return {"failed_shards": dg.MetadataValue.json(why)}
 
 
 def partition_path(base_path: str, asset_key: dg.AssetKey, partition_key: str) -> UPath:

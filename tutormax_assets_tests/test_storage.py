@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,6 +16,7 @@ from upath import UPath
 
 from tutormax_assets.parquet import StorageError, StoredFile, read_parquet, write_parquet
 from tutormax_assets.parts import (
+    division,
     list_partition,
     partition_of,
     scan_partition,
@@ -84,6 +86,34 @@ def test_what_is_not_listed_is_not_read(base_path: str) -> None:
     assert [entry.name for entry in path.iterdir()] == [twice[1].parts[0].name]
 
 
+def test_a_shard_without_rows_says_why(base_path: str, platform: Platform) -> None:
+    day, shards, failed = "2025-11-07", Shards(("b", "c")), {1: "no memory"}
+
+    result, read = materialize(
+        base_path, {day: {"a": 1, "b": 2, "c": 3}}, shards=shards, failed=failed
+    )
+
+    assert read == {day: frame({"a": 1, "c": 3}).to_dicts()}
+    path = partition_path(base_path, dg.AssetKey("scores_asset"), day)
+    partition = stored_partition(path)
+    assert partition.failed == failed
+    assert partition.rows(1).scan().collect().is_empty()
+    assert division([partition]) == (shards, [0, 2], failed)
+    [event, *_] = result.get_asset_materialization_events()
+    metadata = event.step_materialization_data.materialization.metadata
+    assert metadata["failed_shards"].value == {"1": "no memory"}
+
+    # Rows of some tutors are there, and the others of their shard are still not.
+    materialize(base_path, {day: {"b": 4}}, tutor_ids=["b"])
+    assert stored(base_path, day) == frame({"a": 1, "b": 4, "c": 3}).to_dicts()
+    assert stored_partition(path).failed == failed
+    assert division([stored_partition(path, tutor_ids=("b",))]) == (ALL_IN_ONE, [None], {})
+
+    other = replace(partition, shards=Shards(("x", "y")), failed={})
+    with pytest.raises(StorageError, match=r"scores_asset.*failed.* divided in another way"):
+        division([other, partition])
+
+
 def test_a_partition_takes_the_place_of_a_file(tmp_path: Path) -> None:
     path = partition_path(str(tmp_path), KEY, "2025-11-07")
     path.parent.mkdir()
@@ -150,6 +180,7 @@ def materialize(
     *,
     tutor_ids: list[str] | None = None,
     shards: Shards = ALL_IN_ONE,
+    failed: Mapping[int, str] | None = None,
 ) -> tuple[dg.ExecuteInProcessResult, dict[str, list[dict[str, Any]]]]:
     """Store the scores by day as an asset, and say what one that depends on it reads."""
     read: dict[str, list[dict[str, Any]]] = {}
@@ -158,9 +189,16 @@ def materialize(
     def scores_asset() -> PartitionsByDate:
         paths = {day: partition_path(base_path, dg.AssetKey("scores_asset"), day) for day in scores}
         return {
-            day: partition_of(path, shards, [store_parts(path, rows, shards=shards)])
+            day: partition_of(path, shards, parts, failed=failed, no_rows=rows.clear())
             for day, path in paths.items()
-            for rows in [frame(scores[day]).lazy()]
+            for rows in [frame(scores[day])]
+            for parts in [
+                [
+                    store_parts(path, rows.filter(shards.number() == number).lazy(), first=number)
+                    for number in range(len(shards))
+                    if number not in (failed or {})
+                ]
+            ]
         }
 
     @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
