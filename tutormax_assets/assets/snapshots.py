@@ -1,7 +1,7 @@
 """The platform as it was known when the run read it: roster, sessions and events."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from time import perf_counter
@@ -11,7 +11,7 @@ import dataframely as dy
 import polars as pl
 
 from tutormax_assets.assets import OWNERS, PLATFORM_POOL, Lineage, frame_metadata, reference_dates
-from tutormax_assets.compute import ShardsError
+from tutormax_assets.compute import KilledShardError, ShardsError
 from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import (
@@ -184,7 +184,7 @@ def platform_snapshot_assets(
 
 def _read_groups(
     compute: Compute,
-    groups: Sequence[Sequence[int]],
+    groups: list[Sequence[int]],
     task: Callable[[Sequence[int]], SnapshotTask],
     *,
     log: logging.Logger,
@@ -193,24 +193,33 @@ def _read_groups(
 
     Raises:
         ShardsError: No group could be read, or all may be read when it is tried again.
+        KilledShardError: The only shard could not be read.
     """
     reports: list[SnapshotReport] = []
     failed: dict[int, str] = {}
     while groups:
         named = {f"shards {numbers[0]} to {numbers[-1]}": numbers for numbers in groups}
         tasks = {name: task(numbers) for name, numbers in named.items()}
-        groups = []
         try:
             for _, report in compute.map(read_snapshots, tasks, log=log):
                 reports.append(report)
-        except ShardsError as error:
-            if not reports or any(may_pass(failure) for failure in error.errors.values()):
+        except KilledShardError as error:
+            [(only, numbers)] = named.items()
+            if len(numbers) == 1:
                 raise
-            for name, failure in error.errors.items():
-                if len(named[name]) > 1:
-                    groups = [*groups, *([number] for number in named[name])]
-                else:
-                    failed[named[name][0]] = reason(failure)
+            errors: Mapping[str, BaseException] = {only: error}
+        except ShardsError as error:
+            errors = error.errors
+            if not reports or any(map(may_pass, errors.values())):
+                raise
+        else:
+            break
+        groups = []
+        for name, failure in errors.items():
+            if len(named[name]) > 1:
+                groups += [[number] for number in named[name]]
+            else:
+                failed[named[name][0]] = reason(failure)
     return replace(added_up(reports), failed=failed)
 
 

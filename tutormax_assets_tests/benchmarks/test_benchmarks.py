@@ -242,6 +242,7 @@ def test_workers_are_measured_and_compared_with_one_process(
             )
 
     monkeypatch.setattr(scale, "_keep", keep_another)
+    monkeypatch.setattr(scale, "WORKERS", (0,))
     result = run_scale(scale_of)
     assert result.exit_code == 1
     assert result.output.splitlines()[-2].split("│")[-2].strip() == str(3 * 29)
