@@ -22,7 +22,15 @@ from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions
 from tutormax_assets.parts import stored_partition
-from tutormax_assets.platform.snapshot import PlatformRows, Source, View, open_view
+from tutormax_assets.platform.connection import Timeouts
+from tutormax_assets.platform.faults import may_pass
+from tutormax_assets.platform.snapshot import (
+    PlatformRows,
+    SnapshotGoneError,
+    Source,
+    View,
+    open_view,
+)
 from tutormax_assets.settings import load_settings
 from tutormax_assets.shards import ALL_IN_ONE, TUTORS_OF_A_SHARD, Shards, TutorRange
 from tutormax_assets.storage import partition_path
@@ -118,6 +126,45 @@ def test_who_is_sent_a_view_sees_the_same_instant_and_no_password(
     assert received.tutor_ids == ("t1",)
     for one, other in zip(before, after, strict=True):
         assert_frame_equal(one, other, check_row_order=False)
+
+
+def test_a_view_that_was_sent_lasts_as_long_as_the_transaction_it_is_of(
+    small_platform: Platform, tmp_path: Path
+) -> None:
+    timeouts = Timeouts(statement_seconds=5)
+    idle = "SELECT current_setting('idle_in_transaction_session_timeout')"
+    with open_view(Source(small_platform.url, timeouts)) as view:
+        assert view._cursor is not None
+        received: View = pickle.loads(pickle.dumps(view))
+        view._cursor.execute(idle)
+        assert pl.DataFrame(view._cursor.fetch_arrow()).item() == "0"
+
+    with pytest.raises(SnapshotGoneError, match="The transaction of the run has ended") as error:
+        rows(received, tmp_path)
+    assert may_pass(error.value)
+
+
+def test_what_may_pass_while_a_group_is_read_lets_the_run_read_all_again(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTORMAX_SHARDS", "4")
+    monkeypatch.setattr(Compute, "groups", lambda *_, **__: [[0, 1], [2, 3]])
+    clean = quality.good_events
+    calls: list[int] = []
+
+    def gone_once(*arguments: Any, **options: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise SnapshotGoneError("gone")
+        return clean(*arguments, **options)
+
+    monkeypatch.setattr(quality, "good_events", gone_once)
+    with captured_log() as log:
+        [summary] = Platform(load_settings(), small_platform.engine).run(DAY, max_retries=1)
+
+    assert summary.all_saved
+    assert len(calls) == 4
+    assert any("gone; trying again" in line for line in log), log
 
 
 def stored(platform: Platform) -> dict[str, pl.DataFrame]:

@@ -192,7 +192,8 @@ def _read_groups(
     """Read groups of shards; those of one that fails are read one by one, to keep the others.
 
     Raises:
-        ShardsError: No group could be read, or all may be read when it is tried again.
+        ShardsError: No group could be read.
+        Exception: What may pass when all is read again, as ``may_pass`` says.
         KilledShardError: The only shard could not be read.
     """
     reports: list[SnapshotReport] = []
@@ -210,10 +211,12 @@ def _read_groups(
             errors: Mapping[str, BaseException] = {only: error}
         except ShardsError as error:
             errors = error.errors
-            if not reports or any(map(may_pass, errors.values())):
+            if not reports and not any(map(may_pass, errors.values())):
                 raise
         else:
             break
+        for failure in filter(may_pass, errors.values()):
+            raise failure
         groups = []
         for name, failure in errors.items():
             if len(named[name]) > 1:

@@ -53,7 +53,7 @@ from tutormax_assets.platform.contract import (
     FoundColumn,
     breaches,
 )
-from tutormax_assets.platform.faults import of_stream, reason
+from tutormax_assets.platform.faults import PassingError, of_stream, reason, sqlstate
 from tutormax_assets.settings import load_settings
 from tutormax_assets.shards import ALL_TUTORS, TutorRange
 
@@ -192,6 +192,8 @@ ROWS_OF_A_PART = 500_000
 """Rows of a table that are looked at together; bounds the memory of what reads the parts."""
 
 _MOST_PARTS = 256
+# Which one it is depends on the version, and on whether the transaction ended just now.
+_SNAPSHOT_IS_GONE = ("22023", "42704", "55000")
 _USE_COPY = "adbc.postgresql.use_copy"
 
 Table = Literal["sessions", "tutor_events"]
@@ -203,6 +205,10 @@ _Streamed = tuple[list[pl.LazyFrame], dict[str, int]]
 
 class SourceError(Exception):
     """The platform cannot be read, or a table is not as the contract has it."""
+
+
+class SnapshotGoneError(SourceError, PassingError):
+    """What the run saw cannot be seen any more by others; it can look again."""
 
 
 @dataclass(frozen=True)
@@ -358,6 +364,8 @@ class View:
         name = self._name
         if name is None:
             with self._reading() as cursor:
+                # It is meant to be idle for as long as others read.
+                cursor.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
                 name = _fetch(cursor, _SHARED, _Shared).item()
         return {**self.__dict__, "_cursor": None, "_name": name}
 
@@ -478,10 +486,24 @@ def _snapshot(
     ):
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         if shared is not None:
-            given = sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(shared))
-            cursor.execute(given.as_string(None))
+            _take_part(cursor, source, shared)
         cursor.execute(f"SELECT {set_all}", tuple(settings.values()))
         yield cursor
+
+
+def _take_part(cursor: dbapi.Cursor, source: Source, shared: str) -> None:
+    """See what the transaction sees that has exported its snapshot under this name."""
+    given = sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(shared))
+    try:
+        cursor.execute(given.as_string(None))
+    except dbapi.Error as error:
+        if sqlstate(error) not in _SNAPSHOT_IS_GONE:
+            raise
+        raise SnapshotGoneError(
+            f"The platform at {describe(source.url)} cannot be read: {reason(error)}. The"
+            " transaction of the run has ended, as when the server restarts, or this connection"
+            " leads to another server, as a pooler may do."
+        ) from error
 
 
 @contextmanager

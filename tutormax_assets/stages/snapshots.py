@@ -9,14 +9,15 @@ from pathlib import Path
 from time import perf_counter
 
 import polars as pl
+import tenacity
 from upath import UPath
 
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.parts import StoredParts, store_parts
-from tutormax_assets.platform.faults import retrying
-from tutormax_assets.platform.snapshot import Table
+from tutormax_assets.platform.faults import may_pass, retrying
+from tutormax_assets.platform.snapshot import SnapshotGoneError, Table
 from tutormax_assets.platform.sources import View
 from tutormax_assets.settings import load_settings
 from tutormax_assets.shards import Shards, TutorRange
@@ -106,7 +107,7 @@ def read_snapshots(task: SnapshotTask, log: logging.Logger) -> SnapshotReport:
             max_retries=task.max_retries if task.view.is_received else 0,
             retry_delay_seconds=task.retry_delay_seconds,
             log=log,
-        )
+        ).copy(retry=tenacity.retry_if_exception(_may_pass_here))
         rows = attempt(
             task.view.rows,
             folder / "source",
@@ -151,6 +152,11 @@ def read_snapshots(task: SnapshotTask, log: logging.Logger) -> SnapshotReport:
                 )
                 report.reasons[table][day] = _reasons(of_day)
     return report
+
+
+def _may_pass_here(error: BaseException) -> bool:
+    # Where the run's snapshot is gone, it is the run that has to begin anew.
+    return may_pass(error) and not isinstance(error, SnapshotGoneError)
 
 
 _Clean = Callable[[pl.LazyFrame], tuple[pl.LazyFrame, pl.LazyFrame]]
