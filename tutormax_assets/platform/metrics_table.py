@@ -90,7 +90,7 @@ _REFERENCE_TO_TUTORS = next(
     if isinstance(constraint, sa.ForeignKeyConstraint)
 )
 
-# Of a batch with one culprit, quarters write less in vain than halves, in as many transactions.
+# Of a batch with one culprit, quarters write less in vain than halves, in as many statements.
 _PARTS = 4
 
 _REFUSALS = (sa.exc.SQLAlchemyError, psycopg.Error)
@@ -182,10 +182,10 @@ def write_metrics(
 ) -> Iterator[Batch]:
     """Bring the table's rows of one date and these tutors to the given values, batch by batch.
 
-    A batch is split, each part a transaction of its own, until only the culprits are left out: if
-    PostgreSQL refuses its rows, or if another session keeps some of them, or their rows of
-    ``tutors``, locked. The parts wait for such locks too, but not longer than a statement may take
-    in all.
+    A batch is split until only the culprits are left out: within its transaction if PostgreSQL
+    refuses some of its rows, and into transactions if another session keeps some of them, or their
+    rows of ``tutors``, locked. Those wait for such locks too, but not longer than a statement may
+    take in all.
 
     Args:
         engine: The database that holds the table.
@@ -433,7 +433,9 @@ class _Writing:
             part = parts.pop()
             tutors_of_part = part["tutor_id"].n_unique()
             try:
-                rows.update(attempt(self._write_part, part))
+                counts, refused = attempt(self._write_part, part)
+                rows.update(counts)
+                errors |= refused
             except _REFUSALS as error:
                 if sqlstate(error) == _LOCK_NOT_AVAILABLE:
                     self.waited_seconds += self.timeouts.lock_seconds
@@ -449,7 +451,7 @@ class _Writing:
                 elif tutors_of_part == 1:
                     errors[part["tutor_id"][0]] = _why(error)
                 else:
-                    parts += _split(part, size=-(-tutors_of_part // _PARTS))
+                    parts += _split(part)
         if failure is not None:
             for part in parts:
                 errors |= dict.fromkeys(part["tutor_id"], _sentence(failure))
@@ -458,7 +460,8 @@ class _Writing:
             Batch(number, self.of, tutor_ids, **rows, errors=dict(sorted(errors.items()))), failure
         )
 
-    def _write_part(self, rows: pl.DataFrame) -> dict[str, int]:
+    def _write_part(self, rows: pl.DataFrame) -> tuple[dict[str, int], dict[str, str]]:
+        """Write rows in one transaction: their numbers, and why a tutor's are not among them."""
         try:
             return self._execute(_INSERT if self.is_new else _UPSERT, rows, alone=False)
         except sa.exc.IntegrityError as error:
@@ -468,7 +471,9 @@ class _Writing:
         # transaction is about to insert, so this one is tried while nobody else writes the date.
         return self._execute(_UPSERT, rows, alone=True)
 
-    def _execute(self, write: sa.Executable, rows: pl.DataFrame, *, alone: bool) -> dict[str, int]:
+    def _execute(
+        self, write: sa.Executable, rows: pl.DataFrame, *, alone: bool
+    ) -> tuple[dict[str, int], dict[str, str]]:
         columns = _STAGED.c.keys()
         with self.engine.begin() as connection:
             # Of the locks that are taken below, only that of the date may be held for long: another
@@ -487,21 +492,46 @@ class _Writing:
                     "The run that these rows are of has ended, or lost its right to the date: they"
                     " are not written. Run the date again if need be."
                 )
-            written = connection.execute(write, {"calculation_date": self.calculation_date}).one()
-        return {
-            "inserted": written.inserted,
-            "updated": written.written - written.inserted,
-            "unchanged": len(rows) - written.written,
-        }
+            return self._save(connection, write, rows, alone=alone)
+
+    def _save(
+        self, connection: sa.Connection, write: sa.Executable, rows: pl.DataFrame, *, alone: bool
+    ) -> tuple[dict[str, int], dict[str, str]]:
+        """Write what is staged, but for the rows of tutors that are refused."""
+        counts: Counter[str] = Counter()
+        errors: dict[str, str] = {}
+        # In the order of their ids, as all writers do.
+        parts = deque([rows])
+        while parts:
+            part = parts.popleft()
+            tutor_ids = None if part is rows else part["tutor_id"].unique().to_list()
+            values = {"calculation_date": self.calculation_date, "tutor_ids": tutor_ids}
+            try:
+                with connection.begin_nested():
+                    written = connection.execute(write, values).one()
+            except sa.exc.DBAPIError as error:
+                may_be_ahead = sqlstate(error) == _UNIQUE_VIOLATION and not alone
+                if may_be_ahead or not is_of_rows(error):
+                    raise
+                if part["tutor_id"].n_unique() == 1:
+                    errors[part["tutor_id"][0]] = _why(error)
+                else:
+                    parts.extendleft(reversed(_split(part)))
+            else:
+                counts["inserted"] += written.inserted
+                counts["updated"] += written.written - written.inserted
+                counts["unchanged"] += len(part) - written.written
+        return counts, errors
 
 
 def _lock_name(calculation_date: datetime) -> str:
     return f"{METRICS_TABLE}:{calculation_date.timestamp():.0f}"
 
 
-def _split(rows: pl.DataFrame, *, size: int) -> list[pl.DataFrame]:
-    """The rows of so many tutors each, in the order of their ids."""
+def _split(rows: pl.DataFrame) -> list[pl.DataFrame]:
+    """The rows of a part of the tutors each, in the order of their ids."""
     tutor_ids = rows.select(pl.col("tutor_id").unique().sort())
+    size = -(-len(tutor_ids) // _PARTS)
     return [
         rows.join(members, on="tutor_id", how="semi") for members in tutor_ids.iter_slices(size)
     ]
@@ -571,6 +601,10 @@ def _metric_id(date: sa.ColumnElement[datetime]) -> sa.ColumnElement[str]:
     )
 
 
+_ASKED = sa.bindparam("tutor_ids", type_=postgresql.ARRAY(sa.String))
+_IS_ASKED = sa.or_(_ASKED.is_(None), _STAGED.c.tutor_id == sa.any_(_ASKED))
+
+
 def _insert_statement() -> Any:
     date = sa.bindparam("calculation_date", type_=sa.DateTime(timezone=True))
     rows = sa.select(
@@ -579,8 +613,9 @@ def _insert_statement() -> Any:
         date,
         _STAGED.c.window,
         *(_STAGED.c[name] for name in _VALUES),
-        # In the order of their index, in which no two writers wait for each other in a circle.
-    ).order_by(_STAGED.c.tutor_id, _STAGED.c.window)
+    ).where(_IS_ASKED)
+    # In the order of their index, in which no two writers wait for each other in a circle.
+    rows = rows.order_by(_STAGED.c.tutor_id, _STAGED.c.window)
     names = ["metric_id", *METRICS_KEY, *_VALUES]
     return postgresql.insert(tutor_performance_metrics).from_select(names, rows)
 

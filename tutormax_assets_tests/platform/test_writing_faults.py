@@ -537,23 +537,23 @@ def test_what_no_row_is_to_blame_for_ends_the_writing(
     assert writes(engine) == 2
 
 
-def test_what_ends_the_writing_while_culprits_are_looked_for_keeps_what_was_saved(
+def test_what_ends_the_writing_while_culprits_are_looked_for_keeps_the_batches_before(
     engine: sa.Engine,
 ) -> None:
-    tutor_ids = add_tutors(engine, 4)
-    # Four parts of one tutor each: the first is refused, the second saved.
+    tutor_ids = add_tutors(engine, 8)
+    # Of the second batch, the first of four parts is refused, and the third not for its rows.
     provoke(
         engine,
-        "IF n < 3 THEN RAISE 'this row'; END IF;"
-        " IF n > 3 THEN RAISE 'provoked' USING ERRCODE = '53100'; END IF;",
+        "IF n IN (2, 3) THEN RAISE 'this row'; END IF;"
+        " IF n > 4 THEN RAISE 'provoked' USING ERRCODE = '53100'; END IF;",
     )
 
-    [batch], failure = write(engine, tiers(tutor_ids))
+    batches, failure = write(engine, tiers(tutor_ids), batch_size=4)
 
     assert failure is not None
-    assert batch.inserted == 2
-    assert sorted(batch.errors.values()) == sorted(["this row", failure, failure])
-    assert saved(engine) == [one for one in tutor_ids if one not in batch.errors]
+    assert [batch.inserted for batch in batches] == [8, 0]
+    assert batches[1].errors == dict.fromkeys(tutor_ids[4:], failure)
+    assert saved(engine) == tutor_ids[:4]
 
 
 def test_a_slow_statement_ends_the_writing(engine: sa.Engine) -> None:
