@@ -214,48 +214,44 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: str, tutor_id: str) -> None:
         instead(stages.tiers, "performance_tiers", lambda metrics: metrics)
 
 
-@pytest.mark.parametrize(
-    ("step", "groups"),
-    [
+def test_a_shard_that_fails_in_any_step_is_named_and_the_others_are_saved(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_platform.run(DAY)
+    expected, table = stored(small_platform), small_platform.metrics()
+    ids = expected["tutor_roster"]["tutor_id"].to_list()
+    culprits = ids[len(ids) * 3 // 5 : len(ids) * 4 // 5]
+    saved = ~pl.col("tutor_id").is_in(culprits)
+    monkeypatch.setenv("TUTORMAX_SHARDS", "5")
+    sharded = Platform(load_settings(), small_platform.engine)
+    for step, groups in (
         ("platform_snapshot", [[0, 1], [2, 3, 4]]),
         ("platform_snapshot", [[0, 1, 2, 3, 4]]),
         ("window_metrics", [[0, 1, 2, 3, 4]]),
         ("tutor_tiers", [[0, 1, 2, 3, 4]]),
-    ],
-)
-def test_a_shard_that_fails_in_any_step_is_named_and_the_others_are_saved(
-    small_platform: Platform, monkeypatch: pytest.MonkeyPatch, step: str, groups: list[list[int]]
-) -> None:
-    small_platform.run(DAY)
-    expected, table = stored(small_platform), small_platform.metrics()
-    small_platform.execute("DELETE FROM tutor_performance_metrics")
-    ids = expected["tutor_roster"]["tutor_id"].to_list()
-    culprits = ids[len(ids) * 3 // 5 : len(ids) * 4 // 5]
-    monkeypatch.setenv("TUTORMAX_SHARDS", "5")
-    sharded = Platform(load_settings(), small_platform.engine)
+    ):
+        sharded.execute("DELETE FROM tutor_performance_metrics")
+        with monkeypatch.context() as patch, captured_log() as log:
+            patch.setattr(Compute, "groups", lambda *_, groups=groups, **__: groups)
+            poison(patch, step, culprits[1])
+            [summary] = sharded.run(DAY)
 
-    with monkeypatch.context() as patch, captured_log() as log:
-        patch.setattr(Compute, "groups", lambda *_, **__: groups)
-        poison(patch, step, culprits[1])
-        [summary] = sharded.run(DAY)
-
-    saved = ~pl.col("tutor_id").is_in(culprits)
-    assert [error["tutor_id"] for error in summary.errors] == culprits
-    assert {error["error"] for error in summary.errors} == {f"{DAY} shard 3: poisoned"}
-    assert (summary.total_tutors, summary.failed) == (len(ids), len(culprits))
-    assert_frame_equal(
-        sharded.metrics().drop(TIMES), table.filter(saved).drop(TIMES), check_row_order=False
-    )
-    for asset, frame in stored(sharded).items():
-        of_step = asset in AFFECTED[step]
-        path = partition_path(str(sharded.storage), dg.AssetKey(asset), DAY)
-        partition, rows = stored_partition(path), expected[asset]
-        assert partition.failed == ({3: "poisoned"} if of_step else {})
-        left = rows.filter(partition.shards.number() != 3)
-        assert_frame_equal(frame, left if of_step else rows, check_exact=True)
-    said = f"{len(culprits)} tutors have no rows; shard 3: poisoned. Mend the reason"
-    warned = [line for line in log if "check every_tutor_has_a_tier: 1 of 5 shards" in line]
-    assert [said in line for line in warned] == [True]
+        assert [error["tutor_id"] for error in summary.errors] == culprits
+        assert {error["error"] for error in summary.errors} == {f"{DAY} shard 3: poisoned"}
+        assert (summary.total_tutors, summary.failed) == (len(ids), len(culprits))
+        assert_frame_equal(
+            sharded.metrics().drop(TIMES), table.filter(saved).drop(TIMES), check_row_order=False
+        )
+        for asset, frame in stored(sharded).items():
+            of_step = asset in AFFECTED[step]
+            path = partition_path(str(sharded.storage), dg.AssetKey(asset), DAY)
+            partition, rows = stored_partition(path), expected[asset]
+            assert partition.failed == ({3: "poisoned"} if of_step else {})
+            left = rows.filter(partition.shards.number() != 3)
+            assert_frame_equal(frame, left if of_step else rows, check_exact=True)
+        said = f"{len(culprits)} tutors have no rows; shard 3: poisoned. Mend the reason"
+        warned = [line for line in log if "check every_tutor_has_a_tier: 1 of 5 shards" in line]
+        assert [said in line for line in warned] == [True]
 
 
 def test_tutors_of_a_shard_that_failed_can_be_run_by_themselves(
