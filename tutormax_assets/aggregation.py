@@ -5,23 +5,20 @@ Names, arguments and defaults are those of the service that this project replace
 
 import asyncio
 import logging
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import partial
-from importlib.resources import as_file, files
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import dagster as dg
 import polars as pl
 import sqlalchemy as sa
-from filelock import FileLock
 
+from tutormax_assets.assets import PLATFORM_POOL
 from tutormax_assets.assets.metrics_table import SUMMARY_METADATA
 from tutormax_assets.assets.snapshots import SET_ASIDE_METADATA
 from tutormax_assets.automation.alerts import tell_of_runs
@@ -42,6 +39,7 @@ from tutormax_assets.failures import (
     is_of_every_date,
     step_failure,
 )
+from tutormax_assets.instance import dagster_home, dagster_instance, make_pool
 from tutormax_assets.killed_runs import PROCESS_TAG, end_killed_runs, this_process
 from tutormax_assets.log import LOGGER
 from tutormax_assets.partitions import checked_reference_date, midnight, today
@@ -309,6 +307,7 @@ def aggregate(
         event_log_kept_open(instance),
         this_process(home) as process,
     ):
+        make_pool(instance, PLATFORM_POOL)
         tell_of_runs(instance, end_killed_runs(instance, home, logger), settings, logger)
         run = partial(_run_job, job, instance, settings, options=options, process=process)
         try:
@@ -381,33 +380,6 @@ def restore(
             yield restored
 
 
-@contextmanager
-def dagster_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
-    """The Dagster instance whose UI shows the runs: that of DAGSTER_HOME, else under the home."""
-    home = dagster_home(settings)
-    # Dagster makes its tables when it first opens them, and two that do so at once collide.
-    with FileLock(home / "opening.lock"):
-        instance = _opened(home)
-    with instance:
-        yield instance
-
-
-def _opened(home: Path) -> dg.DagsterInstance:
-    """The instance. What a first opening that was killed has left is made anew."""
-    begun = home / "opening.begun"
-    folders = [home / "history", home / "schedules"]
-    if begun.exists():
-        # Dagster takes tables that are there for whole.
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-    if any(folder.exists() for folder in folders):
-        return dg.DagsterInstance.from_config(str(home))
-    begun.touch()
-    instance = dg.DagsterInstance.from_config(str(home))
-    begun.unlink()
-    return instance
-
-
 def end_killed_process(settings: Settings, pid: int, reason: str) -> None:
     """Put the runs of a process of this host that is gone on record as failed, and alert.
 
@@ -420,19 +392,6 @@ def end_killed_process(settings: Settings, pid: int, reason: str) -> None:
     with dagster_instance(settings) as instance:
         ended = end_killed_runs(instance, home, logger, pid=pid, reason=reason)
         tell_of_runs(instance, ended, settings, logger)
-
-
-def dagster_home(settings: Settings) -> Path:
-    """The Dagster home, made ready for use with this package's ``dagster.yaml`` if it has none."""
-    home = settings.dagster_home_path
-    home.mkdir(parents=True, exist_ok=True)
-    config = home / "dagster.yaml"
-    with FileLock(home / "opening.lock"):
-        if not config.exists():
-            config.unlink(missing_ok=True)
-            with as_file(files("tutormax_assets") / "dagster.yaml") as packaged:
-                config.symlink_to(packaged)
-    return home
 
 
 def _run_job(

@@ -21,11 +21,10 @@ from tutormax_assets import AggregationSummary, DailyMetricsAggregator, run_dail
 from tutormax_assets.aggregation import (
     MOST_ERRORS_SHOWN,
     aggregate,
-    dagster_home,
-    dagster_instance,
     steps,
 )
 from tutormax_assets.failures import is_of_every_date
+from tutormax_assets.instance import dagster_home, dagster_instance
 from tutormax_assets.partitions import ReferenceDateError, today
 from tutormax_assets.platform import tables
 from tutormax_assets.platform.faults import TIMEOUT_SETTING

@@ -13,8 +13,9 @@ import pytest
 import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
-from tutormax_assets.aggregation import AggregationSummary, dagster_instance
+from tutormax_assets.aggregation import AggregationSummary
 from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.instance import dagster_instance
 from tutormax_assets.platform import tables
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests.conftest import (

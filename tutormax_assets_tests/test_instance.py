@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,9 +18,9 @@ import pytest
 import sqlalchemy as sa
 
 from tutormax_assets import sample_platform
-from tutormax_assets.aggregation import dagster_instance
 from tutormax_assets.assets import PLATFORM_POOL
 from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.instance import dagster_instance, make_pool
 from tutormax_assets.settings import Settings
 from tutormax_assets_tests import next_minute
 from tutormax_assets_tests.conftest import Platform, new_database, open_platform
@@ -164,6 +165,57 @@ def blocked_runs(instance: dg.DagsterInstance) -> set[str]:
         for entry in instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
         if f"Step blocked by limit for pool {PLATFORM_POOL}" in entry.message
     }
+
+
+def test_a_pool_that_another_process_makes_at_the_same_time_is_no_failure(
+    production: Platform, instance_url: str, tmp_path: Path
+) -> None:
+    insert = sa.text(
+        'INSERT INTO concurrency_limits (concurrency_key, "limit", using_default_limit) '
+        "VALUES (:pool, 1, true)"
+    )
+    waiting = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+        "AND wait_event_type = 'Lock' AND query LIKE 'INSERT INTO concurrency_limits%'"
+    )
+    engine = sa.create_engine(instance_url)
+    with (
+        dagster_instance(production.settings) as instance,
+        engine.connect() as other,
+        engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watch,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        other.execute(insert, {"pool": PLATFORM_POOL})
+        made = executor.submit(make_pool, instance, PLATFORM_POOL)
+        wait_until(lambda: watch.scalar(waiting) == 1, seconds=30, logs=tmp_path)
+        other.commit()
+        made.result(timeout=30)
+        [pool] = instance.event_log_storage.get_pool_limits()
+    engine.dispose()
+    assert (pool.name, pool.limit) == (PLATFORM_POOL, 1)
+
+
+def test_another_default_limit_counts_from_the_next_run_on(
+    production: Platform, tmp_path: Path
+) -> None:
+    production.run(DAY)
+    config = tmp_path / "dagster_home" / "dagster.yaml"
+    config.write_text(config.read_text().replace("default_limit: 1", "default_limit: 2"))
+
+    [summary] = production.run(DAY)
+
+    assert summary.total_metrics_saved == len(production.metrics()) > 0
+    with dagster_instance(production.settings) as instance:
+        [pool] = instance.event_log_storage.get_pool_limits()
+    assert (pool.name, pool.limit) == (PLATFORM_POOL, 2)
+
+
+def test_a_limit_of_the_pools_own_stays(production: Platform) -> None:
+    with dagster_instance(production.settings) as instance:
+        instance.event_log_storage.set_concurrency_slots(PLATFORM_POOL, 3)
+        make_pool(instance, PLATFORM_POOL)
+        [pool] = instance.event_log_storage.get_pool_limits()
+    assert (pool.name, pool.limit) == (PLATFORM_POOL, 3)
 
 
 def test_two_runs_at_once_take_turns_at_the_platforms_database(

@@ -23,7 +23,7 @@ def dev(
     """
     environment = settings()
     with sentences():
-        from tutormax_assets.aggregation import dagster_home
+        from tutormax_assets.instance import dagster_home
         from tutormax_assets.platform.connection import database_url, describe
         from tutormax_assets.resources import load_policy
 

@@ -9,7 +9,6 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from tutormax_assets.aggregation import dagster_instance
 from tutormax_assets.automation.alerts import alert_sensors, late_dates, tell_of_runs
 from tutormax_assets.automation.messages import first_sentence
 from tutormax_assets.automation.single_days import (
@@ -20,6 +19,7 @@ from tutormax_assets.automation.single_days import (
     RANGE_START_TAG,
 )
 from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.instance import dagster_instance
 from tutormax_assets.log import LOGGER
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests.automation.conftest import TOKEN, WebhookServer

@@ -16,7 +16,7 @@ import pytest
 from polars.testing import assert_frame_equal
 from upath import UPath
 
-from tutormax_assets.aggregation import cleanup, dagster_instance
+from tutormax_assets.aggregation import cleanup
 from tutormax_assets.automation.retention import (
     JOB_NAME,
     CleanupReport,
@@ -25,6 +25,7 @@ from tutormax_assets.automation.retention import (
     retention_job,
     retention_sensor,
 )
+from tutormax_assets.instance import dagster_instance
 from tutormax_assets.parquet import StorageError, read_parquet
 from tutormax_assets.partitions import midnight, today
 from tutormax_assets.platform import tables
@@ -313,7 +314,7 @@ def test_archive_and_storage_may_be_object_stores(
 
 _KILLED_RUN = """
 import os, signal
-from tutormax_assets.aggregation import dagster_instance
+from tutormax_assets.instance import dagster_instance
 from tutormax_assets.definitions import build_definitions
 from tutormax_assets.platform import archive
 from tutormax_assets.settings import load_settings

@@ -8,10 +8,10 @@ from zoneinfo import ZoneInfo
 import dagster as dg
 import pytest
 
-from tutormax_assets.aggregation import dagster_instance
 from tutormax_assets.automation.schedule import newest_due_date, nightly_freshness
 from tutormax_assets.automation.single_days import will_be_retried
 from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.instance import dagster_instance
 from tutormax_assets.settings import load_settings
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from tutormax_assets.aggregation import dagster_instance
 from tutormax_assets.automation.single_days import (
     ATTENDED_TAG,
     MAX_DATES,
@@ -18,6 +17,7 @@ from tutormax_assets.automation.single_days import (
     partition_keys,
 )
 from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.instance import dagster_instance
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests.conftest import Platform
 

@@ -12,9 +12,9 @@ import pytest
 import sqlalchemy as sa
 
 from tutormax_assets import sample_platform
-from tutormax_assets.aggregation import dagster_instance
 from tutormax_assets.automation.single_days import RANGE_END_TAG, RANGE_START_TAG
 from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.instance import dagster_instance
 from tutormax_assets.platform.connection import create_engine
 from tutormax_assets_tests.cli.conftest import Invoke, invoke  # noqa: F401
 from tutormax_assets_tests.conftest import Platform, captured_log, new_database, open_platform

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import dagster as dg
 import pytest
 
-from tutormax_assets.aggregation import dagster_home, dagster_instance
+from tutormax_assets.instance import dagster_home, dagster_instance
 from tutormax_assets.killed_runs import PROCESS_TAG
 from tutormax_assets_tests.cli.conftest import (
     DAY,

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from chaos import culprits
 from chaos.proxy import Proxy
-from tutormax_assets.aggregation import dagster_instance
+from tutormax_assets.instance import dagster_instance
 from tutormax_assets.platform.connection import Timeouts, create_engine, lock_for_transaction
 from tutormax_assets.platform.faults import retrying
 from tutormax_assets.platform.metrics_table import (
