@@ -90,7 +90,10 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             "run_options": run_options,
             "metrics_policy": MetricsPolicy.configure_at_launch(),
             "io_manager": PartitionedParquetIOManager(
-                base_path=settings.storage_path, run_options=run_options, database=database
+                base_path=settings.storage_path,
+                files_group=settings.files_group,
+                run_options=run_options,
+                database=database,
             ),
         },
         loggers={"line": line_logger},

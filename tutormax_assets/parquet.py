@@ -1,10 +1,16 @@
-"""Parquet files on any filesystem: written whole or not at all, and read as they are now."""
+"""Parquet files on any filesystem: written whole or not at all, and read as they are now.
 
+Rows of people are for their owner: new folders have mode 0700 and new files 0600. Below a folder
+with the set-group-ID bit, as ``make_private_folder`` gives it, its group can read them as well.
+"""
+
+import grp
 import io
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +35,35 @@ class StoredFile:
 
     size_bytes: int
     rows: int
+
+
+def make_private_folder(base_path: str, *, group: str | None) -> None:
+    """Make the base folder of partitions or of an archive, unless it is there.
+
+    Args:
+        base_path: A path that fsspec knows; of an object store nothing is made.
+        group: Name of the group that can read what is stored; none for the owner alone.
+
+    Raises:
+        StorageError: The folder cannot be made, or be given to the group.
+    """
+    folder = UPath(base_path)
+    if not isinstance(folder, Path):
+        return
+    try:
+        _make_folder(folder.parent)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            folder.chmod(0o700)
+        number = None if group is None else grp.getgrnam(group).gr_gid
+        # One that another user shared with the group already is as good.
+        if number is not None and not (folder.stat().st_gid == number and _is_shared(folder)):
+            _share(folder, number, _SHARED_FOLDER)
+    except (OSError, LookupError) as error:
+        raise StorageError(
+            f"{folder} cannot be made a folder of {group or 'its owner'}: {error}."
+            " Check the path, the rights of this user and TUTORMAX_FILES_GROUP."
+        ) from error
 
 
 def write_parquet(path: UPath, rows: pl.LazyFrame) -> StoredFile:
@@ -97,6 +132,7 @@ def write_parquet_parts(
                 rows.clear().sink_parquet(part, compression=_COMPRESSION)
             stored.append(_stored(part))
             if isinstance(folder, Path):
+                _restrict(part, like=folder)
                 _sync(part)
                 part.replace(folder / name)
             else:
@@ -107,6 +143,7 @@ def write_parquet_parts(
 
 
 _COMPRESSION: Literal["zstd"] = "zstd"
+_SHARED_FOLDER = 0o2750
 _NUMBER = "number of the part"
 
 
@@ -117,8 +154,10 @@ def _replacing(path: Path) -> Iterator[Path]:
     for left_behind in path.parent.glob(f".{path.name}.*"):
         left_behind.unlink()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.touch(mode=0o600)
     try:
         yield temporary
+        _restrict(temporary, like=path.parent)
         _sync(temporary)
         temporary.replace(path)
     finally:
@@ -131,8 +170,31 @@ def _replacing(path: Path) -> Iterator[Path]:
 def _make_folder(folder: Path) -> list[Path]:
     """Make a folder and those above it; gives those that are new."""
     new_folders = [new for new in (folder, *folder.parents) if not new.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    for new in reversed(new_folders):
+        # Another process may make it at the same time.
+        with suppress(FileExistsError):
+            new.mkdir(mode=0o700)
+            if _is_shared(new.parent):
+                _share(new, new.parent.stat().st_gid, _SHARED_FOLDER)
     return new_folders
+
+
+def _is_shared(folder: Path) -> bool:
+    return bool(folder.stat().st_mode & stat.S_ISGID)
+
+
+def _restrict(file: Path, *, like: Path) -> None:
+    """Let the owner read a new file, and the group that its folder is shared with."""
+    if _is_shared(like):
+        _share(file, like.stat().st_gid, 0o640)
+    else:
+        file.chmod(0o600)
+
+
+def _share(path: Path, group: int, mode: int) -> None:
+    # The group first: a change of it may clear the bit.
+    os.chown(path, -1, group)
+    path.chmod(mode)
 
 
 def _stored(path: Path) -> StoredFile:

@@ -1,5 +1,7 @@
 """The environment, resolved once: where the database is, where files live, which timezone rules."""
 
+import grp
+import os
 import re
 from datetime import date
 from importlib.util import find_spec
@@ -105,6 +107,10 @@ class Settings(BaseSettings):
         default=None,
         description="Base path of the archive of old metrics: a folder, s3://… or gs://….",
     )
+    files_group: str | None = Field(
+        default=None,
+        description="Unix group that can read the Parquet and the archive; only the owner else.",
+    )
     retention_days: int = Field(
         default=90,
         ge=1,
@@ -176,6 +182,23 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{scheme}:// needs {module}, which is not installed:"
                 f" pip install 'tutormax-assets[{extra}]'"
+            )
+        return value
+
+    @field_validator("files_group")
+    @classmethod
+    def _group_of_this_user(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        try:
+            group = grp.getgrnam(value)
+        except KeyError:
+            raise ValueError(
+                f"found no group {value!r} on this machine; expected the name of one"
+            ) from None
+        if os.geteuid() != 0 and group.gr_gid not in (os.getegid(), *os.getgroups()):
+            raise ValueError(
+                f"the user of this process is not in the group {value!r}; expected one of its own"
             )
         return value
 

@@ -21,14 +21,14 @@ def spool_folder(home: Path) -> Iterator[Path]:
         home: Folder of everything local.
     """
     spool = home / "spool"
-    spool.mkdir(parents=True, exist_ok=True)
+    spool.mkdir(mode=0o700, parents=True, exist_ok=True)
     for left_behind in spool.glob("*.lock"):
         with suppress(Timeout), FileLock(left_behind, blocking=False):
             _remove(left_behind)
     path = spool / f"{uuid4().hex}.lock"
     with FileLock(path):
         folder = path.with_suffix("")
-        folder.mkdir()
+        folder.mkdir(mode=0o700)
         try:
             yield folder
         finally:

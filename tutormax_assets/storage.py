@@ -18,7 +18,7 @@ from pydantic import PrivateAttr
 from upath import UPath
 
 from tutormax_assets.automation.single_days import partition_keys
-from tutormax_assets.parquet import StorageError, entries
+from tutormax_assets.parquet import StorageError, entries, make_private_folder
 from tutormax_assets.parts import (
     Partition,
     delete_files,
@@ -54,6 +54,7 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
     """
 
     base_path: str
+    files_group: str | None = None
     run_options: dg.ResourceDependency[RunOptions]
     database: dg.ResourceDependency[PlatformDatabase]
     _locks: DateLocks | None = PrivateAttr(default=None)
@@ -63,8 +64,10 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
         """Wait until no other run computes a reference date of this run, and keep others waiting.
 
         Raises:
+            StorageError: The storage cannot be reached.
             MetricsTableError: The database cannot be reached.
         """
+        make_private_folder(self.base_path, group=self.files_group)
         keys = partition_keys(context.run) if context.run else []
         if keys:
             log: Any = context.log

@@ -1,5 +1,6 @@
 """The environment: what is accepted, what is refused, and that no secret shows."""
 
+import grp
 import traceback
 from datetime import date
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_an_empty_environment_means_the_embedded_database(tmp_path: Path) -> Non
     assert (settings.timezone, settings.first_date) == ("UTC", date(2024, 1, 1))
     assert (settings.alerts, settings.ui_url) == (None, "http://127.0.0.1:3000")
     assert settings.max_dates_per_run == 31
-    assert settings.source_url is None
+    assert (settings.source_url, settings.files_group) == (None, None)
     assert (settings.dask_address, settings.dask_no_workers_timeout_seconds) == (None, 60)
     assert (settings.source, settings.lake_path) == ("postgres", None)
     assert (settings.statement_timeout_seconds, settings.lock_timeout_seconds) == (600, 5)
@@ -257,3 +258,15 @@ def test_tls_of_dask_takes_three_files_and_an_address(
         "TUTORMAX_DASK_TLS_CA_FILE, TUTORMAX_DASK_TLS_CERT, TUTORMAX_DASK_TLS_KEY set, but"
         " TUTORMAX_DASK_ADDRESS is not tls://host:port"
     )
+
+
+def test_the_group_of_the_files_is_one_of_this_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUTORMAX_FILES_GROUP", "no such group")
+    assert refusal().startswith("TUTORMAX_FILES_GROUP: found no group 'no such group'")
+    monkeypatch.setenv("TUTORMAX_FILES_GROUP", "daemon")
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    monkeypatch.setattr("os.getegid", lambda: 12345)
+    monkeypatch.setattr("os.getgroups", list)
+    assert "not in the group 'daemon'" in refusal()
+    monkeypatch.setattr("os.getgroups", lambda: [grp.getgrnam("daemon").gr_gid])
+    assert load_settings().files_group == "daemon"

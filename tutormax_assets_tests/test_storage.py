@@ -1,6 +1,7 @@
 """Parquet partitions: written whole or not at all, and merged by tutor in a filtered run."""
 
 import errno
+import grp
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,7 +15,13 @@ import pytest
 from polars.testing import assert_frame_equal
 from upath import UPath
 
-from tutormax_assets.parquet import StorageError, StoredFile, read_parquet, write_parquet
+from tutormax_assets.parquet import (
+    StorageError,
+    StoredFile,
+    make_private_folder,
+    read_parquet,
+    write_parquet,
+)
 from tutormax_assets.parts import (
     division,
     list_partition,
@@ -284,3 +291,43 @@ def test_a_filtered_run_may_be_the_first_of_a_day(base_path: str, platform: Plat
     materialize(base_path, {"2025-11-07": {"a": 1}}, tutor_ids=["a"])
 
     assert stored(base_path, "2025-11-07") == frame({"a": 1}).to_dicts()
+
+
+def modes(folder: Path) -> set[tuple[str, str]]:
+    """Kind and mode of a folder and of all that it holds."""
+    return {
+        ("folder" if path.is_dir() else "file", f"{path.stat().st_mode & 0o7777:o}")
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("open_umask")
+@pytest.mark.parametrize("shards", [ALL_IN_ONE, Shards(("b",))])
+def test_rows_of_people_are_for_their_owner(tmp_path: Path, shards: Shards) -> None:
+    base = tmp_path / "storage"
+    make_private_folder(str(base), group=None)
+    store(partition_path(str(base), KEY, "2025-11-07"), frame({"a": 1, "b": 2}), shards=shards)
+    assert modes(base) == {("folder", "700"), ("file", "600")}
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_a_group_can_read_what_is_shared_with_it(tmp_path: Path) -> None:
+    # A group of this process that new files would not get by themselves, where there is one.
+    number = next((gid for gid in os.getgroups() if gid != os.getegid()), os.getegid())
+    if os.geteuid() == 0:
+        number = grp.getgrnam("daemon").gr_gid
+    group = grp.getgrgid(number).gr_name
+    base = tmp_path / "storage"
+    base.mkdir()
+    make_private_folder(str(base), group=group)
+    for shards in (ALL_IN_ONE, Shards(("b",))):
+        store(partition_path(str(base), KEY, "2025-11-07"), frame({"a": 1, "b": 2}), shards=shards)
+    assert modes(base) == {("folder", "2750"), ("file", "640")}
+    assert {path.stat().st_gid for path in (base, *base.rglob("*"))} == {number}

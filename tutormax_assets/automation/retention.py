@@ -20,6 +20,7 @@ from tutormax_assets.automation.single_days import (
     RANGE_END_TAG,
     RANGE_START_TAG,
 )
+from tutormax_assets.parquet import make_private_folder
 from tutormax_assets.partitions import today
 from tutormax_assets.platform import archive
 from tutormax_assets.platform.archive import ArchivedDate, RestoredDate, StoredDate
@@ -57,6 +58,7 @@ class Retention:
         partitions_from: First reference date whose Parquet partitions stay.
         timezone: IANA timezone in which a reference date begins.
         archive_path: Base path of the archive.
+        files_group: Unix group that can read it; none for the owner alone.
         storage_path: Base path of the Parquet partitions.
         parquet_assets: The assets whose partitions are Parquet.
     """
@@ -65,6 +67,7 @@ class Retention:
     partitions_from: date
     timezone: str
     archive_path: str
+    files_group: str | None
     storage_path: str
     parquet_assets: tuple[dg.AssetKey, ...]
 
@@ -90,6 +93,7 @@ class Retention:
             partitions_from=now - timedelta(days=settings.snapshot_retention_days),
             timezone=settings.timezone,
             archive_path=settings.archive_path,
+            files_group=settings.files_group,
             storage_path=settings.storage_path,
             parquet_assets=tuple(parquet_assets),
         )
@@ -120,9 +124,12 @@ class Retention:
         """Move the metrics of these dates to the archive, one date after the other.
 
         Raises:
+            StorageError: The archive's folder cannot be made.
             ArchiveError: The archive cannot be written, or not read back.
             MetricsTableError: The table is missing or not as this version expects it.
         """
+        if due:
+            make_private_folder(self.archive_path, group=self.files_group)
         deleted = 0
         for found in due:
             archived = archive.archive_date(
