@@ -5,12 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
 from filelock import FileLock
 
 from tutormax_assets.settings import Settings
+
+_NO_TIMEOUT = 0
+_RECYCLE_SECONDS = 300
+_MAX_OVERFLOW = 9
+"""Connections that may be opened while the first one is in use; they are closed after use."""
 
 
 @contextmanager
@@ -21,7 +27,12 @@ def dagster_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
     with FileLock(home / "opening.lock"):
         instance = _opened(home)
     with instance:
-        yield instance
+        pool_connections(instance)
+        try:
+            yield instance
+        finally:
+            for engine in _engines(instance):
+                engine.dispose()
 
 
 def _opened(home: Path) -> dg.DagsterInstance:
@@ -51,6 +62,46 @@ def dagster_home(settings: Settings) -> Path:
             with as_file(files("tutormax_assets") / "dagster.yaml") as packaged:
                 config.symlink_to(packaged)
     return home
+
+
+def pool_connections(instance: dg.DagsterInstance) -> None:
+    """Keep the connections of an instance on PostgreSQL open between statements.
+
+    By default dagster-postgres opens a connection for each statement, which makes hundreds in a
+    run. A connection that the server or the network has closed is replaced before its next use.
+
+    Args:
+        instance: Left as it is if it is in SQLite or has a pool already.
+    """
+    if not any(isinstance(engine.pool, sa.NullPool) for engine in _engines(instance)):
+        return
+    instance.optimize_for_webserver(
+        statement_timeout=_NO_TIMEOUT,
+        pool_recycle=_RECYCLE_SECONDS,
+        max_overflow=_MAX_OVERFLOW,
+    )
+    for engine in _engines(instance):
+        sa.event.listen(engine, "checkout", _probe)
+
+
+def _engines(instance: dg.DagsterInstance) -> list[sa.Engine]:
+    """The engines of those storages that are in PostgreSQL."""
+    storages = (instance.run_storage, instance.event_log_storage, instance.schedule_storage)
+    # The attribute is private. Dagster neither probes pooled connections nor closes the pool.
+    engines = (getattr(storage, "_engine", None) for storage in storages)
+    return [
+        engine
+        for engine in engines
+        if isinstance(engine, sa.Engine) and engine.dialect.name == "postgresql"
+    ]
+
+
+def _probe(connection: Any, _record: object, _proxy: object) -> None:
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+    except Exception as error:
+        raise sa.exc.DisconnectionError from error
 
 
 def make_pool(instance: dg.DagsterInstance, pool: str) -> None:

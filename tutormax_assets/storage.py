@@ -18,6 +18,7 @@ from pydantic import PrivateAttr
 from upath import UPath
 
 from tutormax_assets.automation.single_days import partition_keys
+from tutormax_assets.instance import pool_connections
 from tutormax_assets.parquet import StorageError, entries, make_private_folder
 from tutormax_assets.parts import (
     Partition,
@@ -68,6 +69,9 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
             MetricsTableError: The database cannot be reached.
         """
         make_private_folder(self.base_path, group=self.files_group)
+        if context.instance is not None:
+            # A worker that Dagster started comes by here before its first step.
+            pool_connections(context.instance)
         keys = partition_keys(context.run) if context.run else []
         if keys:
             log: Any = context.log

@@ -1,5 +1,6 @@
 """The production instance of ``deploy/dagster.yaml`` on a real PostgreSQL."""
 
+import logging
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from tutormax_assets.assets import PLATFORM_POOL
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.instance import dagster_instance, make_pool
 from tutormax_assets.settings import Settings
+from tutormax_assets.storage import PartitionedParquetIOManager
 from tutormax_assets_tests import next_minute
 from tutormax_assets_tests.conftest import Platform, new_database, open_platform
 
@@ -90,11 +92,48 @@ def wait_until(condition: Callable[[], object], *, seconds: float, logs: Path) -
         time.sleep(0.5)
 
 
+@contextmanager
+def closing_idle_connections(url: str, *, before: str) -> Iterator[list[int]]:
+    """The server closes what is idle whenever the run logs a line that begins like this.
+
+    Yields:
+        Number of connections that were closed, each time.
+    """
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    close = sa.text(
+        "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND state = 'idle' AND pid <> pg_backend_pid()"
+    )
+    closed: list[int] = []
+
+    class Closer(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith(before):
+                with engine.connect() as connection:
+                    closed.append(connection.execute(close).scalar_one())
+
+    logger, closer = logging.getLogger("tutormax_assets"), Closer()
+    logger.addHandler(closer)
+    try:
+        yield closed
+    finally:
+        logger.removeHandler(closer)
+
+
 def test_a_run_succeeds_and_its_events_are_in_postgresql(
     production: Platform, instance_url: str, tmp_path: Path
 ) -> None:
-    [summary] = production.run(DAY)
+    # Dagster makes its tables.
+    with dagster_instance(production.settings):
+        pass
+    before = connections_opened(instance_url)
+    with closing_idle_connections(instance_url, before="Found ") as closed:
+        [summary] = production.run(DAY)
+    opened = connections_opened(instance_url) - before
 
+    # One each for runs and events, which are opened anew; and some until they are kept.
+    assert closed == [2]
+    assert opened < 40
     assert summary.total_metrics_saved == len(production.metrics()) > 0
     engine = sa.create_engine(instance_url)
     with engine.connect() as connection:
@@ -110,6 +149,34 @@ def test_a_run_succeeds_and_its_events_are_in_postgresql(
     assert runs == [(JOB_NAME, "SUCCESS")]
     assert {f'["{asset}"]' for asset in ASSETS} <= set(materialized)
     assert not list((tmp_path / "dagster_home").rglob("*.db"))
+
+
+def connections_opened(url: str) -> int:
+    """How many connections the database has seen so far, but for those of this function."""
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sa.text("SELECT pg_stat_force_next_flush()"))
+        sessions = sa.text(
+            "SELECT sessions FROM pg_stat_database WHERE datname = current_database()"
+        )
+        return int(connection.scalar(sessions) or 0)
+
+
+def test_a_worker_that_dagster_started_keeps_its_connections(
+    production: Platform, instance_url: str, tmp_path: Path
+) -> None:
+    [manager] = [
+        resource
+        for resource in (build_definitions(production.settings).resources or {}).values()
+        if isinstance(resource, PartitionedParquetIOManager)
+    ]
+    with dg.DagsterInstance.from_config(str(tmp_path / "dagster_home")) as instance:
+        manager.setup_for_execution(dg.build_init_resource_context(instance=instance))
+        before = connections_opened(instance_url)
+        for _ in range(20):
+            instance.get_runs()
+            instance.fetch_materializations(dg.AssetKey("tutor_roster"), limit=1)
+        assert connections_opened(instance_url) - before < 10
 
 
 def test_the_instance_limits_runs_and_pools(production: Platform) -> None:
