@@ -29,6 +29,7 @@ from tutormax_assets.parts import (
     stored_partition,
 )
 from tutormax_assets.platform.date_locks import DateLocks, try_lock_date
+from tutormax_assets.platform.metrics_table import MetricsTableError
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 
 PartitionsByDate = dict[str, Partition]
@@ -78,7 +79,12 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
             self._locks = DateLocks(
                 self.database.engine, keys, retrying=self.run_options.retrying(log), log=log
             )
-            self._locks.take()
+            try:
+                self._locks.take()
+            except MetricsTableError as error:
+                # The run's page shows what Dagster makes of a resource that fails.
+                log.error(str(error))
+                raise
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
         """Let the next run of these dates begin."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import dagster as dg
 import pytest
-import sqlalchemy as sa
 
 import tutormax_assets
 from tutormax_assets import AggregationSummary, DailyMetricsAggregator, run_daily_aggregation
@@ -31,6 +30,7 @@ from tutormax_assets.platform.faults import TIMEOUT_SETTING
 from tutormax_assets.resources import RunOptions
 from tutormax_assets.settings import SettingsError, load_settings
 from tutormax_assets_tests.conftest import Platform, captured_log, open_platform
+from tutormax_assets_tests.tls import refusing_server
 
 DAY = date(2025, 11, 7)
 
@@ -322,19 +322,24 @@ def test_the_dagster_home_gets_a_configuration_unless_it_has_one(tmp_path: Path)
     assert config.read_text() == "# mine"
 
 
-def test_the_error_of_a_refused_connection_shows_no_password(
+def test_a_refused_connection_is_told_everywhere_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    url = sa.URL.create(
-        "postgresql", "reader", "hunter2", database="platform", query={"host": "/nowhere"}
-    )
-    monkeypatch.setenv("TUTORMAX_DATABASE_URL", url.render_as_string(hide_password=False))
-
-    summary = asyncio.run(DailyMetricsAggregator(DAY, max_retries=0).run())
+    with refusing_server("28P01", 'password authentication failed for user "reader"') as url:
+        url = url.set(drivername="postgresql", username="reader", password="hunter2")
+        monkeypatch.setenv("TUTORMAX_DATABASE_URL", url.render_as_string(hide_password=False))
+        with captured_log() as log:
+            summary = asyncio.run(DailyMetricsAggregator(DAY, max_retries=0).run())
 
     [error] = summary.errors
-    assert "The platform at /nowhere/platform cannot be reached" in error["error"]
-    assert "hunter2" not in error["error"]
+    assert f"The platform at 127.0.0.1:{url.port}/platform cannot be reached" in error["error"]
+    assert 'password authentication failed for user "reader"' in error["error"]
+    # On the run's page, in the alert, and in the log of the command.
+    assert log.count(f"ERROR {error['error']}") == 1
+    [alert] = [line for line in log if "No alert is sent" in line]
+    assert "the run, outside of its steps. The platform at" in alert
+    assert f"ERROR SYSTEM: {error['error']}" in log
+    assert "hunter2" not in "".join(log)
 
 
 def test_a_range_that_fails_whatever_the_date_is_not_tried_date_by_date(

@@ -10,7 +10,7 @@ import dagster as dg
 from tutormax_assets.automation.receivers import Message
 from tutormax_assets.automation.schedule import DEADLINE_HOUR
 from tutormax_assets.automation.single_days import partition_keys
-from tutormax_assets.failures import is_blocking_check, step_failure
+from tutormax_assets.failures import error_sentence, is_blocking_check, step_failure
 
 MAX_LINES = 10
 """Lines of a list in a message; what is beyond is counted."""
@@ -193,8 +193,8 @@ def _events(
 def _run_failure(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
     for event in _events(instance, run, dg.DagsterEventType.RUN_FAILURE):
         error = event.job_failure_data.error if event.event_specific_data else None
-        reason = first_sentence(error.message if error else event.message or "it gave no reason")
-        return f"the run, outside of its steps. {reason}"
+        reason = error_sentence(error) if error else event.message or "it gave no reason"
+        return f"the run, outside of its steps. {first_sentence(reason)}"
     return "the run, outside of its steps"
 
 
