@@ -7,10 +7,10 @@ LOCKS := requirements.lock requirements-dev.lock requirements-bench.lock deploy/
 OSV_URL ?= https://api.osv.dev/v1/query
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test e2e chaos bench bench-scale check dev lock audit clean
+.PHONY: help same-python install demo test e2e chaos bench bench-scale check dev lock audit clean
 
 help: ## Show these targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
 
 install: .venv/installed ## Make .venv with the locked versions.
 
@@ -69,11 +69,20 @@ clean: ## Remove .venv and .tutormax; the embedded server is stopped first.
 .venv/bin/python:
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "No Python >= 3.11 was found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; fi
-	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	@$(PYTHON) -m venv --clear .venv || { rm -rf .venv; \
 		echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
+# An interpreter that is named must be the one that made .venv, which would be used in its place.
+same-python: | .venv/bin/python
+ifneq ($(filter command environment,$(origin PYTHON)),)
+	@which='import sys; print(sys.base_prefix, sys.version)'; \
+	if [ "$$($(PYTHON) -c "$$which")" != "$$($(BIN)/python -c "$$which")" ]; then \
+		echo "PYTHON is $(PYTHON), but another interpreter made .venv: $$($(BIN)/python -c \
+	'import sys; print(sys.base_prefix, sys.version.split()[0])'). Remove .venv to use this one: rm -rf .venv" >&2; exit 1; fi
+endif
+
 # A stamp is written last, so an installation that was interrupted is done again.
-.venv/installed: requirements.lock pyproject.toml setup.py | .venv/bin/python
+.venv/installed: requirements.lock pyproject.toml setup.py | .venv/bin/python same-python
 	@echo "Installing into .venv (once; about a minute)"
 	@$(PIP) install --require-hashes --requirement requirements.lock
 	@$(PIP) install --no-deps --no-build-isolation --editable .
