@@ -33,6 +33,11 @@ from tutormax_assets.storage import PartitionedParquetIOManager
 
 ASSET = "sessions_snapshot"
 
+_HINTS = {
+    "engagement_score": "Most of them have an engagement_score outside 0 to 1: if the platform"
+    " scores sessions from 0 to 100, set session_score_scale = 100 in the policy. "
+}
+
 
 def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChecksDefinition:
     """Build the checks of ``sessions_snapshot``."""
@@ -44,6 +49,10 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
             blocking=True,
         ),
         spec("no_duplicate_sessions", "A session id is there once."),
+        spec(
+            "engagement_scores_fill_their_scale",
+            "Session engagement scores are on the scale that the policy names.",
+        ),
         spec("feedback_is_of_the_sessions_tutor", "Feedback names the tutor of its session."),
         spec("tutors_are_known", "The tutor of a session is in tutors.", blocking=True),
         spec(
@@ -94,6 +103,11 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                     warn_share=limits.set_aside_warn_share,
                     error_share=limits.set_aside_error_share,
                     min_rows=limits.set_aside_min_rows,
+                    hints=_HINTS if policy.session_score_scale == 1 else None,
+                ),
+                "engagement_scores_fill_their_scale": engagement_scores_fill_their_scale(
+                    by_day["highest_score"].max(),  # type: ignore[arg-type]
+                    scale=policy.session_score_scale,
                 ),
                 "no_duplicate_sessions": no_duplicate_sessions(set_aside),
                 "feedback_is_of_the_sessions_tutor": feedback_is_of_the_sessions_tutor(
@@ -152,7 +166,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
 
 
 def sessions_by_day(sessions: pl.LazyFrame, /) -> pl.LazyFrame:
-    """Sessions and rated sessions by day: ``date``, ``rows``, ``rated``, sorted by date.
+    """Sessions by day: ``date``, ``rows``, ``rated``, ``highest_score``, sorted by date.
 
     Args:
         sessions: ``SessionsSnapshot``.
@@ -162,6 +176,7 @@ def sessions_by_day(sessions: pl.LazyFrame, /) -> pl.LazyFrame:
         .agg(
             pl.len().cast(pl.Int64).alias("rows"),
             pl.col("overall_rating").count().cast(pl.Int64).alias("rated"),
+            pl.col("engagement_score").max().alias("highest_score"),
         )
         .sort("date")
     )
@@ -222,6 +237,26 @@ def no_duplicate_sessions(set_aside: pl.DataFrame, /) -> Finding:
             " GROUP BY session_id HAVING count(*) > 1",
         },
         WARN,
+    )
+
+
+def engagement_scores_fill_their_scale(highest: float | None, /, *, scale: int) -> Finding:
+    """Whether session engagement scores are on the policy's scale, and not on a smaller one.
+
+    Scores above the scale break the source contract, which ``few_rows_set_aside`` finds.
+
+    Args:
+        highest: The highest score; null where no session has one.
+        scale: Upper end of the policy's scale, 1 or 100.
+    """
+    if highest is None or scale == 1 or highest > 1:
+        return Finding(True)
+    return Finding(
+        False,
+        f"No session has an engagement_score above 1, and session_score_scale is {scale}. If the"
+        " platform scores sessions from 0 to 1, set session_score_scale = 1 in the policy and run"
+        " the date again: until then the session part of engagement_score is near 0.",
+        severity=WARN,
     )
 
 

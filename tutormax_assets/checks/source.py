@@ -1,6 +1,6 @@
 """What is asked of the rows that were read from the platform, whichever table they are from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from typing import Literal, cast
 from zoneinfo import ZoneInfo
@@ -33,6 +33,7 @@ def few_rows_set_aside(
     warn_share: float,
     error_share: float,
     min_rows: int,
+    hints: Mapping[str, str] | None = None,
 ) -> Finding:
     """Whether most rows of each table and window keep the source contract.
 
@@ -47,6 +48,7 @@ def few_rows_set_aside(
         warn_share: Share of the rows read above which the check warns.
         error_share: Share above which it fails, of at least ``min_rows`` rows.
         min_rows: Of fewer rows a share says little.
+        hints: The likely cause and remedy, by the column that most of the rows break.
     """
     shares = pl.concat(
         _set_aside_shares(read, set_aside, reference_date=reference_date, days=days)
@@ -67,11 +69,13 @@ def few_rows_set_aside(
         return Finding(True, metadata=metadata)
     row = worst.row(0, named=True)
     failed = row["share"] > error_share and row["rows_read"] >= min_rows
+    hint = (hints or {}).get(_most_broken_column(set_aside, row["source_table"]), "")
     return Finding(
         False,
         f"{row['rows_set_aside']} of {row['rows_read']} rows of {row['source_table']} in the"
         f" {row['window']} window break the source contract: {row['share']:.1%}, with"
-        f" {error_share if failed else warn_share:.1%} expected at most. {_see(reference_date)}"
+        f" {error_share if failed else warn_share:.1%} expected at most."
+        f" {hint}{_see(reference_date)}"
         " Mend them in the platform and run the date again"
         + (", or raise checks.set_aside_error_share in the policy." if failed else "."),
         {
@@ -210,6 +214,11 @@ def newest_date(
     before = midnight(reference_date, timezone=timezone)
     found = retrying(sources.newest, source, table, before=before)
     return found and found.astimezone(ZoneInfo(timezone)).date()
+
+
+def _most_broken_column(set_aside: pl.DataFrame, source_table: str) -> str:
+    counts = set_aside.filter(pl.col("source_table") == source_table)["column"].value_counts()
+    return str(counts.sort("count", "column", descending=True)["column"][0])
 
 
 def _set_aside_shares(

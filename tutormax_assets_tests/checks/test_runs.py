@@ -26,6 +26,7 @@ CHECKS = {
     "sessions_snapshot": [
         "few_rows_set_aside",
         "no_duplicate_sessions",
+        "engagement_scores_fill_their_scale",
         "feedback_is_of_the_sessions_tutor",
         "tutors_are_known",
         "sessions_are_fresh",
@@ -74,14 +75,19 @@ def good(server_url: sa.URL, good_database: str, tmp_path: Path) -> Iterator[Pla
         yield platform
 
 
-def run_range(platform: Platform, *days: str, **options: Any) -> dg.ExecuteInProcessResult:
+def run_range(
+    platform: Platform, *days: str, resources: Mapping[str, Any] | None = None, **options: Any
+) -> dg.ExecuteInProcessResult:
     """The job for all days in one run, as a backfill in the UI launches it."""
     job = build_definitions(platform.settings).resolve_job_def(JOB_NAME)
     with dagster_instance(platform.settings) as instance:
         return job.execute_in_process(
             instance=instance,
             tags={RANGE_START_TAG: days[0], RANGE_END_TAG: days[-1]},
-            run_config={"resources": {"run_options": {"config": options}}, "loggers": {"line": {}}},
+            run_config={
+                "resources": {"run_options": {"config": options}, **(resources or {})},
+                "loggers": {"line": {}},
+            },
             raise_on_error=False,
         )
 
@@ -165,6 +171,7 @@ def test_every_check_is_registered_with_its_days() -> None:
         (spec.asset_key.to_user_string(), spec.name) for spec in registered if not spec.blocking
     } == {
         ("sessions_snapshot", "no_duplicate_sessions"),
+        ("sessions_snapshot", "engagement_scores_fill_their_scale"),
         ("sessions_snapshot", "feedback_is_of_the_sessions_tutor"),
         ("sessions_snapshot", "feedback_is_fresh"),
         ("sessions_snapshot", "day_volume_is_usual"),
@@ -288,6 +295,21 @@ def test_a_bad_day_is_blocked_and_the_others_are_saved(
     assert summary.all_saved
     assert statuses(good)["FAILED"] == {bad}
     assert saved_days(good) == DAYS[2:]
+
+
+def test_scores_on_another_scale_than_the_policys_are_named(good: Platform) -> None:
+    policy = {"metrics_policy": {"config": {"overrides": {"session_score_scale": 100}}}}
+    result = run_range(good, LAST, LAST, resources=policy)
+    wrong = ("sessions_snapshot", "engagement_scores_fill_their_scale", LAST)
+    assert failed(result)[wrong] == "WARN"
+
+    good.execute("UPDATE sessions SET engagement_score = engagement_score * 100")
+    result = run_range(good, LAST, LAST)
+
+    too_large = ("sessions_snapshot", "few_rows_set_aside", LAST)
+    assert failed(result) == {too_large: "ERROR"}
+    said = str(evaluations(result)[too_large].description)
+    assert "if the platform scores sessions from 0 to 100, set session_score_scale = 100 in" in said
 
 
 def test_what_a_failed_check_shows_are_ids_only(good: Platform) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from tutormax_assets.checks import ERROR, WARN
 from tutormax_assets.checks.sessions_snapshot import (
+    engagement_scores_fill_their_scale,
     feedback_is_of_the_sessions_tutor,
     no_duplicate_sessions,
     rows_read,
@@ -48,7 +49,7 @@ def test_rows_read_are_counted_whether_they_could_be_used_or_not() -> None:
 def test_no_sessions_are_no_rows() -> None:
     by_day, set_aside = snapshot_of()
     assert rows_read(by_day, set_aside).is_empty()
-    assert by_day.columns == ["date", "rows", "rated"]
+    assert by_day.columns == ["date", "rows", "rated", "highest_score"]
 
 
 def test_sessions_that_come_once_pass() -> None:
@@ -121,3 +122,18 @@ def test_unknown_tutors_fail_where_they_have_many_sessions(
     first = finding.metadata["first_tutors"]
     assert isinstance(first, pl.DataFrame)
     assert first["tutor_id"].to_list() == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("highest", "scale", "passed"),
+    [(None, 100, True), (1.0, 100, False), (0.0, 100, False), (1.01, 100, True), (1.0, 1, True)],
+)
+def test_scores_up_to_one_do_not_fill_a_scale_of_100(
+    highest: float | None, scale: int, passed: bool
+) -> None:
+    finding = engagement_scores_fill_their_scale(highest, scale=scale)
+
+    assert finding.passed is passed
+    if not passed:
+        assert finding.severity is WARN
+        assert "set session_score_scale = 1 in the policy" in str(finding.description)
