@@ -492,13 +492,15 @@ def _admin(server_url: sa.URL) -> psycopg.Connection[tuple[Any, ...]]:
 
 
 @contextmanager
-def new_database(server_url: sa.URL, *, template: str) -> Iterator[sa.URL]:
+def new_database(
+    server_url: sa.URL, *, template: str, options: sql.Composable | None = None
+) -> Iterator[sa.URL]:
     """A database that is a copy of another one, for as long as the block lasts."""
     url = server_url.set(database=f"test_{uuid4().hex}")
     name = sql.Identifier(str(url.database))
     with _admin(server_url) as admin:
-        create = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
-        admin.execute(create.format(name, sql.Identifier(template)))
+        create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(name, sql.Identifier(template))
+        admin.execute(create if options is None else create + options)
         try:
             yield url
         finally:

@@ -55,10 +55,13 @@ def tutor_performance_metrics_checks(
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         days = {key: date.fromisoformat(key) for key in context.partition_keys}
+        # Of the tutors asked for, the table can hold those of the roster only.
+        rosters = [partition(io_manager, "tutor_roster", key) for key in days]
+        asked = pl.concat(rosters).select("tutor_id").unique() if run_options.tutor_ids else None
         table = read_metrics(
             database.engine,
             calculation_dates=[midnight(day, timezone=daily.timezone) for day in days.values()],
-            tutor_ids=run_options.tutor_ids,
+            tutor_ids=() if asked is None else asked.collect()["tutor_id"].to_list(),
             retrying=run_options.retrying(context.log),
             timeouts=database.timeouts,
         )

@@ -25,6 +25,10 @@ _LIBPQ_DEFAULTS = {
     "tcp_user_timeout": 50_000,
 }
 
+# The server converts text from and to the encoding of its database; the drivers here, and all that
+# is bound by the client, take UTF-8 for granted.
+_ENCODING = {"client_encoding": "UTF8"}
+
 _DRIVERS = {
     "postgres",
     "postgresql",
@@ -99,20 +103,24 @@ def _parsed(variable: str, value: SecretStr) -> sa.URL:
 
 
 def create_engine(url: sa.URL) -> sa.Engine:
-    """A pooled engine whose connections are tested before use and carry this project's name."""
+    """A pooled engine whose connections are tested before use and carry this project's name.
+
+    It prepares no statement in the server: behind a transaction pooler, the next transaction may
+    run on another connection of the server, which does not know the statement.
+    """
     return sa.create_engine(
         url,
         pool_pre_ping=True,
         pool_size=5,
         max_overflow=5,
-        connect_args=_defaults(url),
+        connect_args={**_defaults(url), **_ENCODING, "prepare_threshold": None},
     )
 
 
 def conninfo(url: sa.URL) -> str:
     """The URL as a libpq connection string, the form that ADBC takes. It holds the password."""
     _, arguments = url.get_dialect()().create_connect_args(url)
-    return make_conninfo(**_defaults(url), **arguments)
+    return make_conninfo(**{**_defaults(url), **arguments, **_ENCODING})
 
 
 def _defaults(url: sa.URL) -> dict[str, Any]:

@@ -49,10 +49,14 @@ _REFUSED_FOR_GOOD = re.compile(
     r"authentication failed|does not exist|no pg_hba\.conf entry|certificate"
     r"|not permitted to log in|permission denied|does not support|no password supplied"
     r"|invalid connection option|invalid [\w ]+ (value|number)|requires a password"
-    r"|channel binding|private key file",
+    r"|channel binding|private key file|unsupported startup parameter",
     re.IGNORECASE,
 )
 _ADVICE = {
+    "22021": (
+        "Its encoding is SQL_ASCII, in which the server converts nothing: convert the text there to"
+        " UTF-8"
+    ),
     "25006": "The server is a read-only standby: let TUTORMAX_DATABASE_URL lead to the primary",
     "25P04": "The server's transaction_timeout ended it: raise it for this user",
     "42501": "`tutormax db roles` prints the rights that are needed",
@@ -68,6 +72,7 @@ _ADVICE = {
 
 
 _SAID_IN_STREAMS = (
+    ("invalid byte sequence", "22021"),
     ("statement timeout", "57014"),
     ("user request", "57014"),
     ("conflict with recovery", "40001"),

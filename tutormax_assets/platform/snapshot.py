@@ -16,14 +16,14 @@ are read meanwhile, by another connection that is given the snapshot of the firs
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, Self
+from typing import Any, Literal, LiteralString, Self
 
 import dataframely as dy
 import polars as pl
@@ -72,6 +72,18 @@ def _whole_number(column: str) -> str:
     )
 
 
+# PostgreSQL refuses a numeric value that is too large or too small for a double, and repeats it in
+# its message. Here it stays on its side of the contract; NaN counts as larger than any number.
+_NUMERIC_SCORE = """
+    CASE
+        WHEN t.engagement_score > 1e300 THEN 'Infinity'
+        WHEN t.engagement_score < -1e300 THEN '-Infinity'
+        WHEN abs(t.engagement_score) < 1e-300 THEN sign(t.engagement_score) * 1e-300
+        ELSE t.engagement_score
+    END::double precision
+"""
+_SCORE = "t.engagement_score::double precision"
+
 _NULLABLE_FLAGS = ("tutor_initiated_reschedule", "no_show", "learning_objectives_met")
 _UNKNOWN_FLAG = 2
 
@@ -91,13 +103,13 @@ _OF_WINDOW = "t.scheduled_start >= {start} AND t.scheduled_start < {end}"
 
 _SESSIONS = f"""
 SELECT
-    t.session_id::text,
-    t.tutor_id::text,
+    coalesce(t.session_id::text, '') AS session_id,
+    coalesce(t.tutor_id::text, '') AS tutor_id,
     {_whole_number("t.session_number")} AS session_number,
     t.scheduled_start,
     ({_FLAGS})::smallint AS flags,
     {_whole_number("t.late_start_minutes")} AS late_start_minutes,
-    t.engagement_score::double precision
+    {{score}} AS engagement_score
 FROM sessions AS t
 WHERE {_OF_WINDOW} {{only_tutors}}
 """  # noqa: S608 - constants only
@@ -105,7 +117,7 @@ WHERE {_OF_WINDOW} {{only_tutors}}
 _FEEDBACK = f"""
 SELECT
     f.session_id::text,
-    f.feedback_id::text,
+    coalesce(f.feedback_id::text, '') AS feedback_id,
     f.tutor_id::text AS feedback_tutor_id,
     {_whole_number("f.overall_rating")} AS overall_rating
 FROM student_feedback AS f
@@ -118,40 +130,47 @@ WHERE f.session_id IN (SELECT t.session_id FROM sessions AS t WHERE {_OF_WINDOW}
 """  # noqa: S608 - constants only
 _MOST_FEEDBACK_PER_SESSION = 2
 
-# Nothing of a login can be broken, so its id is of no use; that it has none says the type.
+# Only the tutor of a login can be broken, so its id is of no use otherwise; that it has none says
+# the type. An enum without one of the labels is compared as text.
 _EVENTS = """
 SELECT
-    CASE WHEN t.event_type = 'message_response' THEN coalesce(t.event_id::text, '') END AS event_id,
-    t.tutor_id::text,
+    CASE
+        WHEN t.event_type::text = 'message_response' OR t.tutor_id IS NULL
+        THEN coalesce(t.event_id::text, '')
+    END AS event_id,
+    coalesce(t.tutor_id::text, '') AS tutor_id,
     t.event_timestamp,
     CASE
-        WHEN t.event_type = 'message_response'
+        WHEN t.event_type::text = 'message_response'
         THEN (t.metadata -> 'response_time_minutes')::text
     END AS response_time_minutes
 FROM tutor_events AS t
 WHERE t.event_timestamp >= {start}
     AND t.event_timestamp < {end}
-    AND t.event_type IN ('login', 'message_response')
+    AND t.event_type::text IN ('login', 'message_response')
     {only_tutors}
 """
 
+# What lies before the first year, as minus infinity does, has no date here.
 _NEWEST = {
     "sessions": """
 SELECT max(scheduled_start) AS newest
 FROM sessions
-WHERE scheduled_start < {end}
+WHERE scheduled_start < {end} AND scheduled_start >= '0001-01-02'
 """,
     "tutor_events": """
 SELECT max(event_timestamp) AS newest
 FROM tutor_events
-WHERE event_timestamp < {end}
-    AND event_type IN ('login', 'message_response')
+WHERE event_timestamp < {end} AND event_timestamp >= '0001-01-02'
+    AND event_type::text IN ('login', 'message_response')
 """,
 }
 
 _INSTANT = """
 SELECT transaction_timestamp() AS read_at, pg_current_snapshot()::text AS snapshot
 """
+
+_ENCODING = "SELECT current_setting('server_encoding') AS encoding"
 
 # Who shares a snapshot waits for the others, however long they read.
 _SHARED = """
@@ -194,6 +213,8 @@ ROWS_OF_A_PART = 500_000
 _MOST_PARTS = 256
 # Which one it is depends on the version, and on whether the transaction ended just now.
 _SNAPSHOT_IS_GONE = ("22023", "42704", "55000")
+_SECONDS_TO_CONNECT = 2
+_UTF8 = "UTF8"
 _USE_COPY = "adbc.postgresql.use_copy"
 
 Table = Literal["sessions", "tutor_events"]
@@ -265,6 +286,8 @@ class View:
         snapshot: The transactions that it sees, as PostgreSQL's type ``pg_snapshot`` writes them.
         ids_are_unique: Whether the database sees to it that a session, and a feedback, is there
             once.
+        is_utf8: Whether the database's text is UTF-8, so that its bytes have our order.
+        score_is_numeric: Whether an engagement score may be out of a double's range.
     """
 
     source: Source
@@ -272,11 +295,13 @@ class View:
     read_at: datetime
     snapshot: str
     ids_are_unique: bool
+    is_utf8: bool
+    score_is_numeric: bool
     _cursor: dbapi.Cursor | None = None
     _name: str | None = None
 
     def tutors(self) -> pl.DataFrame:
-        """``SourceTutors``.
+        """``SourceTutors``, as they are there: a view may have an id twice, or none.
 
         Raises:
             SourceError: The platform cannot be read, or has no tutors.
@@ -318,7 +343,13 @@ class View:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         bound = partial(
-            _bound, tutor_ids=self.tutor_ids, tutor_range=tutor_range, start=start, end=end
+            _bound,
+            tutor_ids=self.tutor_ids,
+            tutor_range=tutor_range,
+            is_utf8=self.is_utf8,
+            score=_NUMERIC_SCORE if self.score_is_numeric else _SCORE,
+            start=start,
+            end=end,
         )
         parts: dict[Table, Sequence[pl.LazyFrame]] = {
             "sessions": [SourceSessions.create_empty().lazy()],
@@ -380,9 +411,17 @@ def open_view(source: Source, *, tutor_ids: Sequence[str] = ()) -> Iterator[View
     """
     with _snapshot(source, tutor_ids=tutor_ids) as cursor:
         read_at, snapshot = _fetch(cursor, _INSTANT, _Instant).row(0)
-        _check_contract(cursor, source)
-        ids_are_unique = bool(_fetch(cursor, _IS_UNIQUE, _IsUnique).item())
-        yield View(source, tuple(tutor_ids), read_at, snapshot, ids_are_unique, cursor)
+        types = _check_contract(cursor, source)
+        yield View(
+            source,
+            tuple(tutor_ids),
+            read_at,
+            snapshot,
+            ids_are_unique=bool(_fetch(cursor, _IS_UNIQUE, _IsUnique).item()),
+            is_utf8=_fetch(cursor, _ENCODING, _Encoding).item() == _UTF8,
+            score_is_numeric=types["sessions", "engagement_score"] == "numeric",
+            _cursor=cursor,
+        )
 
 
 def newest(
@@ -423,6 +462,10 @@ class _Newest(dy.Schema):
 class _Instant(dy.Schema):
     read_at = dy.Datetime(time_zone="UTC")
     snapshot = dy.String()
+
+
+class _Encoding(dy.Schema):
+    encoding = dy.String()
 
 
 class _IsEmpty(dy.Schema):
@@ -474,11 +517,8 @@ def _snapshot(
     source: Source, *, tutor_ids: Sequence[str] = (), shared: str | None = None
 ) -> Iterator[dbapi.Cursor]:
     """A transaction that reads; of the given tutors, and in a snapshot that another one shares."""
-    settings = {
-        **transaction_limits(source.timeouts),
-        "tutormax.tutor_ids": json.dumps(list(tutor_ids)),
-    }
-    set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in enumerate(settings, 1))
+    limits = transaction_limits(source.timeouts)
+    set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in enumerate(limits, 1))
     with (
         _told(source),
         dbapi.connect(conninfo(source.url)) as connection,
@@ -487,8 +527,22 @@ def _snapshot(
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         if shared is not None:
             _take_part(cursor, source, shared)
-        cursor.execute(f"SELECT {set_all}", tuple(settings.values()))
+        cursor.execute(f"SELECT {set_all}", tuple(limits.values()))
+        if tutor_ids:
+            # Not in ASCII: the server has escapes of its own encoding's characters only.
+            held = json.dumps(_held(cursor, tutor_ids), ensure_ascii=False)
+            cursor.execute("SELECT set_config('tutormax.tutor_ids', $1, true)", (held,))
         yield cursor
+
+
+def _held(cursor: dbapi.Cursor, tutor_ids: Sequence[str]) -> list[str]:
+    """Those of the ids that the database's encoding has all characters of."""
+    others = [tutor_id for tutor_id in tutor_ids if not tutor_id.isascii()]
+    if not others or _fetch(cursor, _ENCODING, _Encoding).item() == _UTF8:
+        return list(tutor_ids)
+    # What the encoding lacks PostgreSQL does not take even to compare it, so that is done here.
+    known = set(_fetch(cursor, _bound(_TUTORS), SourceTutors)["tutor_id"])
+    return [tutor_id for tutor_id in tutor_ids if tutor_id.isascii() or tutor_id in known]
 
 
 def _take_part(cursor: dbapi.Cursor, source: Source, shared: str) -> None:
@@ -517,7 +571,8 @@ def _told(source: Source) -> Iterator[None]:
         ) from error
 
 
-def _check_contract(cursor: dbapi.Cursor, source: Source) -> None:
+def _check_contract(cursor: dbapi.Cursor, source: Source) -> dict[tuple[str, str | None], str]:
+    """The types of the columns, by table and name."""
     found = _fetch(cursor, FOUND_COLUMNS, _FoundColumns)
     if found.is_empty():
         raise SourceError(
@@ -525,13 +580,15 @@ def _check_contract(cursor: dbapi.Cursor, source: Source) -> None:
             f" {', '.join(NEEDED_COLUMNS)}, or no right to look into their schema; expected the"
             " tutoring platform's database. `tutormax db status` shows what is there."
         )
-    clauses = [clause for _, clause in breaches([FoundColumn(*row) for row in found.iter_rows()])]
+    columns = [FoundColumn(*row) for row in found.iter_rows()]
+    clauses = [clause for _, clause in breaches(columns)]
     if clauses:
         raise SourceError(
             f"The platform at {describe(source.url)} cannot be read: {'; '.join(clauses)}."
             " `tutormax db status` shows what is there, `tutormax db roles` prints the rights that"
             " are needed."
         )
+    return {(column.table_name, column.column_name): column.type or "" for column in columns}
 
 
 def _bound(
@@ -539,15 +596,37 @@ def _bound(
     *,
     tutor_ids: Sequence[str] = (),
     tutor_range: TutorRange = ALL_TUTORS,
+    is_utf8: bool = True,
+    score: LiteralString = _SCORE,
     **instants: datetime,
 ) -> str:
-    only_tutors: list[sql.Composable] = [sql.SQL(_ONLY_TUTORS if tutor_ids else "")]
+    return (
+        sql.SQL(query)
+        .format(
+            only_tutors=sql.SQL(_ONLY_TUTORS if tutor_ids else "")
+            + _of_range(tutor_range, is_utf8=is_utf8),
+            score=sql.SQL(score),
+            **{name: sql.Literal(instant) for name, instant in instants.items()},
+        )
+        .as_string(None)
+    )
+
+
+def _of_range(tutor_range: TutorRange, *, is_utf8: bool) -> sql.Composed:
+    """The condition that a tutor is of the range, in the order of the bytes of UTF-8."""
+    tutor_id = sql.SQL(
+        't.tutor_id::text COLLATE "C"' if is_utf8 else "convert_to(t.tutor_id::text, 'UTF8')"
+    )
+    conditions = []
     for operator, bound in ((">=", tutor_range.lower), ("<", tutor_range.upper)):
         if bound is not None:
-            compared = sql.SQL(f' AND t.tutor_id::text COLLATE "C" {operator} {{}}')
-            only_tutors.append(compared.format(sql.Literal(bound)))
-    literals = {name: sql.Literal(instant) for name, instant in instants.items()}
-    return sql.SQL(query).format(only_tutors=sql.Composed(only_tutors), **literals).as_string(None)
+            literal = sql.Literal(bound if is_utf8 else bound.encode())
+            conditions.append(sql.SQL(f"{{}} {operator} {{}}").format(tutor_id, literal))
+    condition = sql.SQL(" AND ").join(conditions)
+    if tutor_range.lower is None and conditions:
+        # Rows without a tutor are of one range, too.
+        condition = sql.SQL("({} OR t.tutor_id IS NULL)").format(condition)
+    return sql.SQL(" AND {}").format(condition) if conditions else sql.Composed([])
 
 
 def _is_lost(connection: dbapi.Connection) -> bool:
@@ -572,20 +651,33 @@ def _at_once(
     if len(readers) < 2:
         return {table: read_table(cursor) for table, read_table in readers.items()}
     shared = _fetch(cursor, _SHARED, _Shared).item()
-    with ExitStack() as stack:
-        try:
-            other = stack.enter_context(_snapshot(source, tutor_ids=tutor_ids, shared=shared))
-        except SourceError:
-            return {table: read_table(cursor) for table, read_table in readers.items()}
-        (first, read_first), (second, read_second) = readers.items()
-        of_second = stack.enter_context(ThreadPoolExecutor(1)).submit(read_second, other)
-        try:
-            of_first = read_first(cursor)
-        except BaseException:
+    (first, read_first), (second, read_second) = readers.items()
+    opened: Future[dbapi.Cursor] = Future()
+
+    def read_there() -> _Streamed | None:
+        with _snapshot(source, tutor_ids=tutor_ids, shared=shared) as other:
+            if not opened.set_running_or_notify_cancel():
+                return None
+            opened.set_result(other)
+            return read_second(other)
+
+    pool = ThreadPoolExecutor(1)
+    reading = pool.submit(read_there)
+    # A pooler without a free connection accepts one all the same, and has it wait.
+    wait([opened, reading], timeout=_SECONDS_TO_CONNECT, return_when=FIRST_COMPLETED)
+    try:
+        of_first = read_first(cursor)
+        of_second = read_second(cursor) if opened.cancel() else reading.result()
+    except BaseException:
+        if not opened.cancel():
             with suppress(dbapi.Error):
-                other.adbc_cancel()
-            raise
-        return {first: of_first, second: of_second.result()}
+                opened.result().adbc_cancel()
+        raise
+    finally:
+        # One that still waits finds the snapshot gone, and ends.
+        pool.shutdown(wait=not opened.cancelled())
+    assert of_second is not None  # noqa: S101 - it was opened
+    return {first: of_first, second: of_second}
 
 
 def _read_sessions(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str], str]) -> _Streamed:

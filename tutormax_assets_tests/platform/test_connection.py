@@ -172,6 +172,29 @@ def test_both_drivers_take_the_options_of_the_url(engine: sa.Engine) -> None:
     assert found == "nightly"
 
 
+def test_no_statement_stays_prepared_in_the_server(engine: sa.Engine) -> None:
+    # A transaction pooler gives the next transaction another connection, which does not know it.
+    with engine.connect() as connection:
+        for number in range(10):
+            connection.execute(sa.text("SELECT CAST(:number AS integer)"), {"number": number})
+        prepared = connection.scalars(sa.text("SELECT statement FROM pg_prepared_statements"))
+        assert prepared.all() == []
+
+
+def test_both_drivers_speak_utf8_whatever_the_url_and_the_role_say(engine: sa.Engine) -> None:
+    url = engine.url.update_query_dict({"client_encoding": "LATIN1"})
+    name = sa.sql.quoted_name(str(url.database), quote=True)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f'ALTER DATABASE "{name}" SET client_encoding = LATIN1')
+
+    with psycopg.connect(conninfo(url)) as plain:
+        assert plain.execute("SHOW client_encoding").fetchone() == ("UTF8",)
+    pooled = create_engine(url)
+    with pooled.connect() as connection:
+        assert connection.scalar(sa.text("SHOW client_encoding")) == "UTF8"
+    pooled.dispose()
+
+
 def test_both_drivers_take_several_hosts() -> None:
     url = sa.make_url("postgresql+psycopg://u@/db?host=first:6543&host=second:6544")
 

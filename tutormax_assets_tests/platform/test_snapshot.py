@@ -1,7 +1,9 @@
 """Reading the platform, from a real PostgreSQL."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from threading import Event
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -454,3 +456,27 @@ def test_what_one_connection_is_refused_ends_the_reading(
 
     with pytest.raises(SourceError, match="cannot be read: division by zero"):
         read_tables(engine.url)
+
+
+def test_a_pooler_without_a_free_connection_keeps_nobody_waiting(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(engine, tables.sessions, session("s"))
+    add(engine, tables.tutor_events, event("e"))
+    is_free, opened = Event(), snapshot._snapshot
+
+    @contextmanager
+    def pooled(*arguments: Any, shared: str | None = None, **options: Any) -> Iterator[Any]:
+        if shared is not None:
+            assert is_free.wait(30)
+        with opened(*arguments, shared=shared, **options) as cursor:
+            yield cursor
+        is_free.set()
+
+    monkeypatch.setattr(snapshot, "_snapshot", pooled)
+    monkeypatch.setattr(snapshot, "_SECONDS_TO_CONNECT", 0.01)
+
+    rows = read_tables(engine.url)
+
+    assert ids(rows.sessions) == {"s"}
+    assert ids(rows.events) == {"e"}
