@@ -46,13 +46,17 @@ from tutormax_assets.partitions import checked_reference_date, midnight, today
 from tutormax_assets.parts import scan_partition
 from tutormax_assets.platform.archive import RestoredDate, restore_date
 from tutormax_assets.platform.connection import create_engine, database_url
+from tutormax_assets.platform.snapshot import SourceError
+from tutormax_assets.platform.sources import UnknownTutorsError, source_of, unknown_tutors
 from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
-from tutormax_assets.resources import RunOptions
-from tutormax_assets.settings import Settings, load_settings
+from tutormax_assets.resources import RunOptions, checked_options
+from tutormax_assets.settings import Settings, checked_retention_days, load_settings
 from tutormax_assets.storage import partition_path
 
 MOST_ERRORS_SHOWN = 100
 """Errors of a date that are logged and printed one by one."""
+
+_UNKNOWN_TUTOR = "The tutor is not in the platform's tutors. Check the id."
 
 SYSTEM = "SYSTEM"
 """Stands in place of a tutor's id in the error of a run that failed as a whole."""
@@ -166,7 +170,7 @@ class DailyMetricsAggregator:
 
     def __init__(
         self,
-        reference_date: date | None = None,
+        reference_date: date | str | None = None,
         max_retries: int = 3,
         retry_delay_seconds: float = 5,
         batch_size: int = RunOptions.model_fields["batch_size"].default,
@@ -174,23 +178,26 @@ class DailyMetricsAggregator:
         """Say which date, and how it is written.
 
         Args:
-            reference_date: A date, or a datetime whose date counts; today when left out.
+            reference_date: A date, also as YYYY-MM-DD, or a datetime whose date counts; today when
+                left out.
             max_retries: How often reading or writing is tried again if that may help.
             retry_delay_seconds: Seconds before the first retry; doubles with each further one.
             batch_size: Tutors that are written in one transaction.
 
         Raises:
-            ReferenceDateError: The date lies in the future or before the first partition.
+            ReferenceDateError: It is no date, or lies in the future or before the first partition.
+            OptionsError: Another argument is unusable.
         """
         self.settings = load_settings()
         self.reference_date = checked_reference_date(
-            reference_date or today(timezone=self.settings.timezone),
+            today(timezone=self.settings.timezone) if reference_date is None else reference_date,
             first=self.settings.first_date,
             timezone=self.settings.timezone,
         )
         self.max_retries = max_retries
         self.retry_delay_seconds = retry_delay_seconds
         self.batch_size = batch_size
+        self._options()
 
     async def run(
         self, tutor_ids: Sequence[str] | None = None, include_inactive: bool = False
@@ -198,13 +205,18 @@ class DailyMetricsAggregator:
         """Compute the date for the active tutors, or for the given ones.
 
         Args:
-            tutor_ids: Only these tutors; the others' rows stay as they are.
+            tutor_ids: Only these tutors, at least one; the others' rows stay as they are.
             include_inactive: Tutors of any status.
 
         Returns:
             The summary, with one result per tutor. A failure is in its errors and is not raised.
+
+        Raises:
+            OptionsError: An argument is unusable.
+            UnknownTutorsError: None of the tutors is in the platform's tutors.
         """
-        return await asyncio.to_thread(self._run, tutor_ids, include_inactive)
+        options = self._options(tutor_ids, include_inactive)
+        return await asyncio.to_thread(self._run, options)
 
     async def cleanup_old_metrics(self, session: object = None, retention_days: int = 90) -> int:
         """Move the metrics of dates older than so many days before today to the archive.
@@ -219,20 +231,25 @@ class DailyMetricsAggregator:
             Number of rows that left the table.
 
         Raises:
+            OptionsError: ``retention_days`` is not from 1 to 36,500.
             ArchiveError: The archive cannot be written, or not read back; its rows are in the
                 table.
         """
         report = await asyncio.to_thread(cleanup, self.settings, retention_days=retention_days)
         return report.rows
 
-    def _run(self, tutor_ids: Sequence[str] | None, include_inactive: bool) -> AggregationSummary:
-        options = RunOptions(
-            tutor_ids=list(tutor_ids or []),
+    def _options(
+        self, tutor_ids: Sequence[str] | None = None, include_inactive: bool = False
+    ) -> RunOptions:
+        return checked_options(
+            tutor_ids=tutor_ids,
             include_inactive=include_inactive,
             batch_size=self.batch_size,
             max_retries=self.max_retries,
             retry_delay_seconds=self.retry_delay_seconds,
         )
+
+    def _run(self, options: RunOptions) -> AggregationSummary:
         [summary] = aggregate(self.settings, [self.reference_date], options)
         if summary.total_tutors:
             summary.results = _results(self.settings, summary, options)
@@ -240,7 +257,7 @@ class DailyMetricsAggregator:
 
 
 async def run_daily_aggregation(
-    reference_date: date | None = None,
+    reference_date: date | str | None = None,
     tutor_ids: Sequence[str] | None = None,
     include_inactive: bool = False,
     cleanup_old_metrics: bool = False,
@@ -249,8 +266,9 @@ async def run_daily_aggregation(
     """Compute a date, and archive old metrics afterwards if asked to and anything was saved.
 
     Args:
-        reference_date: A date, or a datetime whose date counts; today when left out.
-        tutor_ids: Only these tutors; the others' rows stay as they are.
+        reference_date: A date, also as YYYY-MM-DD, or a datetime whose date counts; today when left
+            out.
+        tutor_ids: Only these tutors, at least one; the others' rows stay as they are.
         include_inactive: Tutors of any status.
         cleanup_old_metrics: Whether to move old metrics to the archive afterwards.
         retention_days: Age in days up to which metrics stay in the table.
@@ -259,9 +277,12 @@ async def run_daily_aggregation(
         The summary, with one result per tutor.
 
     Raises:
-        ReferenceDateError: The date lies in the future or before the first partition.
+        ReferenceDateError: It is no date, or lies in the future or before the first partition.
+        OptionsError: Another argument is unusable.
+        UnknownTutorsError: None of the tutors is in the platform's tutors.
         ArchiveError: The date is saved, but the archive cannot be written or not read back.
     """
+    checked_retention_days(retention_days)
     aggregator = DailyMetricsAggregator(reference_date=reference_date)
     summary = await aggregator.run(tutor_ids=tutor_ids, include_inactive=include_inactive)
     if cleanup_old_metrics and summary.successful:
@@ -290,14 +311,17 @@ def aggregate(
     Args:
         settings: Where everything is.
         days: Consecutive reference dates, ascending.
-        options: Options of the run.
+        options: Options of the run. Tutors who are not in the platform's tutors are left out of it
+            and named in the errors of each summary.
 
     Returns:
         One summary per date.
 
     Raises:
+        UnknownTutorsError: None of the tutors is known; no run is on record.
         KeyboardInterrupt: Someone stopped the process; what ran until then is on record.
     """
+    options, unknown = _known_only(settings, options)
     job = build_definitions(settings).resolve_job_def(JOB_NAME)
     summaries = []
     run_ids = []
@@ -332,10 +356,34 @@ def aggregate(
         finally:
             tell_of_runs(instance, run_ids, settings, logger)
     for summary in summaries:
+        summary.total_tutors += len(unknown)
+        summary.failed += len(unknown)
+        summary.errors += [{"tutor_id": one, "error": _UNKNOWN_TUTOR} for one in unknown]
         logger.info("%s", summary)
         for tutor_id, error in summary.first_errors():
             logger.error("%s: %s", tutor_id, error)
     return summaries
+
+
+def _known_only(settings: Settings, options: RunOptions) -> tuple[RunOptions, list[str]]:
+    """The options without tutors who are not in the platform's tutors, and those tutors."""
+    if options.tutor_ids is None:
+        return options, []
+    try:
+        unknown = unknown_tutors(source_of(settings), options.tutor_ids)
+    except SourceError:
+        # The run meets it too: it tries again, and puts it on record.
+        return options, []
+    known = [one for one in dict.fromkeys(options.tutor_ids) if one not in set(unknown)]
+    if not known:
+        shown = ", ".join(map(repr, unknown[:MOST_ERRORS_SHOWN]))
+        more = len(unknown) - MOST_ERRORS_SHOWN
+        raise UnknownTutorsError(
+            f"None of the tutors is in the platform's tutors: {shown}"
+            f"{f' and {more} more' if more > 0 else ''}. Check the ids; on the command line,"
+            " --tutor takes an id with a comma or outer spaces as it is."
+        )
+    return RunOptions(**{**options.model_dump(), "tutor_ids": known}), unknown
 
 
 def cleanup(
@@ -349,6 +397,7 @@ def cleanup(
         dry_run: Only look.
 
     Raises:
+        OptionsError: ``retention_days`` is not from 1 to 36,500.
         ArchiveError: The archive cannot be written, or not read back; its rows are in the table.
         MetricsTableError: The table is missing or not as this version expects it.
         StorageError: The Parquet partitions cannot be reached.

@@ -32,17 +32,26 @@ def horizon(days: Sequence[date], *, window_days: int) -> tuple[date, date]:
     return min(days) - timedelta(days=window_days), max(days)
 
 
-def checked_reference_date(value: date, *, first: date, timezone: str) -> date:
+def checked_reference_date(value: date | str, *, first: date, timezone: str) -> date:
     """The date of a date or datetime, if it can be computed.
 
     Args:
-        value: A date, or a datetime, whose date in the timezone counts.
+        value: A date, in ISO form if it is text, or a datetime, whose date in the timezone counts.
         first: The first reference date.
         timezone: IANA name; its current day is the last reference date.
 
     Raises:
-        ReferenceDateError: It lies in the future or before the first reference date.
+        ReferenceDateError: It is no date, or lies in the future or before the first reference date.
     """
+    if isinstance(value, str):
+        try:
+            value = date.fromisoformat(value)
+        except ValueError:
+            raise ReferenceDateError(f"{value!r} is not a date; expected YYYY-MM-DD.") from None
+    if not isinstance(value, date):
+        raise ReferenceDateError(
+            f"A {type(value).__name__} is not a date; expected a date, a datetime or YYYY-MM-DD."
+        )
     if isinstance(value, datetime):
         value = (value.astimezone(ZoneInfo(timezone)) if value.tzinfo else value).date()
     last = today(timezone=timezone)

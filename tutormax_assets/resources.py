@@ -1,13 +1,14 @@
 """What a run is given: its options, the platform's database and the metrics policy."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
 import tenacity
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from tutormax_assets.metrics.policy import Policy, PolicyError
 from tutormax_assets.platform.connection import (
@@ -17,15 +18,17 @@ from tutormax_assets.platform.connection import (
 )
 from tutormax_assets.platform.faults import retrying
 from tutormax_assets.platform.sources import AnySource, source_of
-from tutormax_assets.settings import Settings, SettingsError, load_settings
+from tutormax_assets.settings import OptionsError, Settings, SettingsError, load_settings
 
 
 class RunOptions(dg.ConfigurableResource[None]):
     """Options of one run, set in the Launchpad or by the CLI; the defaults need nothing."""
 
-    tutor_ids: list[str] = Field(
-        default=[],
-        description="Refresh only these tutors and leave the others' rows as they are.",
+    tutor_ids: list[str] | None = Field(
+        default=None,
+        description=(
+            "Refresh only these tutors and leave the others' rows as they are; all when null."
+        ),
     )
     include_inactive: bool = Field(
         default=False, description="Compute tutors of any status, not only active ones."
@@ -39,14 +42,44 @@ class RunOptions(dg.ConfigurableResource[None]):
     retry_delay_seconds: float = Field(
         default=5,
         ge=0,
+        allow_inf_nan=False,
         description="Seconds before the first retry; doubles with each further one.",
     )
+
+    @field_validator("tutor_ids")
+    @classmethod
+    def _names_tutors(cls, tutor_ids: list[str] | None) -> list[str] | None:
+        if tutor_ids is not None and not tutor_ids:
+            raise ValueError("found no id, expected at least one, or null for all tutors")
+        for tutor_id in tutor_ids or ():
+            # Neither a database nor a log takes a surrogate, as bytes that are not UTF-8 become.
+            if not tutor_id or re.search("[\0\ud800-\udfff]", tutor_id):
+                raise ValueError(f"found the id {tutor_id!a}, expected text that is not empty")
+        return tutor_ids
 
     def retrying(self, log: logging.Logger) -> tenacity.Retrying:
         """Calls a function again, as often as the options say, when its failure may pass."""
         return retrying(
             max_retries=self.max_retries, retry_delay_seconds=self.retry_delay_seconds, log=log
         )
+
+
+def checked_options(**values: Any) -> RunOptions:
+    """The options of a run.
+
+    Raises:
+        OptionsError: One of them is unusable.
+    """
+    if isinstance(values.get("tutor_ids"), str):
+        raise OptionsError("tutor_ids is a single text; expected a list of ids.")
+    try:
+        return RunOptions(**values)
+    except ValidationError as error:
+        found = [
+            f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}"
+            for one in error.errors(include_input=False)
+        ]
+        raise OptionsError(f"{'; '.join(found)}.") from None
 
 
 class PlatformDatabase(dg.ConfigurableResource[None]):

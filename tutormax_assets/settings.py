@@ -24,6 +24,13 @@ POSTGRES_VARIABLES = (
 _FILESYSTEMS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
 
 
+LONGEST_RETENTION_DAYS = 36_500
+
+
+class OptionsError(ValueError):
+    """An argument of a run or a cleanup is unusable; the message says what was expected."""
+
+
 class SettingsError(Exception):
     """The environment does not make sense; the message says what was found and what to do."""
 
@@ -114,13 +121,13 @@ class Settings(BaseSettings):
     retention_days: int = Field(
         default=90,
         ge=1,
-        le=36_500,
+        le=LONGEST_RETENTION_DAYS,
         description="Age in days beyond which metrics move from the table to the archive.",
     )
     snapshot_retention_days: int = Field(
         default=30,
         ge=1,
-        le=36_500,
+        le=LONGEST_RETENTION_DAYS,
         description="Age in days beyond which Parquet partitions are deleted.",
     )
     dask_address: str | None = Field(
@@ -284,6 +291,21 @@ class Settings(BaseSettings):
     def archive_path(self) -> str:
         """Base path of the archive of old metrics; ``archive`` under the home unless it is set."""
         return self.archive or str(self.home_path / "archive")
+
+
+def checked_retention_days(days: int) -> int:
+    """The age in days up to which metrics stay, if it is one.
+
+    Raises:
+        OptionsError: It is no whole number, or out of range.
+    """
+    is_whole = isinstance(days, int) and not isinstance(days, bool)
+    if not is_whole or not 1 <= days <= LONGEST_RETENTION_DAYS:
+        raise OptionsError(
+            f"retention_days is {days!r}; expected a whole number from 1 to"
+            f" {LONGEST_RETENTION_DAYS}."
+        )
+    return days
 
 
 def load_settings() -> Settings:

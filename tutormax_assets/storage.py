@@ -107,7 +107,7 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
         Raises:
             FileNotFoundError: A partition has not been materialized.
         """
-        only = tuple(self.run_options.tutor_ids)
+        only = tuple(self.run_options.tutor_ids or ())
         return {
             key: stored_partition(self.path(asset_key, key), tutor_ids=only)
             for key in partition_keys

@@ -20,6 +20,7 @@ from tutormax_assets import AggregationSummary, DailyMetricsAggregator, run_dail
 from tutormax_assets.aggregation import (
     MOST_ERRORS_SHOWN,
     aggregate,
+    cleanup,
     steps,
 )
 from tutormax_assets.failures import is_of_every_date
@@ -28,7 +29,7 @@ from tutormax_assets.partitions import ReferenceDateError, today
 from tutormax_assets.platform import tables
 from tutormax_assets.platform.faults import TIMEOUT_SETTING
 from tutormax_assets.resources import RunOptions
-from tutormax_assets.settings import SettingsError, load_settings
+from tutormax_assets.settings import OptionsError, SettingsError, load_settings
 from tutormax_assets_tests.conftest import Platform, captured_log, open_platform
 from tutormax_assets_tests.tls import refusing_server
 
@@ -286,6 +287,46 @@ def test_what_cannot_be_computed_is_refused_before_anything_is_started(
     with pytest.raises(SettingsError, match="set all five"):
         DailyMetricsAggregator()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"tutor_ids": []}, "tutor_ids: found no id, expected at least one, or null"),
+        ({"tutor_ids": [""]}, "tutor_ids: found the id ''"),
+        ({"tutor_ids": "T000001"}, "tutor_ids is a single text; expected a list of ids"),
+        ({"retention_days": -400}, "retention_days is -400; expected a whole number from 1 to"),
+        ({"retention_days": 0}, "retention_days is 0; expected"),
+        ({"reference_date": "yesterday"}, "'yesterday' is not a date; expected YYYY-MM-DD"),
+        ({"reference_date": ""}, "'' is not a date"),
+    ],
+)
+def test_unusable_arguments_are_refused_before_anything_is_started(
+    arguments: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises((OptionsError, ReferenceDateError), match=expected):
+        asyncio.run(run_daily_aggregation(**arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"batch_size": 0}, "batch_size: .* greater than or equal to 1"),
+        ({"max_retries": -1}, "max_retries: .* greater than or equal to 0"),
+        ({"retry_delay_seconds": float("nan")}, "retry_delay_seconds: "),
+    ],
+)
+def test_unusable_options_are_refused(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(OptionsError, match=expected):
+        DailyMetricsAggregator(**options)
+
+
+def test_retention_days_are_checked_wherever_they_come_from(platform: Platform) -> None:
+    with pytest.raises(OptionsError, match="retention_days is -1"):
+        asyncio.run(DailyMetricsAggregator().cleanup_old_metrics(retention_days=-1))
+    with pytest.raises(OptionsError, match="retention_days is True"):
+        cleanup(platform.settings, retention_days=True)
 
 
 def test_a_summary_without_tutors_has_a_success_rate() -> None:

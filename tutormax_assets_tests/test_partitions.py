@@ -104,6 +104,7 @@ def test_no_days_have_no_horizon() -> None:
     [
         (date(2025, 11, 7), "UTC", date(2025, 11, 7)),
         (date(2025, 1, 1), "UTC", date(2025, 1, 1)),
+        ("2025-11-07", "UTC", date(2025, 11, 7)),
         (date(2025, 11, 6), NEW_YORK, date(2025, 11, 6)),
         # A time without a timezone says its own date.
         (datetime(2025, 10, 1, 23, 59, 59), NEW_YORK, date(2025, 10, 1)),  # noqa: DTZ001
@@ -121,7 +122,7 @@ def test_no_days_have_no_horizon() -> None:
     ],
 )
 def test_a_reference_date_is_a_day_of_the_timezone(
-    value: date, timezone: str, expected: date
+    value: date | str, timezone: str, expected: date
 ) -> None:
     found = checked_reference_date(value, first=FIRST, timezone=timezone)
 
@@ -151,8 +152,10 @@ def test_a_reference_date_is_a_day_of_the_timezone(
             "2024-12-31 lies before the first reference date, 2025-01-01. TUTORMAX_FIRST_DATE",
         ),
         (datetime(2025, 1, 1, 4, tzinfo=UTC), NEW_YORK, "2024-12-31 lies before the first"),
+        ("7/11/2025", "UTC", "'7/11/2025' is not a date; expected YYYY-MM-DD"),
+        ("2025-11-31", "UTC", "'2025-11-31' is not a date; expected YYYY-MM-DD"),
     ],
 )
-def test_other_dates_are_refused(value: date, timezone: str, message: str) -> None:
+def test_other_dates_are_refused(value: date | str, timezone: str, message: str) -> None:
     with pytest.raises(ReferenceDateError, match=message):
         checked_reference_date(value, first=FIRST, timezone=timezone)

@@ -121,7 +121,7 @@ def platform_snapshot_assets(
 
         def read() -> tuple[View, Shards, SnapshotReport]:
             started = perf_counter()
-            with open_view(database.source, tutor_ids=run_options.tutor_ids) as view:
+            with open_view(database.source, tutor_ids=run_options.tutor_ids or ()) as view:
                 tutors = view.tutors()
                 seconds = perf_counter() - started
                 roster = _roster(context, tutors, run_options)
@@ -230,7 +230,7 @@ def _roster(
     context: dg.AssetExecutionContext, tutors: pl.DataFrame, run_options: RunOptions
 ) -> pl.DataFrame:
     """The tutors to compute; says which of those asked for are not among them."""
-    if unknown := sorted(set(run_options.tutor_ids) - set(tutors["tutor_id"])):
+    if unknown := sorted(set(run_options.tutor_ids or ()) - set(tutors["tutor_id"])):
         context.log.warning(f"Unknown tutors are left out: {', '.join(unknown)}")
     if run_options.tutor_ids and tutors.is_empty():
         raise dg.Failure(

@@ -27,7 +27,7 @@ from tutormax_assets.platform.archive import ArchivedDate, RestoredDate, StoredD
 from tutormax_assets.platform.metrics_table import MetricsTableError
 from tutormax_assets.platform.tables import METRICS_TABLE
 from tutormax_assets.resources import PlatformDatabase
-from tutormax_assets.settings import Settings
+from tutormax_assets.settings import Settings, checked_retention_days
 from tutormax_assets.storage import StoredPartition, delete_partition, partitions_before
 
 JOB_NAME = "retention"
@@ -85,9 +85,14 @@ class Retention:
             settings: The settings.
             parquet_assets: The assets whose partitions are Parquet.
             retention_days: Age in days up to which metrics stay, in place of the settings'.
+
+        Raises:
+            OptionsError: It is below 1 or out of range.
         """
         now = today(timezone=settings.timezone)
-        days = settings.retention_days if retention_days is None else retention_days
+        days = checked_retention_days(
+            settings.retention_days if retention_days is None else retention_days
+        )
         return cls(
             metrics_from=now - timedelta(days=days),
             partitions_from=now - timedelta(days=settings.snapshot_retention_days),

@@ -21,11 +21,7 @@ def reference_date(option: str, text: str | None, environment: "Settings") -> da
         return today(timezone=environment.timezone)
     try:
         return checked_reference_date(
-            date.fromisoformat(text),
-            first=environment.first_date,
-            timezone=environment.timezone,
+            text, first=environment.first_date, timezone=environment.timezone
         )
     except ReferenceDateError as error:
         fail(f"{option} {error}", code=EXIT_USAGE)
-    except ValueError:
-        fail(f"{option} {text!r} is not a date; expected YYYY-MM-DD.", code=EXIT_USAGE)

@@ -31,8 +31,16 @@ if TYPE_CHECKING:
     from tutormax_assets.settings import Settings
 
 Tutors = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option("--tutors", help="Only these tutors, ids separated by commas.", metavar="A,B"),
+]
+Tutor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tutor",
+        help="Only this tutor, the id taken as it is, commas and spaces included; may be repeated.",
+        metavar="ID",
+    ),
 ]
 IncludeInactive = Annotated[
     bool, typer.Option("--include-inactive", help="Tutors of any status, not only active ones.")
@@ -57,6 +65,7 @@ def run(
         typer.Option("--date", help="Reference date, YYYY-MM-DD; today when left out."),
     ] = None,
     tutors: Tutors = None,
+    tutor: Tutor = None,
     include_inactive: IncludeInactive = False,
     cleanup: Annotated[
         bool, typer.Option("--cleanup", help="Do `tutormax cleanup` afterwards.")
@@ -81,13 +90,13 @@ def run(
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
         from tutormax_assets import aggregation
-        from tutormax_assets.resources import RunOptions
+        from tutormax_assets.resources import checked_options
 
         [summary] = with_progress(
             environment,
             [reference_date("--date", day, environment)],
-            RunOptions(
-                tutor_ids=_tutor_ids(tutors),
+            checked_options(
+                tutor_ids=_tutor_ids(tutors, tutor),
                 include_inactive=include_inactive,
                 batch_size=batch_size,
                 max_retries=max_retries,
@@ -112,6 +121,7 @@ def backfill(
         str | None, typer.Option("--to", help="Last reference date; today when left out.")
     ] = None,
     tutors: Tutors = None,
+    tutor: Tutor = None,
     include_inactive: IncludeInactive = False,
     batch_size: BatchSize = 1_000,
     max_retries: MaxRetries = 3,
@@ -128,7 +138,7 @@ def backfill(
     """
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
-        from tutormax_assets.resources import RunOptions
+        from tutormax_assets.resources import checked_options
 
         start = reference_date("--from", first, environment)
         end = reference_date("--to", last, environment)
@@ -137,8 +147,8 @@ def backfill(
         summaries = with_progress(
             environment,
             [start + timedelta(days=n) for n in range((end - start).days + 1)],
-            RunOptions(
-                tutor_ids=_tutor_ids(tutors),
+            checked_options(
+                tutor_ids=_tutor_ids(tutors, tutor),
                 include_inactive=include_inactive,
                 batch_size=batch_size,
                 max_retries=max_retries,
@@ -178,13 +188,11 @@ def _prepare(*, verbose: bool, quiet: bool) -> "Settings":
     return environment
 
 
-def _tutor_ids(text: str | None) -> list[str]:
-    if text is None:
-        return []
-    tutor_ids = [part.strip() for part in text.split(",") if part.strip()]
-    if not tutor_ids:
+def _tutor_ids(lists: list[str] | None, ids: list[str] | None) -> list[str] | None:
+    named = [[part.strip() for part in text.split(",") if part.strip()] for text in lists or ()]
+    if not all(named):
         fail("--tutors names no tutor; expected ids separated by commas.", code=EXIT_USAGE)
-    return tutor_ids
+    return [*(tutor_id for of_list in named for tutor_id in of_list), *(ids or ())] or None
 
 
 def with_progress(

@@ -42,13 +42,14 @@ def sentences() -> Iterator[None]:
     from tutormax_assets.platform.metrics_table import MetricsTableError
     from tutormax_assets.platform.schema import SchemaError
     from tutormax_assets.platform.snapshot import SourceError
-    from tutormax_assets.settings import SettingsError
+    from tutormax_assets.platform.sources import UnknownTutorsError
+    from tutormax_assets.settings import OptionsError, SettingsError
 
     try:
         yield
     except KeyboardInterrupt:
         fail("It was interrupted. What was saved until then stays.", code=EXIT_FAILED)
-    except (SettingsError, PolicyError) as error:
+    except (SettingsError, PolicyError, OptionsError, UnknownTutorsError) as error:
         fail(str(error), code=EXIT_USAGE)
     except (
         SchemaError,

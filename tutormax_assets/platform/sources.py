@@ -19,6 +19,10 @@ AnySource = Source | Lake
 """Where the source tables are read: a PostgreSQL database, or a lake."""
 
 
+class UnknownTutorsError(Exception):
+    """None of the tutors that a run is about is in the platform's tutors."""
+
+
 class View(Protocol):
     """The platform at one instant, whichever source it is read from."""
 

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from tutormax_assets.instance import dagster_instance
 from tutormax_assets.partitions import today
 from tutormax_assets.platform import tables
 from tutormax_assets_tests.cli.conftest import Invoke, words
@@ -274,3 +275,33 @@ def test_a_backfill_reports_as_json_and_by_its_exit_code(
     }
     [summary] = report["summaries"]
     assert summary["errors"][0]["error"].startswith("None of the tutors is known: nobody.")
+
+
+def test_unknown_tutors_alone_start_no_run(small_platform: Platform, invoke: Invoke) -> None:
+    with dagster_instance(small_platform.settings) as instance:
+        before = instance.get_runs_count()
+        for command in (("run", "--date", DAY), ("backfill", "--from", "2025-11-06", "--to", DAY)):
+            result = invoke(*command, "--tutors", "nobody,no one", "--tutor", "no, one")
+            assert result.exit_code == 2
+            said = words(result.stderr)
+            assert "None of the tutors is in the platform's tutors: 'no one', 'no, one'" in said
+            assert "alert" not in said
+        assert instance.get_runs_count() == before
+
+
+def test_unknown_tutors_beside_known_ones_are_named_and_the_others_saved(
+    small_platform: Platform, invoke: Invoke
+) -> None:
+    # An id may hold what separates ids elsewhere.
+    odd = " T, 1 "
+    small_platform.add(tables.tutors, {"tutor_id": odd})
+
+    result = invoke("run", "--date", DAY, "--tutors", "T000001,nobody", "--tutor", odd, "--json")
+
+    assert result.exit_code == 1
+    summary = json.loads(result.stdout)
+    assert (summary["total_tutors"], summary["successful"], summary["failed"]) == (3, 2, 1)
+    [error] = summary["errors"]
+    assert error["tutor_id"] == "nobody"
+    assert "not in the platform's tutors" in error["error"]
+    assert small_platform.metrics()["tutor_id"].unique().sort().to_list() == [odd, "T000001"]
