@@ -27,7 +27,7 @@ def event_log_kept_open(instance: dg.DagsterInstance) -> Iterator[None]:
     a run without its end is then put on record as failed, like one whose process was killed.
 
     Args:
-        instance: One whose event log is in PostgreSQL has a pool, and is left as it is.
+        instance: Left as it is if its event log is in PostgreSQL, whose connections have a pool.
     """
     log: Any = instance.event_log_storage
     if not log.is_run_sharded:

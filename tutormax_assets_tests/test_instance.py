@@ -131,7 +131,7 @@ def test_a_run_succeeds_and_its_events_are_in_postgresql(
         [summary] = production.run(DAY)
     opened = connections_opened(instance_url) - before
 
-    # One each for runs and events, which are opened anew; and some until they are kept.
+    # Runs and events have a connection each. Without a pool it would be more than 400.
     assert closed == [2]
     assert opened < 40
     assert summary.total_metrics_saved == len(production.metrics()) > 0
