@@ -29,7 +29,6 @@ from tutormax_assets.parts import (
     stored_partition,
 )
 from tutormax_assets.platform.date_locks import DateLocks, try_lock_date
-from tutormax_assets.platform.metrics_table import MetricsTableError
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 
 PartitionsByDate = dict[str, Partition]
@@ -69,6 +68,15 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
             StorageError: The storage cannot be reached.
             MetricsTableError: The database cannot be reached.
         """
+        try:
+            self._set_up(context)
+        except Exception as error:
+            # The run's page shows what Dagster makes of a resource that fails.
+            log: Any = context.log
+            log.error(str(error))
+            raise
+
+    def _set_up(self, context: dg.InitResourceContext) -> None:
         make_private_folder(self.base_path, group=self.files_group)
         if context.instance is not None:
             # A worker that Dagster started comes by here before its first step.
@@ -79,12 +87,7 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
             self._locks = DateLocks(
                 self.database.engine, keys, retrying=self.run_options.retrying(log), log=log
             )
-            try:
-                self._locks.take()
-            except MetricsTableError as error:
-                # The run's page shows what Dagster makes of a resource that fails.
-                log.error(str(error))
-                raise
+            self._locks.take()
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
         """Let the next run of these dates begin."""

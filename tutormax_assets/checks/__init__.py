@@ -110,8 +110,9 @@ def report(
                     partition=key,
                     target_materialization_data=newest.get(key),
                 )
-                if not finding.passed and finding.severity is WARN:
-                    context.log.warning(sentence(evaluation))
+                if not finding.passed:
+                    log = context.log.warning if finding.severity is WARN else context.log.error
+                    log(sentence(evaluation))
                 yield evaluation
     for spec in selected:
         yield dg.Output(None, spec.get_python_identifier())

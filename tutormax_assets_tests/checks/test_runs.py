@@ -1,6 +1,7 @@
 """The checks in runs: a status for each day, what a failure stops, and what it says."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
@@ -135,6 +136,17 @@ def statuses(platform: Platform) -> Statuses:
     return {status: checks for status, checks in found.items() if checks}
 
 
+def errors_on_the_page(platform: Platform, run_id: str) -> list[str]:
+    """What the page of a run shows at the level of errors: messages, and traces behind them."""
+    with dagster_instance(platform.settings) as instance:
+        entries = instance.all_logs(run_id)
+    return [
+        f"{entry.user_message} {getattr(entry.dagster_event, 'event_specific_data', '')}"
+        for entry in entries
+        if entry.level >= logging.ERROR
+    ]
+
+
 def specs(checks: object) -> list[dg.AssetCheckSpec]:
     assert isinstance(checks, dg.AssetChecksDefinition)
     return list(checks.check_specs)
@@ -260,9 +272,15 @@ def test_a_bad_day_is_blocked_and_the_others_are_saved(
     )
     bad = ("sessions_snapshot", "few_rows_set_aside", LAST)
 
-    result = run_range(good, *DAYS)
+    with captured_log() as log:
+        result = run_range(good, *DAYS)
     assert not result.success
     assert failed(result) == {bad: "ERROR"}
+    # The page of the run says why, before the trace of the step that Dagster fails.
+    reason, trace, *_ = errors_on_the_page(good, result.run_id)
+    assert reason.startswith("sessions_snapshot of 2025-11-07, check few_rows_set_aside: ")
+    assert "blocking asset check failed" in trace
+    assert log.count(f"ERROR {reason.strip()}") == 1
     # The days' statuses are there although the run stopped at the first stage.
     snapshots = {(*check, day) for check in ALL for day in DAYS if "snapshot" in check[0]}
     assert statuses(good)["SUCCEEDED"] == snapshots - {bad}
