@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +21,15 @@ from tutormax_assets import AggregationSummary, DailyMetricsAggregator, run_dail
 from tutormax_assets.aggregation import (
     MOST_ERRORS_SHOWN,
     aggregate,
-    cleanup,
     steps,
 )
+from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.failures import is_of_every_date
 from tutormax_assets.instance import dagster_home, dagster_instance
 from tutormax_assets.partitions import ReferenceDateError, today
 from tutormax_assets.platform import tables
 from tutormax_assets.platform.faults import TIMEOUT_SETTING
+from tutormax_assets.platform.sources import UnknownTutorsError
 from tutormax_assets.resources import RunOptions
 from tutormax_assets.settings import OptionsError, SettingsError, load_settings
 from tutormax_assets_tests.conftest import Platform, captured_log, open_platform
@@ -289,46 +291,6 @@ def test_what_cannot_be_computed_is_refused_before_anything_is_started(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({"tutor_ids": []}, "tutor_ids: found no id, expected at least one, or null"),
-        ({"tutor_ids": [""]}, "tutor_ids: found the id ''"),
-        ({"tutor_ids": "T000001"}, "tutor_ids is a single text; expected a list of ids"),
-        ({"retention_days": -400}, "retention_days is -400; expected a whole number from 1 to"),
-        ({"retention_days": 0}, "retention_days is 0; expected"),
-        ({"reference_date": "yesterday"}, "'yesterday' is not a date; expected YYYY-MM-DD"),
-        ({"reference_date": ""}, "'' is not a date"),
-    ],
-)
-def test_unusable_arguments_are_refused_before_anything_is_started(
-    arguments: dict[str, Any], expected: str, tmp_path: Path
-) -> None:
-    with pytest.raises((OptionsError, ReferenceDateError), match=expected):
-        asyncio.run(run_daily_aggregation(**arguments))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"batch_size": 0}, "batch_size: .* greater than or equal to 1"),
-        ({"max_retries": -1}, "max_retries: .* greater than or equal to 0"),
-        ({"retry_delay_seconds": float("nan")}, "retry_delay_seconds: "),
-    ],
-)
-def test_unusable_options_are_refused(options: dict[str, Any], expected: str) -> None:
-    with pytest.raises(OptionsError, match=expected):
-        DailyMetricsAggregator(**options)
-
-
-def test_retention_days_are_checked_wherever_they_come_from(platform: Platform) -> None:
-    with pytest.raises(OptionsError, match="retention_days is -1"):
-        asyncio.run(DailyMetricsAggregator().cleanup_old_metrics(retention_days=-1))
-    with pytest.raises(OptionsError, match="retention_days is True"):
-        cleanup(platform.settings, retention_days=True)
-
-
 def test_a_summary_without_tutors_has_a_success_rate() -> None:
     summary = AggregationSummary(run_date=datetime(2025, 11, 7, tzinfo=UTC))
     assert (summary.success_rate, summary.all_saved) == (0.0, True)
@@ -454,3 +416,71 @@ def test_runs_of_one_process_take_turns(small_platform: Platform) -> None:
     assert all(summary.all_saved for summary in asyncio.run(both()))
     (_, end), (start, _) = sorted(map(span_of_steps, newest_runs(small_platform, 2)))
     assert end <= start
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: run_daily_aggregation(DAY, tutor_ids=[]), "tutor_ids: found no id, expected"),
+        (lambda: run_daily_aggregation(DAY, tutor_ids="T1"), "tutor_ids is a single text"),
+        (
+            lambda: run_daily_aggregation(DAY, tutor_ids=json.loads("[1]")),
+            "tutor_ids.0: Input should be a valid",
+        ),
+        (lambda: run_daily_aggregation(DAY, tutor_ids=["a\0"]), r"found the id 'a\\x00'"),
+        (lambda: run_daily_aggregation(DAY, retention_days=-400), "retention_days is -400; expect"),
+        (
+            lambda: DailyMetricsAggregator(DAY).cleanup_old_metrics(retention_days=0),
+            "retention_days is 0; expected a whole number from 1 to 36500",
+        ),
+        (lambda: DailyMetricsAggregator(DAY, batch_size=0), "batch_size: Input should be greater"),
+        (lambda: DailyMetricsAggregator(DAY, max_retries=-1), "max_retries: Input should be grea"),
+        (
+            lambda: DailyMetricsAggregator(DAY, retry_delay_seconds=float("nan")),
+            "retry_delay_seconds: Input should be",
+        ),
+    ],
+)
+def test_unusable_arguments_are_refused_before_anything_starts(
+    call: Callable[[], Any], expected: str, tmp_path: Path
+) -> None:
+    async def called() -> None:
+        await call()
+
+    with pytest.raises(OptionsError, match=expected):
+        asyncio.run(called())
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_unknown_tutors_are_refused_in_python_too(small_platform: Platform) -> None:
+    with pytest.raises(UnknownTutorsError, match=r"None of the tutors is in .*: 'nobody'"):
+        asyncio.run(run_daily_aggregation(DAY, tutor_ids=["nobody"]))
+
+
+@pytest.mark.parametrize(
+    "reference_date",
+    ["2025-11-07", DAY, datetime(2025, 11, 7, 23, tzinfo=UTC)],
+)
+def test_a_reference_date_may_be_text_a_date_or_a_datetime(reference_date: date | str) -> None:
+    assert DailyMetricsAggregator(reference_date).reference_date == DAY
+
+
+@pytest.mark.parametrize("value", ["07.11.2025", "", 20251107, 0, DAY.toordinal() + 0.5])
+def test_what_is_no_date_is_refused(value: Any) -> None:
+    with pytest.raises(ReferenceDateError, match=r"not a date; expected .*YYYY-MM-DD"):
+        DailyMetricsAggregator(value)
+
+
+def test_a_run_of_the_launchpad_refuses_an_empty_list_of_tutors(small_platform: Platform) -> None:
+    job = build_definitions(small_platform.settings).resolve_job_def(JOB_NAME)
+    with dagster_instance(small_platform.settings) as instance:
+        result = job.execute_in_process(
+            instance=instance,
+            run_config={"resources": {"run_options": {"config": {"tutor_ids": []}}}},
+            raise_on_error=False,
+            partition_key=DAY.isoformat(),
+        )
+
+    assert not result.success
+    assert small_platform.metrics().is_empty()

@@ -219,7 +219,7 @@ def materialize(
         return dg.MaterializeResult()
 
     days = sorted(scores)
-    options = RunOptions(tutor_ids=tutor_ids or [])
+    options = RunOptions(tutor_ids=tutor_ids or None)
     result = dg.materialize(
         [scores_asset, reader],
         resources={

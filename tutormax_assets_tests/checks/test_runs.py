@@ -143,7 +143,7 @@ def errors_on_the_page(platform: Platform, run_id: str) -> list[str]:
     return [
         f"{entry.user_message} {getattr(entry.dagster_event, 'event_specific_data', '')}"
         for entry in entries
-        if entry.level >= logging.ERROR
+        if int(entry.level) >= logging.ERROR
     ]
 
 

@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from tutormax_assets.instance import dagster_instance
 from tutormax_assets.partitions import today
 from tutormax_assets.platform import tables
 from tutormax_assets_tests.cli.conftest import Invoke, words
@@ -263,7 +262,10 @@ def test_a_backfill_computes_each_date(small_platform: Platform, invoke: Invoke)
 def test_a_backfill_reports_as_json_and_by_its_exit_code(
     small_platform: Platform, invoke: Invoke
 ) -> None:
-    result = invoke("backfill", "--from", DAY, "--to", DAY, "--tutors", "nobody", "--json")
+    small_platform.add(tables.tutors, {"tutor_id": " Doe, Jane "})
+    named = ["--tutors", "nobody, T000001", "--tutor", " Doe, Jane ", "--tutor", "Doe, Jane"]
+
+    result = invoke("backfill", "--from", DAY, "--to", DAY, *named, "--include-inactive", "--json")
 
     assert result.exit_code == 1
     report = json.loads(result.stdout)
@@ -274,34 +276,37 @@ def test_a_backfill_reports_as_json_and_by_its_exit_code(
         "failed_dates": 1,
     }
     [summary] = report["summaries"]
-    assert summary["errors"][0]["error"].startswith("None of the tutors is known: nobody.")
+    # Known tutors are computed, and the others are named.
+    assert set(small_platform.metrics()["tutor_id"]) == {"T000001", " Doe, Jane "}
+    assert (summary["total_tutors"], summary["successful"], summary["failed"]) == (4, 2, 2)
+    assert [error["tutor_id"] for error in summary["errors"]] == ["Doe, Jane", "nobody"]
+    for error in summary["errors"]:
+        assert error["error"] == "The tutor is not in the platform's tutors. Check the id."
 
 
-def test_unknown_tutors_alone_start_no_run(small_platform: Platform, invoke: Invoke) -> None:
-    with dagster_instance(small_platform.settings) as instance:
-        before = instance.get_runs_count()
-        for command in (("run", "--date", DAY), ("backfill", "--from", "2025-11-06", "--to", DAY)):
-            result = invoke(*command, "--tutors", "nobody,no one", "--tutor", "no, one")
-            assert result.exit_code == 2
-            said = words(result.stderr)
-            assert "None of the tutors is in the platform's tutors: 'no one', 'no, one'" in said
-            assert "alert" not in said
-        assert instance.get_runs_count() == before
-
-
-def test_unknown_tutors_beside_known_ones_are_named_and_the_others_saved(
-    small_platform: Platform, invoke: Invoke
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--tutors", "nobody,Doe, Jane"],
+            "Error: None of the tutors is in the platform's tutors: 'Doe', 'Jane', 'nobody'.",
+        ),
+        (["--tutor", ""], "Error: tutor_ids: found the id '', expected text that is not empty."),
+        (["--tutor", "Zo\udce9"], "tutor_ids: found the id 'Zo\\udce9', expected text that is"),
+    ],
+)
+def test_only_unknown_tutors_are_wrong_use_and_leave_no_run_behind(
+    arguments: list[str],
+    expected: str,
+    small_platform: Platform,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    invoke: Invoke,
 ) -> None:
-    # An id may hold what separates ids elsewhere.
-    odd = " T, 1 "
-    small_platform.add(tables.tutors, {"tutor_id": odd})
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "own"))
 
-    result = invoke("run", "--date", DAY, "--tutors", "T000001,nobody", "--tutor", odd, "--json")
+    result = invoke("run", "--date", DAY, *arguments)
 
-    assert result.exit_code == 1
-    summary = json.loads(result.stdout)
-    assert (summary["total_tutors"], summary["successful"], summary["failed"]) == (3, 2, 1)
-    [error] = summary["errors"]
-    assert error["tutor_id"] == "nobody"
-    assert "not in the platform's tutors" in error["error"]
-    assert small_platform.metrics()["tutor_id"].unique().sort().to_list() == [odd, "T000001"]
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert expected in words(result.stderr)
+    assert not (tmp_path / "own").exists()
