@@ -472,12 +472,15 @@ def test_what_is_no_date_is_refused(value: Any) -> None:
         DailyMetricsAggregator(value)
 
 
-def test_a_run_of_the_launchpad_refuses_an_empty_list_of_tutors(small_platform: Platform) -> None:
+@pytest.mark.parametrize("tutor_ids", [[], ["nobody"]])
+def test_a_run_of_the_launchpad_refuses_tutors_that_are_none(
+    small_platform: Platform, tutor_ids: list[str]
+) -> None:
     job = build_definitions(small_platform.settings).resolve_job_def(JOB_NAME)
     with dagster_instance(small_platform.settings) as instance:
         result = job.execute_in_process(
             instance=instance,
-            run_config={"resources": {"run_options": {"config": {"tutor_ids": []}}}},
+            run_config={"resources": {"run_options": {"config": {"tutor_ids": tutor_ids}}}},
             raise_on_error=False,
             partition_key=DAY.isoformat(),
         )

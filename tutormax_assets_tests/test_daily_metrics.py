@@ -237,25 +237,13 @@ def test_unknown_and_inactive_tutors_are_named_and_the_others_are_computed(
     with captured_log() as log:
         [summary] = small_platform.run(DAY, tutor_ids=["T000001", "T000002", "no'body", "missing"])
 
-    assert "WARNING Unknown tutors are left out: missing, no'body" in log
+    unknown = "The tutor is not in the platform's tutors. Check the id."
+    assert {f"ERROR missing: {unknown}", f"ERROR no'body: {unknown}"} <= set(log)
     assert (
         "WARNING Inactive tutors are left out: T000001. Set include_inactive to compute them."
     ) in log
-    assert (summary.total_tutors, summary.successful, summary.all_saved) == (1, 1, True)
+    assert (summary.total_tutors, summary.successful, summary.failed) == (3, 1, 2)
     assert small_platform.metrics()["tutor_id"].unique().to_list() == ["T000002"]
-
-
-def test_a_run_of_unknown_tutors_only_fails(small_platform: Platform) -> None:
-    [summary] = small_platform.run(DAY, tutor_ids=["nobody", "missing"])
-
-    assert summary.errors == [
-        {
-            "tutor_id": "SYSTEM",
-            "error": "None of the tutors is known: missing, nobody. Check the ids.",
-        }
-    ]
-    assert (summary.total_tutors, summary.success_rate, summary.all_saved) == (0, 0, False)
-    assert small_platform.metrics().is_empty()
 
 
 def run_with_policy(platform: Platform, overrides: dict[str, Any]) -> dg.ExecuteInProcessResult:
@@ -386,6 +374,72 @@ def test_broken_values_are_set_aside_and_the_rest_of_the_row_counts(platform: Pl
     }
     assert "WARNING Set aside 2 of sessions: engagement_score is not within 0 and 1" in log
     assert "INFO Read 6 sessions, set 6 values aside" in log
+
+
+BROKEN_SOURCES = """
+ALTER TABLE sessions ALTER engagement_score TYPE numeric, ALTER session_number TYPE bigint,
+    ALTER tutor_id DROP NOT NULL, DROP CONSTRAINT sessions_tutor_id_fkey;
+CREATE TABLE chosen AS
+SELECT session_id, row_number() OVER (ORDER BY session_id) AS n
+FROM sessions WHERE scheduled_start BETWEEN '2025-10-20' AND '2025-11-06';
+UPDATE sessions AS s SET
+    engagement_score = CASE chosen.n WHEN 1 THEN 7e400 WHEN 2 THEN 'NaN' WHEN 3 THEN -7e400
+        WHEN 4 THEN 'Infinity' WHEN 5 THEN 7e-400 ELSE engagement_score END,
+    session_number = CASE chosen.n WHEN 6 THEN -9e18 ELSE session_number END,
+    tutor_id = CASE chosen.n WHEN 7 THEN NULL WHEN 8 THEN '' WHEN 9 THEN 'gone' ELSE tutor_id END,
+    scheduled_start = CASE chosen.n WHEN 10 THEN 'infinity' WHEN 11 THEN '-infinity'
+        WHEN 12 THEN '20000-01-01' WHEN 13 THEN '0044-03-15 BC' ELSE scheduled_start END,
+    actual_start = CASE chosen.n WHEN 14 THEN 'infinity' ELSE actual_start END
+FROM chosen WHERE s.session_id = chosen.session_id;
+UPDATE tutor_events SET event_timestamp = CASE right(event_id, 1)
+    WHEN '1' THEN 'infinity'::timestamptz WHEN '2' THEN '-infinity'
+    WHEN '3' THEN '20000-01-01' ELSE '0044-03-15 BC' END
+WHERE event_timestamp < '2025-09-01';
+DELETE FROM tutor_events WHERE event_type <> 'login';
+CREATE TYPE event AS ENUM ('login');
+ALTER TABLE tutor_events ALTER event_type TYPE event USING event_type::event;
+ALTER TABLE tutors RENAME TO people;
+CREATE VIEW tutors AS SELECT tutor_id, status FROM people
+UNION ALL SELECT tutor_id, upper(status) FROM people WHERE tutor_id IN ('T000001', 'T000002')
+UNION ALL VALUES (NULL, 'active'), (NULL, NULL), ('', 'active');
+"""
+
+
+def test_no_broken_value_ends_a_run_and_none_is_repeated(small_platform: Platform) -> None:
+    with small_platform.engine.begin() as connection:
+        for statement in BROKEN_SOURCES.split(";\n"):
+            connection.exec_driver_sql(statement)
+        broken = connection.scalars(
+            sa.text("SELECT session_id FROM chosen WHERE n IN (1, 2, 3, 4, 6)")
+        ).all()
+
+    with captured_log() as log:
+        [summary] = small_platform.run(DAY)
+
+    assert (summary.failed, summary.total_tutors, summary.errors) == (0, summary.successful, [])
+    tutors = small_platform.partition("tutor_roster", DAY)["tutor_id"]
+    assert tutors.is_unique().all()
+    assert {"T000001", "T000002"} <= set(tutors)
+    assert not {"", None} & set(tutors)
+    aside = small_platform.partition("sessions_set_aside", DAY)
+    assert set(broken) <= set(aside["row_key"])
+    assert "WARNING Table tutors: left out 3 rows without a tutor_id" in log
+    repeated = "WARNING Table tutors: 2 ids are repeated, such as T000001; each tutor is computed"
+    assert f"{repeated} once" in log
+    # Neither as PostgreSQL writes it nor as Python does.
+    assert not [line for line in log if "7e" in line or "7" + "0" * 99 in line or "NaN" in line]
+
+
+def test_tutors_with_two_statuses_are_a_sentence(small_platform: Platform) -> None:
+    small_platform.execute("ALTER TABLE tutors RENAME TO people")
+    small_platform.execute(
+        "CREATE VIEW tutors AS SELECT tutor_id, status FROM people"
+        " UNION ALL SELECT tutor_id, 'other' FROM people WHERE tutor_id = 'T000001'"
+    )
+
+    [summary] = small_platform.run(DAY)
+
+    assert "found more than one status for 1 tutors, such as T000001" in summary.errors[0]["error"]
 
 
 def test_nothing_personal_and_no_secret_is_kept_anywhere(

@@ -240,7 +240,9 @@ def _roster(
     roster = quality.good_tutors(
         tutors.lazy(), include_inactive=run_options.include_inactive
     ).collect()
-    inactive = sorted(set(tutors["tutor_id"]) - set(roster["tutor_id"]))
+    for problem in quality.tutor_problems(tutors):
+        context.log.warning(problem)
+    inactive = sorted(set(tutors["tutor_id"].drop_nulls()) - set(roster["tutor_id"]))
     if run_options.tutor_ids and inactive:
         context.log.warning(
             f"Inactive tutors are left out: {', '.join(inactive)}."

@@ -4,6 +4,7 @@ Only the broken value is dropped: it becomes null, and the metric that needed it
 without it. A session with a broken engagement score still counts as a session.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import polars as pl
@@ -120,19 +121,56 @@ def event_rules() -> list[Rule]:
 def good_tutors(tutors: pl.LazyFrame, /, *, include_inactive: bool) -> pl.LazyFrame:
     """The roster: active tutors, or all of them, sorted by id. Status is compared without case.
 
+    Rows without an id are left out, and an id that is repeated is in the roster once.
+
     Args:
-        tutors: ``SourceTutors``.
+        tutors: ``SourceTutors``, without ``contradictory_tutors``.
         include_inactive: Whether tutors of any status are in the roster.
 
     Returns:
         ``TutorRoster``.
     """
-    roster = tutors.select(SourceTutors.column_names()).with_columns(
-        pl.col("status").str.to_lowercase()
+    roster = (
+        tutors.select(SourceTutors.column_names())
+        .with_columns(pl.col("status").str.to_lowercase())
+        .filter(_has_id())
+        .unique("tutor_id")
     )
     if not include_inactive:
         roster = roster.filter(pl.col("status") == "active")
     return roster.sort("tutor_id")
+
+
+def contradictory_tutors(tutors: pl.DataFrame, /) -> list[str]:
+    """The ids, sorted, that are repeated with another status. Case makes no other status.
+
+    Args:
+        tutors: ``SourceTutors``.
+    """
+    statuses = tutors.filter(_has_id()).select("tutor_id", pl.col("status").str.to_lowercase())
+    return sorted(statuses.unique().filter(pl.col("tutor_id").is_duplicated())["tutor_id"].unique())
+
+
+def tutor_problems(tutors: pl.DataFrame, /) -> Iterator[str]:
+    """A sentence for each way in which the rows of tutors break the contract.
+
+    Args:
+        tutors: ``SourceTutors``.
+    """
+    named = tutors.filter(_has_id())["tutor_id"]
+    if without_id := len(tutors) - len(named):
+        yield f"Table tutors: left out {without_id} rows without a tutor_id"
+    repeated = named.filter(named.is_duplicated()).unique().sort()
+    if len(repeated):
+        yield (
+            f"Table tutors: {len(repeated)} ids are repeated, such as {repeated[0]}; each tutor is"
+            " computed once"
+        )
+
+
+def _has_id() -> pl.Expr:
+    # Sessions and events without a tutor are read with an empty id, which is nobody's.
+    return pl.col("tutor_id").ne_missing("") & pl.col("tutor_id").is_not_null()
 
 
 def good_sessions(

@@ -38,6 +38,9 @@ TIER_NAMES = {
 }
 """Tier names that may be stored, in lower case, and what they become."""
 
+_FIRST_DATE: sa.ColumnElement[Any] = sa.literal_column("'0001-01-03'::timestamptz")
+_LAST_DATE: sa.ColumnElement[Any] = sa.literal_column("'9999-12-30'::timestamptz")
+
 set_aside_metadata = sa.MetaData()
 
 set_aside = sa.Table(
@@ -270,6 +273,7 @@ def verdicts(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
             (sa.func.length(sa.cast(metrics.c[name], sa.Text)) > _length(name), f"too long {name}")
             for name in ("metric_id", "tutor_id")
         ),
+        (~is_a_date(instant), "calculation_date out of range"),
         (window.is_(None), "unknown window"),
         (tier.is_(None) & tier_name.is_not(None), "unknown tier"),
         (roster_id.is_(None), "unknown tutor"),
@@ -279,7 +283,8 @@ def verdicts(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
             metrics.c.metric_id,
             tutor_id.label("tutor_id"),
             instant.label("instant"),
-            _midnight(instant, timezone).label("calculation_date"),
+            # Near the ends of PostgreSQL's range, arithmetic on instants fails.
+            _midnight(sa.case((is_a_date(instant), instant)), timezone).label("calculation_date"),
             window_name.label("window_name"),
             window.label("window"),
             tier_name.label("tier_name"),
@@ -307,6 +312,11 @@ def verdicts(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
         row.c.performance_tier.is_distinct_from(row.c.tier_name).label("tier_renamed"),
         row.c.calculation_date.is_distinct_from(row.c.instant).label("date_moved"),
     ).subquery("verdicts")
+
+
+def is_a_date(instant: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    """Whether an instant lies in the years 1 to 9999 in every timezone; infinity does not."""
+    return instant.between(_FIRST_DATE, _LAST_DATE)
 
 
 def _folded(name: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
@@ -348,7 +358,8 @@ def _move_statement(metrics: sa.TableClause, *, timezone: str) -> sa.Insert:
         .returning(
             sa.cast(metrics.c.metric_id, sa.Text).label("metric_id"),
             sa.cast(metrics.c.tutor_id, sa.Text).label("tutor_id"),
-            verdict.c.instant.label("calculation_date"),
+            # What no client can read is in the original only.
+            sa.case((is_a_date(verdict.c.instant), verdict.c.instant)).label("calculation_date"),
             sa.cast(metrics.c.window, sa.Text).label("window"),
             verdict.c.reason.label("reason"),
             sa.func.to_jsonb(metrics.table_valued()).label("original"),

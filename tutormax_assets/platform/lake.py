@@ -26,6 +26,7 @@ import dataframely as dy
 import polars as pl
 from upath import UPath
 
+from tutormax_assets.metrics.quality import contradictory_tutors
 from tutormax_assets.metrics.schemas import (
     LOGIN,
     MESSAGE_RESPONSE,
@@ -168,15 +169,14 @@ class LakeView:
         """
         files = self.files["tutors"]
         with TemporaryDirectory() as folder, _reading(self.lake, "tutors", files):
-            rows = _scanned(self.lake, "tutors", files, Path(folder)).drop_nulls("tutor_id")
+            rows = _scanned(self.lake, "tutors", files, Path(folder))
             found = rows.unique().collect(engine="streaming")
         if found.is_empty():
             raise SourceError(
                 f"The lake at {self.lake} cannot be used: table tutors: found no row, expected at"
                 " least one tutor. See that TUTORMAX_LAKE leads to the platform's lake."
             )
-        again = found.filter(pl.col("tutor_id").is_duplicated())["tutor_id"].unique().sort()
-        if not again.is_empty():
+        if again := contradictory_tutors(found):
             raise SourceError(
                 f"The lake at {self.lake} cannot be used: table tutors: found more than one status"
                 f" of {len(again)} tutors, such as {again[0]}; expected one row per tutor."

@@ -61,6 +61,8 @@ class SchemaStatus:
     """Rows of the metrics table; null where the user may not look, as of the rows set aside."""
     newest_calculation_date: datetime | None
     rows_set_aside: int | None
+    rows_without_a_date: int = 0
+    """Rows of the metrics table whose calculation date is infinite or out of range."""
     missing_rights: tuple[str, ...] = ()
     """Clauses that name what the user lacks to write."""
     missing_tutors: tuple[str, ...] = ()
@@ -86,6 +88,14 @@ class SchemaStatus:
             f"{METRICS_TABLE}: {self.metrics} "
             f"(revision {self.revision or 'none'}, newest {self.newest_revision})",
             f"  {_rows(self.rows)}, newest calculation date {last}",
+            *(
+                [
+                    f"  {_rows(self.rows_without_a_date)} whose calculation_date is infinite or"
+                    " outside the years 1 to 9999: correct or delete them"
+                ]
+                if self.rows_without_a_date
+                else []
+            ),
             f"{adoption.SET_ASIDE_TABLE}: {_rows(self.rows_set_aside)}",
             *self.unmet,
         ]
@@ -172,11 +182,17 @@ def status(
         revision = None if "SELECT" in missing[VERSION_TABLE] else _revision(connection)
         rows: int | None = 0
         newest = None
+        undated = 0
         if "SELECT" in missing[METRICS_TABLE]:
             rows = None
         elif present:
             date = tutor_performance_metrics.c.calculation_date
-            rows, newest = connection.execute(sa.select(sa.func.count(), sa.func.max(date))).one()
+            # Python has no year beyond 9999, no year before 1 and no infinity.
+            newest_date = sa.func.max(date).filter(adoption.is_a_date(date))
+            others = sa.func.count().filter(~adoption.is_a_date(date))
+            rows, newest, undated = connection.execute(
+                sa.select(sa.func.count(), newest_date, others)
+            ).one()
         rows_set_aside: int | None = 0
         if "SELECT" in missing[adoption.SET_ASIDE_TABLE]:
             rows_set_aside = None
@@ -196,6 +212,7 @@ def status(
             newest_revision=_newest_revision(),
             rows=rows,
             newest_calculation_date=newest,
+            rows_without_a_date=undated,
             rows_set_aside=rows_set_aside,
             missing_rights=tuple(_rights_lines(connection, missing)),
             missing_tutors=(
@@ -335,7 +352,7 @@ def _rights_lines(
 
 
 def _missing_tutors(connection: sa.Connection, lake: Lake) -> Iterator[str]:
-    referred = open_view(lake).tutors()["tutor_id"]
+    referred = open_view(lake).tutors()["tutor_id"].drop_nulls()
     held = set(connection.scalars(sa.select(tutors.c.tutor_id)))
     missing = sorted(set(referred) - held)
     if missing:

@@ -32,6 +32,7 @@ from adbc_driver_postgresql import dbapi
 from polars.io.plugins import register_io_source
 from psycopg import sql
 
+from tutormax_assets.metrics.quality import contradictory_tutors
 from tutormax_assets.metrics.schemas import (
     LOGIN,
     MESSAGE_RESPONSE,
@@ -304,7 +305,7 @@ class View:
         """``SourceTutors``, as they are there: a view may have an id twice, or none.
 
         Raises:
-            SourceError: The platform cannot be read, or has no tutors.
+            SourceError: The platform cannot be read, has no tutors, or has one with two statuses.
         """
         with self._reading() as cursor:
             query = _bound(_TUTORS, tutor_ids=self.tutor_ids)
@@ -316,6 +317,12 @@ class View:
                     " else TUTORMAX_DATABASE_URL, leads to the platform's database and that its"
                     " user sees the rows."
                 )
+        if again := contradictory_tutors(tutors):
+            raise SourceError(
+                f"The platform at {describe(self.source.url)} cannot be used: table tutors: found"
+                f" more than one status for {len(again)} tutors, such as {again[0]}; expected one"
+                " row per tutor. Correct the table or view."
+            )
         return tutors
 
     def rows(
@@ -452,7 +459,8 @@ def unknown_tutors(source: Source, tutor_ids: Sequence[str]) -> list[str]:
     with _snapshot(source) as cursor:
         # To have the server look for each of very many ids takes ten times as long as all tutors.
         known = _fetch(cursor, _bound(_TUTORS), SourceTutors)
-    return sorted(set(tutor_ids) - set(known["tutor_id"]))
+    # An empty id stands for none.
+    return sorted(set(tutor_ids) - (set(known["tutor_id"]) - {""}))
 
 
 class _Newest(dy.Schema):

@@ -126,5 +126,5 @@ def unknown_tutors(source: AnySource, tutor_ids: Sequence[str]) -> list[str]:
     if not tutor_ids:
         return []
     if isinstance(source, Lake):
-        return sorted(set(tutor_ids) - set(lake.open_view(source).tutors()["tutor_id"]))
+        return sorted(set(tutor_ids) - (set(lake.open_view(source).tutors()["tutor_id"]) - {""}))
     return snapshot.unknown_tutors(source, tutor_ids)

@@ -265,6 +265,25 @@ def test_a_row_that_cannot_stay_is_set_aside_with_its_reason(
     assert platform.differences() == []
 
 
+def test_rows_of_no_possible_date_are_set_aside(platform: Platform) -> None:
+    platform.create_legacy_table(calculation_date="timestamptz")
+    platform.insert("good")
+    dates = ["infinity", "-infinity", "4714-11-24 00:00+00 BC", "294276-12-31 23:59+00"]
+    for number, date in enumerate(dates):
+        platform.insert(f"bad {number}", calculation_date=date)
+
+    preview = upgrade(platform.engine, timezone="America/New_York", dry_run=True)
+    report = upgrade(platform.engine, timezone="America/New_York")
+
+    assert preview == report
+    assert report.rows_moved == {"calculation_date out of range": len(dates)}
+    assert platform.kept().keys() == {"good"}
+    moved = platform.moved()
+    # Python has none of these dates; the original keeps them.
+    assert {row["calculation_date"] for row in moved.values()} == {None}
+    assert moved["bad 0"]["original"]["calculation_date"] == "infinity"
+
+
 def test_a_metric_id_that_does_not_fit_is_set_aside_whole(platform: Platform) -> None:
     platform.create_legacy_table(metric_id="text PRIMARY KEY")
     platform.insert("m" * 51)

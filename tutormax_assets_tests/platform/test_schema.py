@@ -198,6 +198,11 @@ def test_status_counts_rows_and_shows_the_newest_date(empty: sa.Engine) -> None:
         " VALUES ('a', 't1', '2025-11-07 00:00+00', '7day', 0, 0),"
         " ('b', 't1', '2025-11-08 00:00+00', '7day', 0, 0)",
     )
+    infinite = (
+        "INSERT INTO tutor_performance_metrics"
+        ' (metric_id, tutor_id, calculation_date, "window", sessions_completed, no_show_count)'
+        " VALUES ('c', 't1', 'infinity', '7day', 0, 0), ('d', 't1', '-infinity', '7day', 0, 0)"
+    )
     assert status(empty).metrics == "not managed"
 
     upgrade(empty, timezone="UTC")
@@ -206,3 +211,9 @@ def test_status_counts_rows_and_shows_the_newest_date(empty: sa.Engine) -> None:
     assert (found.rows, found.rows_set_aside) == (2, 0)
     assert found.newest_calculation_date == datetime(2025, 11, 8, tzinfo=UTC)
     assert found.lines()[4].startswith("tutor_performance_metrics: current")
+
+    _execute(empty, infinite)
+    found = status(empty)
+    assert (found.rows, found.rows_without_a_date) == (4, 2)
+    assert found.newest_calculation_date == datetime(2025, 11, 8, tzinfo=UTC)
+    assert "2 rows whose calculation_date is infinite or" in found.lines()[6]
