@@ -6,7 +6,7 @@ Names, arguments and defaults are those of the service that this project replace
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -44,8 +44,13 @@ from tutormax_assets.killed_runs import PROCESS_TAG, end_killed_runs, this_proce
 from tutormax_assets.log import LOGGER
 from tutormax_assets.partitions import checked_reference_date, midnight, today
 from tutormax_assets.parts import scan_partition
-from tutormax_assets.platform.archive import RestoredDate, restore_date
-from tutormax_assets.platform.connection import create_engine, database_url
+from tutormax_assets.platform.archive import (
+    RestoredDate,
+    archived_dates,
+    keep_month,
+    restore_date,
+)
+from tutormax_assets.platform.connection import Timeouts, create_engine, database_url
 from tutormax_assets.platform.snapshot import SourceError
 from tutormax_assets.platform.sources import UnknownTutorsError, source_of, unknown_tutors
 from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
@@ -387,18 +392,24 @@ def _known_only(settings: Settings, options: RunOptions) -> tuple[RunOptions, li
 
 
 def cleanup(
-    settings: Settings, *, retention_days: int | None = None, dry_run: bool = False
+    settings: Settings,
+    *,
+    retention_days: int | None = None,
+    released_months: Collection[str] = (),
+    dry_run: bool = False,
 ) -> CleanupReport:
     """Remove what is too old: metrics into the archive, Parquet partitions for good.
 
     Args:
         settings: Where everything is, and how long it is kept.
         retention_days: Age in days up to which metrics stay, in place of the settings'.
+        released_months: Restored months, as ``YYYY-MM``, that go like any other from now on.
         dry_run: Only look.
 
     Raises:
         OptionsError: ``retention_days`` is not from 1 to 36,500.
-        ArchiveError: The archive cannot be written, or not read back; its rows are in the table.
+        ArchiveError: The archive cannot be written, or not read back; its rows are in the table. Or
+            a released month is not restored.
         MetricsTableError: The table is missing or not as this version expects it.
         StorageError: The Parquet partitions cannot be reached.
     """
@@ -409,21 +420,41 @@ def cleanup(
         retention_days=retention_days,
     )
     with _engine(settings) as engine, dagster_instance(settings) as instance:
-        return clean_up(retention, engine, instance, log=logger, dry_run=dry_run)
+        return clean_up(
+            retention,
+            engine,
+            instance,
+            log=logger,
+            released_months=released_months,
+            dry_run=dry_run,
+        )
 
 
 def restore(
-    settings: Settings, days: Sequence[date], *, dry_run: bool = False
+    settings: Settings, month: str, *, until: date, dry_run: bool = False
 ) -> Iterator[RestoredDate]:
-    """Bring archived metrics of some dates back into the table, one date after the other.
+    """Bring archived metrics of a month back into the table, one date after the other.
+
+    Args:
+        settings: Where everything is.
+        month: The month as ``YYYY-MM``.
+        until: The first day on which a cleanup archives the month again.
+        dry_run: Only look.
 
     Raises:
-        ArchiveError: The archive does not hold a date, or its file cannot be read.
+        ArchiveError: The archive does not hold the month, or a file cannot be read.
         MetricsTableError: The table is missing or refuses the rows of a date.
     """
+    days = archived_dates(settings.archive_path, month)
+    if not dry_run:
+        # Before the rows: a cleanup on another machine must not take them at once.
+        keep_month(settings.archive_path, month, until)
+    timeouts = Timeouts.of(settings)
     with _engine(settings) as engine, dagster_instance(settings) as instance:
         for day in days:
-            restored = restore_date(engine, settings.archive_path, day, dry_run=dry_run)
+            restored = restore_date(
+                engine, settings.archive_path, day, timeouts=timeouts, dry_run=dry_run
+            )
             if restored.rows_restored and not dry_run:
                 instance.report_runless_asset_event(observation_of_restored_date(restored))
             yield restored

@@ -304,6 +304,15 @@ def delete_files(path: UPath) -> None:
             path.rmdir()
 
 
+def is_listed(path: UPath) -> bool:
+    """Whether there is a partition, and not a folder that something else made."""
+    try:
+        stored_partition(path)
+    except (FileNotFoundError, StorageError):
+        return False
+    return True
+
+
 def listing_state(path: UPath) -> tuple[int, float, int] | None:
     """What changes whenever the partition is listed anew; none without a listing."""
     listing = _listing_path(path)

@@ -5,7 +5,8 @@ to some tutors reads only those tutors and replaces only their rows. Rows do not
 manager: who computes a shard stores it, and the manager lists what was stored.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -23,12 +24,13 @@ from tutormax_assets.parquet import StorageError, entries, make_private_folder
 from tutormax_assets.parts import (
     Partition,
     delete_files,
+    is_listed,
     list_partition,
     listing_state,
     merged,
     stored_partition,
 )
-from tutormax_assets.platform.date_locks import DateLocks, try_lock_date
+from tutormax_assets.platform.date_locks import DateLocks, date_lock
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 
 PartitionsByDate = dict[str, Partition]
@@ -170,9 +172,11 @@ def partition_path(base_path: str, asset_key: dg.AssetKey, partition_key: str) -
 
 
 def partitions_before(
-    base_path: str, asset_keys: Iterable[dg.AssetKey], before: date
+    base_path: str, asset_keys: Collection[dg.AssetKey], before: date
 ) -> list[StoredPartition]:
-    """The stored partitions of these assets whose reference date lies before a day.
+    """The stored partitions whose reference date lies before a day.
+
+    Those of these assets, and those of windows that the policy does not have any more.
 
     Returns:
         The oldest first, and those of one date in the order of the assets.
@@ -182,12 +186,14 @@ def partitions_before(
     """
     found = []
     try:
-        for asset_key in asset_keys:
+        for asset_key in sorted({*asset_keys, *_window_assets(base_path)}):
             for entry in entries(UPath(base_path).joinpath(*asset_key.path)):
                 key = entry.stem
                 if entry.suffix != ".parquet" or not _is_date(key) or key >= before.isoformat():
                     continue
                 path = partition_path(base_path, asset_key, key)
+                if asset_key not in asset_keys and not is_listed(path):
+                    continue
                 with suppress(FileNotFoundError):  # Another cleanup was faster.
                     size = sum(part.stat().st_size for part in entries(path))
                     found.append(StoredPartition(asset_key, key, path, size))
@@ -211,8 +217,8 @@ def delete_partition(engine: sa.Engine, partition: StoredPartition) -> bool:
     Raises:
         StorageError: It cannot be deleted.
     """
-    with engine.begin() as connection:
-        if not try_lock_date(connection, partition.partition_key):
+    with date_lock(engine, partition.partition_key) as is_mine:
+        if not is_mine:
             return False
         try:
             delete_files(partition.path)
@@ -222,6 +228,12 @@ def delete_partition(engine: sa.Engine, partition: StoredPartition) -> bool:
                 " Check the rights of the user that runs this."
             ) from error
     return True
+
+
+def _window_assets(base_path: str) -> list[dg.AssetKey]:
+    """The folders that are named as the assets of windows are."""
+    found = (entry.name for entry in entries(UPath(base_path)))
+    return [dg.AssetKey(name) for name in found if re.fullmatch(r"metrics_\d+day", name)]
 
 
 def _is_date(text: str) -> bool:

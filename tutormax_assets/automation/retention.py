@@ -5,7 +5,7 @@ says what became of its rows or its file.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -23,7 +23,13 @@ from tutormax_assets.automation.single_days import (
 from tutormax_assets.parquet import make_private_folder
 from tutormax_assets.partitions import today
 from tutormax_assets.platform import archive
-from tutormax_assets.platform.archive import ArchivedDate, RestoredDate, StoredDate
+from tutormax_assets.platform.archive import (
+    ArchivedDate,
+    ArchiveError,
+    RestoredDate,
+    StoredDate,
+)
+from tutormax_assets.platform.connection import Timeouts
 from tutormax_assets.platform.metrics_table import MetricsTableError
 from tutormax_assets.platform.tables import METRICS_TABLE
 from tutormax_assets.resources import PlatformDatabase
@@ -50,10 +56,34 @@ _IN_PROGRESS = [
 
 
 @dataclass(frozen=True)
+class DueDates:
+    """What of the table is too old.
+
+    Attributes:
+        stored: The dates whose rows go, oldest first.
+        months_restored: The months that stay because they were restored, as ``YYYY-MM``, and the
+            day until which each stays.
+        rows_referred: Rows that stay because another table refers to them, by that table.
+    """
+
+    stored: Sequence[StoredDate]
+    months_restored: Mapping[str, date] = field(default_factory=dict)
+    rows_referred: Mapping[str, int] = field(default_factory=dict)
+
+    def log(self, log: logging.Logger) -> None:
+        """Say what stays, and why."""
+        for month, until in self.months_restored.items():
+            log.info("The metrics of %s were restored and stay until %s", month, until)
+        for table, rows in self.rows_referred.items():
+            log.warning("%s metrics stay in the table: %s refers to them", rows, table)
+
+
+@dataclass(frozen=True)
 class Retention:
     """What is kept, from which date on, and where.
 
     Attributes:
+        today: The current day.
         metrics_from: First reference date whose metrics stay in the table.
         partitions_from: First reference date whose Parquet partitions stay.
         timezone: IANA timezone in which a reference date begins.
@@ -61,8 +91,10 @@ class Retention:
         files_group: Unix group that can read it; none for the owner alone.
         storage_path: Base path of the Parquet partitions.
         parquet_assets: The assets whose partitions are Parquet.
+        timeouts: How long a statement may take, and wait for another session's lock.
     """
 
+    today: date
     metrics_from: date
     partitions_from: date
     timezone: str
@@ -70,6 +102,7 @@ class Retention:
     files_group: str | None
     storage_path: str
     parquet_assets: tuple[dg.AssetKey, ...]
+    timeouts: Timeouts
 
     @classmethod
     def as_of_today(
@@ -94,6 +127,7 @@ class Retention:
             settings.retention_days if retention_days is None else retention_days
         )
         return cls(
+            today=now,
             metrics_from=now - timedelta(days=days),
             partitions_from=now - timedelta(days=settings.snapshot_retention_days),
             timezone=settings.timezone,
@@ -101,17 +135,86 @@ class Retention:
             files_group=settings.files_group,
             storage_path=settings.storage_path,
             parquet_assets=tuple(parquet_assets),
+            timeouts=Timeouts.of(settings),
         )
 
-    def due_dates(self, engine: sa.Engine, instance: dg.DagsterInstance) -> list[StoredDate]:
-        """The dates whose metrics are too old, oldest first.
+    def due_dates(
+        self,
+        engine: sa.Engine,
+        instance: dg.DagsterInstance,
+        *,
+        released_months: Collection[str] = (),
+    ) -> DueDates:
+        """The dates whose metrics are too old, and what of them stays all the same.
+
+        Args:
+            engine: The platform's database.
+            instance: Where runs in progress are on record.
+            released_months: Restored months that do not stay.
+
+        Raises:
+            ArchiveError: The archive cannot be reached, or a released month is not restored.
+            MetricsTableError: The table is missing or not as this version expects it, or the user
+                may not see which of its rows another table refers to.
+        """
+        restored = self.months_restored() if released_months else None
+        if restored is not None and (unknown := set(released_months) - set(restored)):
+            raise ArchiveError(
+                f"No month {', '.join(sorted(unknown))} is restored; restored are"
+                f" {', '.join(restored) or 'none'}."
+            )
+        referred = archive.referred_rows(
+            engine, self.metrics_from, timezone=self.timezone, timeouts=self.timeouts
+        )
+        stored = list(self._stored_dates(engine))
+        if not stored:
+            return DueDates([], rows_referred=referred)
+        if restored is None:
+            restored = self.months_restored()
+        in_use = _DatesInUse(instance)
+        kept = {
+            found.month: restored[found.month]
+            for found in stored
+            if found.month in restored and found.month not in released_months
+        }
+        due = [
+            found
+            for found in stored
+            if found.month not in kept and found.day.isoformat() not in in_use
+        ]
+        return DueDates(due, kept, referred)
+
+    def is_due(self, engine: sa.Engine) -> bool:
+        """Whether the metrics of any date are too old.
 
         Raises:
             MetricsTableError: The table is missing or not as this version expects it.
         """
-        stored = archive.dates_before(engine, self.metrics_from, timezone=self.timezone)
-        in_use = _DatesInUse(instance) if stored else ()
-        return [found for found in stored if found.day.isoformat() not in in_use]
+        restored: Mapping[str, date] | None = None
+        for found in self._stored_dates(engine):
+            if restored is None:
+                try:
+                    restored = self.months_restored()
+                except ArchiveError:
+                    # The run meets it too, and its failure is seen.
+                    restored = {}
+            if found.month not in restored:
+                return True
+        return False
+
+    def _stored_dates(self, engine: sa.Engine) -> Iterator[StoredDate]:
+        return archive.dates_before(
+            engine, self.metrics_from, timezone=self.timezone, timeouts=self.timeouts
+        )
+
+    def months_restored(self) -> dict[str, date]:
+        """The restored months that stay in the table, and the day until which each stays.
+
+        Raises:
+            ArchiveError: The archive cannot be reached.
+        """
+        restored = archive.restored_months(self.archive_path)
+        return {month: until for month, until in restored.items() if until > self.today}
 
     def due_partitions(self, instance: dg.DagsterInstance) -> list[StoredPartition]:
         """The Parquet partitions that are too old, oldest first.
@@ -128,6 +231,9 @@ class Retention:
     ) -> Iterator[ArchivedDate]:
         """Move the metrics of these dates to the archive, one date after the other.
 
+        Yields:
+            What became of each date of which anything was archived, or would not come back.
+
         Raises:
             StorageError: The archive's folder cannot be made.
             ArchiveError: The archive cannot be written, or not read back.
@@ -138,8 +244,18 @@ class Retention:
         deleted = 0
         for found in due:
             archived = archive.archive_date(
-                engine, self.archive_path, found.day, timezone=self.timezone
+                engine,
+                self.archive_path,
+                found.day,
+                timezone=self.timezone,
+                timeouts=self.timeouts,
             )
+            if archived.is_in_use:
+                log.warning(
+                    "%s metrics of %s stay until the run or the cleanup of that date has ended",
+                    found.rows,
+                    found.day,
+                )
             if archived.rows_archived == 0:
                 continue
             deleted += archived.rows_deleted
@@ -150,10 +266,19 @@ class Retention:
                 archived.path,
                 archived.rows_deleted,
             )
-            if archived.rows_left:
+            if archived.refusal is not None:
+                log.error(
+                    "%s metrics of %s stay in the table, since they could not be restored: %s."
+                    " Change what keeps them out, such as a constraint that old rows do not meet",
+                    archived.rows_left,
+                    archived.day,
+                    archived.refusal.rstrip("."),
+                )
+            elif archived.rows_left:
                 log.warning(
-                    "%s metrics of %s stay in the table: they changed while they were archived, or"
-                    " the archive holds newer values",
+                    "%s metrics of %s stay in the table: they changed while they were archived,"
+                    " another session holds them, another table refers to them by now, or the"
+                    " archive holds newer values",
                     archived.rows_left,
                     archived.day,
                 )
@@ -193,15 +318,19 @@ class CleanupReport:
     Attributes:
         retention: The rule that it followed.
         dry_run: Whether it only looked.
+        due: What was too old.
         rows_by_date: Rows that left the table, by calculation date.
-        rows_left: Rows that stay, because the table has other values than the archive.
+        rows_left: Archived rows that stay; the log says why.
+        refusals: Why rows of a date stay, where they would not come back from the archive.
         partitions: Parquet partitions that were deleted.
     """
 
     retention: Retention
+    due: DueDates
     dry_run: bool = False
     rows_by_date: dict[date, int] = field(default_factory=dict)
     rows_left: int = 0
+    refusals: dict[date, str] = field(default_factory=dict)
     partitions: list[StoredPartition] = field(default_factory=list)
 
     @property
@@ -226,6 +355,11 @@ class CleanupReport:
                 "before": self.retention.metrics_from.isoformat(),
                 "rows": self.rows,
                 "rows_left": self.rows_left,
+                "rows_referred": dict(self.due.rows_referred),
+                "months_restored": {
+                    month: until.isoformat() for month, until in self.due.months_restored.items()
+                },
+                "refusals": {day.isoformat(): why for day, why in self.refusals.items()},
                 "months": self.months,
                 "dates": {day.isoformat(): rows for day, rows in self.rows_by_date.items()},
                 "archive": self.retention.archive_path,
@@ -255,6 +389,7 @@ def clean_up(
     instance: dg.DagsterInstance,
     *,
     log: logging.Logger,
+    released_months: Collection[str] = (),
     dry_run: bool = False,
 ) -> CleanupReport:
     """Remove all that is too old, outside of a run, and leave observations of it on record.
@@ -264,22 +399,30 @@ def clean_up(
         engine: The platform's database.
         instance: Where the partitions are on record.
         log: Where to say what is done.
+        released_months: Restored months that go like any other from now on.
         dry_run: Only look.
 
     Raises:
-        ArchiveError: The archive cannot be written, or not read back.
+        ArchiveError: The archive cannot be written, or not read back, or a released month is not
+            restored.
         MetricsTableError: The table is missing or not as this version expects it.
         StorageError: The Parquet partitions cannot be reached.
     """
-    report = CleanupReport(retention, dry_run=dry_run)
-    dates, partitions = retention.due_dates(engine, instance), retention.due_partitions(instance)
+    due = retention.due_dates(engine, instance, released_months=released_months)
+    partitions = retention.due_partitions(instance)
+    report = CleanupReport(retention, due, dry_run=dry_run)
     if dry_run:
-        report.rows_by_date = {found.day: found.rows for found in dates}
+        report.rows_by_date = {found.day: found.rows for found in due.stored}
         report.partitions = partitions
         return report
-    for archived in retention.archive_dates(engine, dates, log=log):
+    for month in released_months:
+        archive.release_month(retention.archive_path, month)
+    due.log(log)
+    for archived in retention.archive_dates(engine, due.stored, log=log):
         report.rows_by_date[archived.day] = archived.rows_deleted
         report.rows_left += archived.rows_left
+        if archived.refusal is not None:
+            report.refusals[archived.day] = archived.refusal
         instance.report_runless_asset_event(observation_of_date(archived))
     for partition in retention.delete_partitions(engine, partitions, log=log):
         report.partitions.append(partition)
@@ -339,10 +482,19 @@ def retention_job(settings: Settings, parquet_assets: Sequence[dg.AssetKey]) -> 
     ) -> None:
         retention = Retention.as_of_today(settings, parquet_assets)
         due = retention.due_dates(database.engine, context.instance)
-        now = due[: config.max_dates]
+        due.log(context.log)
+        now = due.stored[: config.max_dates]
+        refused = []
         for archived in retention.archive_dates(database.engine, now, log=context.log):
             context.log_event(observation_of_date(archived))
-        _log_rest(context.log, len(due) - len(now))
+            if archived.refusal is not None:
+                refused.append(str(archived.day))
+        _log_rest(context.log, len(due.stored) - len(now))
+        if refused:
+            raise MetricsTableError(
+                f"Metrics of {', '.join(refused)} stay in the table, since they could not be"
+                " restored. The log says what keeps them out."
+            )
 
     @dg.op(description="Deletes Parquet partitions older than their retention.", pool=PLATFORM_POOL)
     def delete_parquet(
@@ -403,12 +555,10 @@ def retention_sensor(
             return dg.SkipReason(f"It was launched for {day} already.")
         retention = Retention.as_of_today(settings, parquet_assets)
         try:
-            oldest = archive.dates_before(
-                database.engine, retention.metrics_from, timezone=settings.timezone, limit=1
-            )
+            is_due = retention.is_due(database.engine)
         except MetricsTableError as error:
             return dg.SkipReason(str(error))
-        if not oldest and not partitions_before(
+        if not is_due and not partitions_before(
             retention.storage_path, retention.parquet_assets, retention.partitions_from
         ):
             return dg.SkipReason(

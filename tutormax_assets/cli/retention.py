@@ -2,7 +2,7 @@
 
 import json
 import re
-from datetime import date
+from datetime import date, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tutormax_assets.cli.arguments import AsJson
 from tutormax_assets.cli.terminal import (
+    EXIT_FAILED,
     EXIT_USAGE,
     fail,
     log_to_stderr,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tutormax_assets.platform.archive import RestoredDate
 
 _SHOWN_TUTORS = 10
+_MOST_DAYS = 36_500
 
 
 def cleanup(
@@ -32,8 +34,16 @@ def cleanup(
         typer.Option(
             "--retention-days",
             min=1,
-            max=36_500,
+            max=_MOST_DAYS,
             help="Age in days up to which metrics stay; TUTORMAX_RETENTION_DAYS when left out.",
+        ),
+    ] = None,
+    release_month: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--release-month",
+            metavar="YYYY-MM",
+            help="Archive a restored month now, before its day has come. May be repeated.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -43,22 +53,43 @@ def cleanup(
 ) -> None:
     """Move old metrics from the table to the archive, and delete old Parquet partitions.
 
+    A month that `tutormax restore` brought back stays until its day. Metrics that another table
+    refers to stay as long as it does.
+
     Exit code: 0 done, 1 something failed, 2 wrong use.
     """
     log_to_stderr()
+    for month in release_month or ():
+        _check_month("--release-month", month)
     environment = settings()
     with sentences():
         from tutormax_assets import aggregation
 
-        report = aggregation.cleanup(environment, retention_days=retention_days, dry_run=dry_run)
+        report = aggregation.cleanup(
+            environment,
+            retention_days=retention_days,
+            released_months=release_month or (),
+            dry_run=dry_run,
+        )
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
     else:
         output.print(_cleanup_block(report))
+    if report.refusals:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def restore(
     month: Annotated[str, typer.Option("--month", help="The archived month, YYYY-MM.")],
+    keep_days: Annotated[
+        int,
+        typer.Option(
+            "--keep-days",
+            min=1,
+            max=_MOST_DAYS,
+            help="Days from today for which no cleanup archives the month again.",
+        ),
+    ] = 30,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would come back and change nothing.")
     ] = False,
@@ -66,32 +97,35 @@ def restore(
 ) -> None:
     """Bring the archived metrics of a month back into the table; rows that are there stay.
 
-    The next cleanup archives them again, so raise TUTORMAX_RETENTION_DAYS to keep them.
+    The month stays for --keep-days; then the next cleanup archives it again. Restoring it once more
+    sets another day, and `tutormax cleanup --release-month` archives it at once.
 
     Exit code: 0 done, 1 something failed, 2 wrong use.
     """
     log_to_stderr()
-    if not _is_month(month):
-        fail(f"--month {month!r} is not a month; expected YYYY-MM.", code=EXIT_USAGE)
+    _check_month("--month", month)
     environment = settings()
     with sentences():
         from tutormax_assets import aggregation
-        from tutormax_assets.platform.archive import archived_dates
+        from tutormax_assets.partitions import today
 
-        days = archived_dates(environment.archive_path, month)
-        restored = list(aggregation.restore(environment, days, dry_run=dry_run))
+        until = today(timezone=environment.timezone) + timedelta(days=keep_days)
+        restored = list(aggregation.restore(environment, month, until=until, dry_run=dry_run))
+    report = _restore_report(month, restored, until=until, dry_run=dry_run)
     if as_json:
-        typer.echo(json.dumps(_restore_report(month, restored, dry_run=dry_run)))
+        typer.echo(json.dumps(report))
     else:
-        output.print(_restore_block(month, restored, dry_run=dry_run))
+        output.print(_restore_block(report))
 
 
-def _is_month(text: str) -> bool:
+def _check_month(option: str, text: str) -> None:
     try:
         date.fromisoformat(f"{text}-01")
+        is_month = re.fullmatch(r"\d{4}-\d\d", text) is not None
     except ValueError:
-        return False
-    return re.fullmatch(r"\d{4}-\d\d", text) is not None
+        is_month = False
+    if not is_month:
+        fail(f"{option} {text!r} is not a month; expected YYYY-MM.", code=EXIT_USAGE)
 
 
 def _cleanup_block(report: "CleanupReport") -> Table:
@@ -112,17 +146,24 @@ def _cleanup_block(report: "CleanupReport") -> Table:
         table.add_row(f"Rows of {month}", str(rows))
     if report.rows_left:
         table.add_row("Rows that stay", str(report.rows_left))
+    for name, rows in report.due.rows_referred.items():
+        table.add_row("Rows that stay", Text(f"{rows}, {name} refers to them"))
+    for month, until in report.due.months_restored.items():
+        table.add_row(f"Restored {month}", f"stays until {until}")
     table.add_row("Archive", Text(kept.archive_path))
     table.add_row("Parquet before", str(kept.partitions_from))
     table.add_row("Parquet partitions", f"{len(report.partitions)} ({size:.1f} MB)")
     return table
 
 
-def _restore_report(month: str, restored: "list[RestoredDate]", *, dry_run: bool) -> dict[str, Any]:
+def _restore_report(
+    month: str, restored: "list[RestoredDate]", *, until: date, dry_run: bool
+) -> dict[str, Any]:
     unknown = {tutor_id for of_date in restored for tutor_id in of_date.unknown_tutors}
     return {
         "dry_run": dry_run,
         "month": month,
+        "stays_until": until.isoformat(),
         "dates": len(restored),
         "rows_archived": sum(of_date.rows_archived for of_date in restored),
         "rows_restored": sum(of_date.rows_restored for of_date in restored),
@@ -132,15 +173,16 @@ def _restore_report(month: str, restored: "list[RestoredDate]", *, dry_run: bool
     }
 
 
-def _restore_block(month: str, restored: "list[RestoredDate]", *, dry_run: bool) -> Table:
+def _restore_block(report: dict[str, Any]) -> Table:
     """The report as a person reads it."""
-    report = _restore_report(month, restored, dry_run=dry_run)
-    came = "would come back" if dry_run else "came back"
-    table = Table(title=f"What {came} of {month}", title_justify="left", show_header=False)
+    came = "would come back" if report["dry_run"] else "came back"
+    title = f"What {came} of {report['month']}"
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("Dates", str(report["dates"]))
     table.add_row("Rows in the archive", str(report["rows_archived"]))
     table.add_row("Rows restored", str(report["rows_restored"]))
     table.add_row("Rows that were there", str(report["rows_kept"]))
+    table.add_row("Stays until", report["stays_until"])
     if unknown := report["unknown_tutors"]:
         table.add_row("Rows of unknown tutors", str(report["rows_of_unknown_tutors"]))
         shown = ", ".join(unknown[:_SHOWN_TUTORS])

@@ -108,10 +108,12 @@ def run(
         typer.echo(json.dumps(summary.to_dict()))
     elif not quiet:
         output.print(summary_block(summary))
+    is_cleaned_up = True
     if cleanup and summary.successful:
         with sentences():
-            aggregation.cleanup(environment, retention_days=retention_days)
-    if not summary.all_saved:
+            report = aggregation.cleanup(environment, retention_days=retention_days)
+        is_cleaned_up = not report.refusals
+    if not (summary.all_saved and is_cleaned_up):
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -2,9 +2,11 @@
 
 The archive holds one Parquet file a calculation date, by month:
 ``<base>/tutor_performance_metrics/month=2025-08/2025-08-14.parquet``. A row is deleted from the
-table only once it was read back from its file, and only while it has the values that it has there.
-Each step may be interrupted and done again: a file is replaced as a whole, its rows are unique by
-their key, and what is still in the table is archived anew.
+table only once it was read back from its file and restored into a copy of the table, only while it
+has the values that it has there, and only if no other table refers to it. Each step may be
+interrupted and done again: a file is replaced as a whole, its rows are unique by their key, and
+what is still in the table is archived anew. ``<base>/tutor_performance_metrics/restored`` says
+until which day the rows of a restored month stay in the table.
 """
 
 import re
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -19,14 +22,17 @@ import polars as pl
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
-from sqlalchemy.dialects import postgresql
+from pydantic import BaseModel, ValidationError
 from upath import UPath
 
-from tutormax_assets.parquet import entries, read_parquet, write_parquet
+from tutormax_assets.parquet import entries, read_parquet, read_text, write_parquet, write_text
 from tutormax_assets.partitions import midnight
-from tutormax_assets.platform.connection import advisory_lock
-from tutormax_assets.platform.faults import reason
+from tutormax_assets.platform import references
+from tutormax_assets.platform.connection import Timeouts, limit_transaction
+from tutormax_assets.platform.date_locks import date_lock
+from tutormax_assets.platform.faults import is_of_rows, reason
 from tutormax_assets.platform.metrics_table import MetricsTableError
+from tutormax_assets.platform.references import Reference, is_referred
 from tutormax_assets.platform.tables import (
     METRICS_KEY,
     METRICS_TABLE,
@@ -49,8 +55,10 @@ _DTYPES: dict[type, pl.DataType] = {
     datetime: pl.Datetime("us", "UTC"),
 }
 
+_DEFAULT_TIMEOUTS = Timeouts()
+
 _COLUMNS = sa.text("""
-    SELECT attname::text
+    SELECT attname::text AS name, attgenerated <> '' AS is_generated
     FROM pg_attribute
     WHERE attrelid = to_regclass(CAST(:name AS text)) AND attnum > 0 AND NOT attisdropped
     ORDER BY attnum
@@ -61,12 +69,38 @@ class ArchiveError(Exception):
     """The archive cannot be reached, or does not hold what it should; nothing was lost."""
 
 
+class _NotRestorableError(Exception):
+    """Rows do not come back into a copy of the table; the message says why."""
+
+
+class _Restored(BaseModel):
+    until: date
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The table as this database has it, with columns that may be more than ours."""
+
+    clause: sa.TableClause
+    generated: frozenset[str]
+    """Columns that PostgreSQL computes; nothing can be written to them."""
+    references: tuple[Reference, ...]
+
+    def restorable_columns(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self.clause.c and name not in self.generated]
+
+
 @dataclass(frozen=True)
 class StoredDate:
     """A calculation date that the table holds rows of."""
 
     day: date
     rows: int
+
+    @property
+    def month(self) -> str:
+        """Its month, as ``YYYY-MM``."""
+        return f"{self.day:%Y-%m}"
 
 
 @dataclass(frozen=True)
@@ -78,16 +112,20 @@ class ArchivedDate:
         path: The file that holds the rows.
         rows_archived: Rows that were read back from the file.
         rows_deleted: Rows that left the table.
+        is_in_use: Whether nothing was done, because a run or another cleanup holds the date.
+        refusal: Why rows would not come back from the archive, so that they stay in the table.
     """
 
     day: date
     path: str
     rows_archived: int = 0
     rows_deleted: int = 0
+    is_in_use: bool = False
+    refusal: str | None = None
 
     @property
     def rows_left(self) -> int:
-        """Rows that stay, because the table has other values than the archive."""
+        """Archived rows that stay in the table."""
         return self.rows_archived - self.rows_deleted
 
 
@@ -118,35 +156,68 @@ class RestoredDate:
 
 
 def dates_before(
-    engine: sa.Engine, before: date, *, timezone: str, limit: int | None = None
-) -> list[StoredDate]:
-    """The calculation dates before a day that the table holds rows of, oldest first.
+    engine: sa.Engine, before: date, *, timezone: str, timeouts: Timeouts = _DEFAULT_TIMEOUTS
+) -> Iterator[StoredDate]:
+    """The calculation dates before a day of which rows can leave the table, oldest first.
+
+    Rows that another table refers to do not count, as far as the user may see them.
 
     Args:
         engine: The database that holds the table.
         before: The first day that does not count.
         timezone: IANA timezone in which a day begins.
-        limit: Number of dates to look for; all when left out.
+        timeouts: How long a statement may take, and wait for another session's lock.
 
     Raises:
         MetricsTableError: The table is missing or not as this version expects it.
     """
-    column = tutor_performance_metrics.c.calculation_date
-    found: list[StoredDate] = []
-    in_range = [column < midnight(before, timezone=timezone)]
-    with engine.connect() as connection:
-        _table(connection)
-        while limit is None or len(found) < limit:
+    first = None
+    with _transaction(engine, timeouts) as connection:
+        found = _table(connection)
+        date_column = found.clause.c.calculation_date
+        readable = [reference for reference in found.references if reference.is_readable]
+        is_free = ~is_referred(readable, found.clause)
+        while True:
             # Each step is a look-up in the index; grouping would read every old row.
-            oldest = connection.scalar(sa.select(sa.func.min(column)).where(*in_range))
+            oldest = connection.scalar(
+                sa.select(date_column)
+                .where(
+                    date_column < midnight(before, timezone=timezone),
+                    sa.true() if first is None else date_column >= first,
+                    is_free,
+                )
+                .order_by(date_column)
+                .limit(1)
+            )
             if oldest is None:
                 break
             day = oldest.astimezone(ZoneInfo(timezone)).date()
-            start, end = _bounds(day, timezone=timezone)
-            of_day = sa.select(sa.func.count()).where(column >= start, column < end)
-            found.append(StoredDate(day, connection.scalar(of_day) or 0))
-            in_range[1:] = [column >= end]
-    return found
+            start, first = _bounds(day, timezone=timezone)
+            of_day = date_column >= start, date_column < first
+            rows = connection.scalar(sa.select(sa.func.count()).where(*of_day, is_free))
+            yield StoredDate(day, rows or 0)
+
+
+def referred_rows(
+    engine: sa.Engine, before: date, *, timezone: str, timeouts: Timeouts = _DEFAULT_TIMEOUTS
+) -> dict[str, int]:
+    """How many rows before a day stay because another table refers to them, by that table.
+
+    Args:
+        engine: The database that holds the table.
+        before: The first day that does not count.
+        timezone: IANA timezone in which a day begins.
+        timeouts: How long a statement may take, and wait for another session's lock.
+
+    Raises:
+        MetricsTableError: The table is not as this version expects it, or the user may not see
+            which of its rows are referred to.
+    """
+    with _transaction(engine, timeouts) as connection:
+        found = _table(connection)
+        _check_readable(found)
+        is_old = found.clause.c.calculation_date < midnight(before, timezone=timezone)
+        return references.referred_rows(connection, found.references, found.clause, is_old)
 
 
 def archive_date(
@@ -155,39 +226,51 @@ def archive_date(
     day: date,
     *,
     timezone: str,
+    timeouts: Timeouts = _DEFAULT_TIMEOUTS,
     batch_rows: int = DELETE_BATCH_ROWS,
 ) -> ArchivedDate:
     """Move the rows of one calculation date from the table to the archive.
 
-    They are added to the date's file, read back from it, compared, and deleted in batches, each of
-    which is its own transaction. A row that has other values by then stays.
+    They are added to the date's file, read back from it, restored into a copy of the table,
+    compared, and deleted in batches, each of which is its own transaction. A row that has other
+    values by then, is locked, or is referred to by another table stays. Nothing is done while a
+    run or another cleanup holds the date.
 
     Args:
         engine: The database that holds the table.
         base_path: Where the archive is, a path that fsspec knows.
         day: The calculation date.
         timezone: IANA timezone in which a day begins.
+        timeouts: How long a statement may take, and wait for another session's lock.
         batch_rows: Rows that are deleted in one transaction.
 
     Raises:
         ArchiveError: The file cannot be read or written, or did not come back as it was written.
             No row was deleted.
-        MetricsTableError: The table is missing or not as this version expects it.
+        MetricsTableError: The table is missing, locked or not as this version expects it.
     """
     path = archive_file(base_path, day)
     start, end = _bounds(day, timezone=timezone)
-    # Another cleanup would read the same rows; a restore would bring them back in between.
-    with advisory_lock(engine, str(path)):
-        with engine.connect() as connection:
-            table = _table(connection)
-            rows = _rows(connection, table, start, end)
+    # A run would write rows that are being archived; a restore would bring them back in between.
+    with _refusals(), date_lock(engine, day.isoformat()) as is_mine:
+        if not is_mine:
+            return ArchivedDate(day, str(path), is_in_use=True)
+        with _transaction(engine, timeouts) as connection:
+            found = _table(connection)
+            _check_readable(found)
+            rows = _rows(connection, found, start, end)
         if rows.is_empty():
             return ArchivedDate(day, str(path))
-        archived = _archived(path, rows)
-        deleted = sum(
-            _delete_unchanged(engine, table, batch) for batch in archived.iter_slices(batch_rows)
-        )
-    return ArchivedDate(day, str(path), rows_archived=len(archived), rows_deleted=deleted)
+        archived = _archived(path, rows).select(found.clause.c.keys())
+        deleted, refusal = 0, None
+        try:
+            for batch in archived.iter_slices(batch_rows):
+                deleted += _delete_unchanged(engine, found, batch, timeouts)
+        except _NotRestorableError as error:
+            refusal = str(error)
+    return ArchivedDate(
+        day, str(path), rows_archived=len(archived), rows_deleted=deleted, refusal=refusal
+    )
 
 
 def vacuum(engine: sa.Engine) -> str | None:
@@ -246,44 +329,49 @@ def archived_dates(base_path: str, month: str) -> list[date]:
 
 
 def restore_date(
-    engine: sa.Engine, base_path: str, day: date, *, dry_run: bool = False
+    engine: sa.Engine,
+    base_path: str,
+    day: date,
+    *,
+    timeouts: Timeouts = _DEFAULT_TIMEOUTS,
+    dry_run: bool = False,
 ) -> RestoredDate:
     """Bring the archived rows of one calculation date back into the table, with all their values.
 
-    A row that the table holds, by its id or by its key, stays as it is there. The archive is not
-    changed.
+    A row that the table holds, by its id or by its key, stays as it is there. Generated columns are
+    computed again. The archive is not changed.
 
     Args:
         engine: The database that holds the table.
         base_path: Where the archive is.
         day: The calculation date.
+        timeouts: How long a statement may take, and wait for another session's lock.
         dry_run: Only count.
 
     Raises:
         ArchiveError: The file is missing or cannot be read.
-        MetricsTableError: The table is missing or refuses the rows; none of them was restored.
+        MetricsTableError: The table is missing or refuses the rows, or a run or a cleanup holds the
+            date; none of its rows was restored.
     """
     path = archive_file(base_path, day)
-    with advisory_lock(engine, str(path)), engine.begin() as connection:
-        table = _table(connection)
-        with _reaching(path):
-            rows = read_parquet(path)
-        if rows is None:
-            raise ArchiveError(f"There is no file {path} in the archive.")
-        # A column that the table has no more cannot be restored.
-        rows = rows.select(name for name in rows.columns if name in table.c)
-        staged = _stage(connection, table, rows)
-        unknown = connection.execute(_unknown_tutors(staged)).all()
-        restorable = _restorable(table, staged, rows.columns)
-        if dry_run:
-            count = sa.select(sa.func.count()).select_from(restorable.subquery())
-            restored = connection.scalar(count) or 0
-        else:
-            insert = postgresql.insert(table).from_select(rows.columns, restorable)
-            inserted = connection.execute(
-                insert.on_conflict_do_nothing(), execution_options={"preserve_rowcount": True}
+    with _refusals(), date_lock(engine, day.isoformat()) as is_mine:
+        if not (is_mine or dry_run):
+            raise MetricsTableError(
+                f"A run or a cleanup of {day} is under way, so its rows are not restored. Restore"
+                " the month again when that has ended."
             )
-            restored = inserted.rowcount
+        with _transaction(engine, timeouts) as connection:
+            found = _table(connection)
+            with _reaching(path):
+                rows = read_parquet(path)
+            if rows is None:
+                raise ArchiveError(f"There is no file {path} in the archive.")
+            # A column that the table has no more cannot be restored.
+            rows = rows.select(found.restorable_columns(rows.columns))
+            _stage(connection, rows, _STAGE_COLUMNS)
+            unknown = connection.execute(_UNKNOWN_TUTORS).all()
+            restored = _restore_staged(connection, rows.columns, dry_run=dry_run)
+            connection.commit()
     return RestoredDate(
         day,
         str(path),
@@ -292,6 +380,57 @@ def restore_date(
         unknown_tutors=tuple(tutor_id for tutor_id, _ in unknown),
         rows_of_unknown_tutors=sum(count for _, count in unknown),
     )
+
+
+def restored_months(base_path: str) -> dict[str, date]:
+    """The months that were restored, as ``YYYY-MM``, and the day until which each stays.
+
+    Raises:
+        ArchiveError: The archive cannot be reached.
+    """
+    with _reaching(base_path):
+        months = (
+            (entry.stem, read_text(entry))
+            for entry in entries(_restored_folder(base_path))
+            if re.fullmatch(r"\d{4}-\d\d\.json", entry.name)
+        )
+        try:
+            return {
+                month: _Restored.model_validate_json(text).until
+                for month, text in sorted(months)
+                if text is not None
+            }
+        except ValidationError as error:
+            raise ArchiveError(
+                f"A file in {_restored_folder(base_path)} does not say until which day its month"
+                " stays in the table. Delete it, or restore the month again."
+            ) from error
+
+
+def keep_month(base_path: str, month: str, until: date) -> None:
+    """Keep the rows of a restored month in the table until a day, in place of an earlier one.
+
+    Raises:
+        ArchiveError: The archive cannot be reached.
+    """
+    path = _restored_folder(base_path) / f"{month}.json"
+    with _reaching(path):
+        write_text(path, _Restored(until=until).model_dump_json())
+
+
+def release_month(base_path: str, month: str) -> None:
+    """Let the rows of a restored month leave the table again.
+
+    Raises:
+        ArchiveError: The archive cannot be reached.
+    """
+    path = _restored_folder(base_path) / f"{month}.json"
+    with _reaching(path):
+        path.unlink(missing_ok=True)
+
+
+def _restored_folder(base_path: str) -> UPath:
+    return UPath(base_path).joinpath(METRICS_TABLE, "restored")
 
 
 def archive_file(base_path: str, day: date) -> UPath:
@@ -305,9 +444,18 @@ def _bounds(day: date, *, timezone: str) -> tuple[datetime, datetime]:
     return start, midnight(day + timedelta(days=1), timezone=timezone)
 
 
-def _table(connection: sa.Connection) -> sa.TableClause:
+@contextmanager
+def _transaction(engine: sa.Engine, timeouts: Timeouts) -> Iterator[sa.Connection]:
+    """A transaction that is rolled back unless the block commits it."""
+    with _refusals(), engine.connect() as connection:
+        limit_transaction(connection, timeouts)
+        yield connection
+
+
+def _table(connection: sa.Connection) -> _Table:
     """The table with the columns that it has in this database, which may be more than ours."""
-    names = connection.scalars(_COLUMNS, {"name": METRICS_TABLE}).all()
+    columns = connection.execute(_COLUMNS, {"name": METRICS_TABLE}).all()
+    names = [column.name for column in columns]
     ours = tutor_performance_metrics.c
     missing = [column.name for column in ours if column.name not in names]
     is_unique = names and any(
@@ -326,10 +474,24 @@ def _table(connection: sa.Connection) -> sa.TableClause:
             f"{METRICS_TABLE} {found}, so its rows cannot be archived."
             " Run `tutormax db upgrade` to bring the table to the expected form."
         )
-    return sa.table(
+    clause = sa.table(
         METRICS_TABLE,
         *(sa.column(name, ours[name].type if name in ours else sa.Text()) for name in names),
     )
+    return _Table(
+        clause,
+        frozenset(column.name for column in columns if column.is_generated),
+        tuple(references.references(connection)),
+    )
+
+
+def _check_readable(found: _Table) -> None:
+    for reference in found.references:
+        if not reference.is_readable:
+            raise MetricsTableError(
+                f"Nothing is archived: {reference.missing_right}. Rows that it refers to must stay."
+                " `tutormax db roles` prints the rights that are needed."
+            )
 
 
 def _values(table: sa.FromClause, names: Sequence[str]) -> list[sa.ColumnElement[Any]]:
@@ -342,12 +504,14 @@ def _values(table: sa.FromClause, names: Sequence[str]) -> list[sa.ColumnElement
     ]
 
 
-def _rows(
-    connection: sa.Connection, table: sa.TableClause, start: datetime, end: datetime
-) -> pl.DataFrame:
+def _rows(connection: sa.Connection, found: _Table, start: datetime, end: datetime) -> pl.DataFrame:
+    """The rows of a date that no other table refers to."""
+    table = found.clause
     schema = {column.name: _DTYPES[column.type.python_type] for column in table.c}
     query = sa.select(*_values(table, table.c.keys())).where(
-        table.c.calculation_date >= start, table.c.calculation_date < end
+        table.c.calculation_date >= start,
+        table.c.calculation_date < end,
+        ~is_referred(found.references, table),
     )
     result = connection.execution_options(yield_per=_READ_ROWS).execute(query)
     chunks = [
@@ -390,69 +554,124 @@ def _merged(rows: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _stage(connection: sa.Connection, table: sa.TableClause, rows: pl.DataFrame) -> sa.TableClause:
-    """Copy rows into a temporary table whose columns have the types of the table's."""
-    columns = sql.SQL(", ").join(map(sql.Identifier, rows.columns))
-    create = sql.SQL("CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT {} FROM {} WITH NO DATA")
-    names = {"table": sql.Identifier(METRICS_TABLE), "staged": sql.Identifier(_STAGED)}
-    try:
-        cursor: Any = connection.connection.cursor()
-        cursor.execute(create.format(names["staged"], columns, names["table"]))
-        copy_in = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)")
-        with cursor.copy(copy_in.format(names["staged"], columns)) as copy:
-            copy.write(rows.write_csv(include_header=False))
-        # Without statistics PostgreSQL takes the staged rows for a handful.
-        cursor.execute(sql.SQL("ANALYZE {}").format(names["staged"]))
-    except psycopg.Error as error:
-        raise MetricsTableError(f"Archived rows cannot be staged: {reason(error)}.") from error
-    return sa.table(_STAGED, *(sa.column(name, table.c[name].type) for name in rows.columns))
+_STAGE_COLUMNS = sql.SQL(
+    "CREATE TEMP TABLE {staged} ON COMMIT DROP AS SELECT {columns} FROM {metrics} WITH NO DATA"
+)
+# With the constraints and the generated columns of the table, it takes what the table would take.
+_STAGE_COPY = sql.SQL(
+    "CREATE TEMP TABLE {staged}"
+    " (LIKE {metrics} INCLUDING CONSTRAINTS INCLUDING GENERATED) ON COMMIT DROP"
+)
+_RESTORABLE = sql.SQL(
+    " FROM {staged} AS staged"
+    " WHERE EXISTS (SELECT FROM {tutors} AS tutors WHERE tutors.tutor_id = staged.tutor_id)"
+    " AND NOT EXISTS (SELECT FROM {metrics} AS held WHERE held.metric_id = staged.metric_id)"
+    " AND NOT EXISTS (SELECT FROM {metrics} AS held WHERE ({held}) = ({key}))"
+)
+# An identity column gets the archived value, whether it is GENERATED ALWAYS or BY DEFAULT.
+_RESTORE = sql.SQL(
+    "INSERT INTO {metrics} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns}"
+    + _RESTORABLE.as_string(None)
+    + " ORDER BY {key} ON CONFLICT DO NOTHING"
+)
+_COUNT_RESTORABLE = sql.SQL("SELECT count(*)" + _RESTORABLE.as_string(None))
 
 
-def _delete_unchanged(engine: sa.Engine, table: sa.TableClause, archived: pl.DataFrame) -> int:
-    """Delete these rows where the table still has the values that the archive has."""
-    with engine.begin() as connection:
-        staged = _stage(connection, table, archived)
-        names = table.c.keys()
-        unchanged = (
+def _composed(query: sql.SQL, columns: Sequence[str] = ()) -> sql.Composed:
+    return query.format(
+        metrics=sql.Identifier(METRICS_TABLE),
+        tutors=sql.Identifier(tutors.name),
+        staged=sql.Identifier(_STAGED),
+        columns=sql.SQL(", ").join(map(sql.Identifier, columns)),
+        key=sql.SQL(", ").join(sql.Identifier("staged", name) for name in METRICS_KEY),
+        held=sql.SQL(", ").join(sql.Identifier("held", name) for name in METRICS_KEY),
+    )
+
+
+def _stage(connection: sa.Connection, rows: pl.DataFrame, create: sql.SQL) -> None:
+    """Copy rows into a temporary table."""
+    compose = partial(_composed, columns=rows.columns)
+    cursor: Any = connection.connection.cursor()
+    cursor.execute(compose(create))
+    with cursor.copy(compose(sql.SQL("COPY {staged} ({columns}) FROM STDIN (FORMAT csv)"))) as copy:
+        copy.write(rows.write_csv(include_header=False))
+    # Without statistics PostgreSQL takes the staged rows for a handful.
+    cursor.execute(compose(sql.SQL("ANALYZE {staged}")))
+
+
+def _restore_staged(connection: sa.Connection, columns: Sequence[str], *, dry_run: bool) -> int:
+    """Insert the staged rows that the table does not hold and whose tutors exist, or count them."""
+    cursor: Any = connection.connection.cursor()
+    if dry_run:
+        return int(cursor.execute(_composed(_COUNT_RESTORABLE)).fetchone()[0])
+    return int(cursor.execute(_composed(_RESTORE, columns)).rowcount)
+
+
+def _delete_unchanged(
+    engine: sa.Engine, found: _Table, archived: pl.DataFrame, timeouts: Timeouts
+) -> int:
+    """Delete these rows where the table still has the values that come back from the archive.
+
+    Raises:
+        _NotRestorableError: A copy of the table refuses the rows.
+    """
+    table = found.clause
+    staged = sa.table(_STAGED, *(sa.column(column.name, column.type) for column in table.c))
+    with _transaction(engine, timeouts) as connection:
+        try:
+            _stage(
+                connection,
+                archived.select(found.restorable_columns(archived.columns)),
+                _STAGE_COPY,
+            )
+        except psycopg.Error as error:
+            if not is_of_rows(error):
+                raise
+            raise _NotRestorableError(reason(error)) from error
+        locked = (
             sa.select(table.c.metric_id)
             .join(staged, staged.c.metric_id == table.c.metric_id)
-            .where(
-                sa.tuple_(*_values(table, names)).is_not_distinct_from(
-                    sa.tuple_(*_values(staged, names))
-                )
+            .with_for_update(of=table, skip_locked=True)
+            .cte("locked")
+        )
+        # What another session holds stays for the next time. What is locked here can neither
+        # change nor be referred to any more, which a statement that begins afterwards relies on.
+        connection.execute(
+            sa.delete(staged).where(staged.c.metric_id.not_in(sa.select(locked.c.metric_id)))
+        )
+        names = table.c.keys()
+        is_unchanged = sa.tuple_(*_values(table, names)).is_not_distinct_from(
+            sa.tuple_(*_values(staged, names))
+        )
+        deleted = connection.execute(
+            sa.delete(table).where(
+                table.c.metric_id == staged.c.metric_id,
+                is_unchanged,
+                ~is_referred(found.references, table),
             )
-            # In the order in which a run writes, so that neither waits for the other in a circle.
-            .order_by(*(table.c[name] for name in METRICS_KEY))
-            .with_for_update(of=table)
-            .cte("unchanged")
         )
-        delete = sa.delete(table).where(table.c.metric_id.in_(sa.select(unchanged.c.metric_id)))
-        return connection.execute(delete).rowcount
+        connection.commit()
+        return deleted.rowcount
 
 
-def _unknown_tutors(staged: sa.TableClause) -> sa.Select[str, int]:
-    known = sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id)
-    return (
-        sa.select(staged.c.tutor_id, sa.func.count())
-        .where(~known)
-        .group_by(staged.c.tutor_id)
-        .order_by(staged.c.tutor_id)
-    )
+_STAGED_ROWS = sa.table(_STAGED, sa.column("tutor_id", sa.String()))
+_UNKNOWN_TUTORS = (
+    sa.select(_STAGED_ROWS.c.tutor_id, sa.func.count())
+    .where(~sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == _STAGED_ROWS.c.tutor_id))
+    .group_by(_STAGED_ROWS.c.tutor_id)
+    .order_by(_STAGED_ROWS.c.tutor_id)
+)
 
 
-def _restorable(
-    table: sa.TableClause, staged: sa.TableClause, names: Sequence[str]
-) -> sa.Select[Any]:
-    """The staged rows that the table does not hold and whose tutors exist."""
-    return (
-        sa.select(*(staged.c[name] for name in names))
-        .where(
-            sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id),
-            ~sa.exists().where(table.c.metric_id == staged.c.metric_id),
-            ~sa.exists().where(*(table.c[name] == staged.c[name] for name in METRICS_KEY)),
-        )
-        .order_by(*(staged.c[name] for name in METRICS_KEY))
-    )
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (sa.exc.DBAPIError, psycopg.Error) as error:
+        raise MetricsTableError(
+            f"Rows of {METRICS_TABLE} cannot be moved: {reason(error).rstrip('.')}."
+            " `tutormax db status` shows what is there."
+        ) from error
 
 
 @contextmanager

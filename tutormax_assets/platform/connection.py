@@ -1,7 +1,6 @@
 """Connections to the platform's PostgreSQL: where it is, and the pool that leads there."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,6 +27,16 @@ _LIBPQ_DEFAULTS = {
 # The server converts text from and to the encoding of its database; the drivers here, and all that
 # is bound by the client, take UTF-8 for granted.
 _ENCODING = {"client_encoding": "UTF8"}
+
+TEXT_FORMS = {
+    "extra_float_digits": "3",
+    "DateStyle": "ISO, YMD",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "bytea_output": "hex",
+    "lc_monetary": "C",
+}
+"""Settings of the server under which the text of a value is read back as the same value."""
 
 _DRIVERS = {
     "postgres",
@@ -150,11 +159,18 @@ class Timeouts:
 def limit_transaction(connection: sa.Connection, timeouts: Timeouts) -> None:
     """Bound the statements of the current transaction, and what a client that hangs would hold.
 
-    The settings belong to the transaction, so they pass through a transaction pooler.
+    Values arrive with all their digits and in one form, whatever the settings of the user are.
     """
-    limits = transaction_limits(timeouts)
+    set_for_transaction(connection, {**transaction_limits(timeouts), **TEXT_FORMS})
+
+
+def set_for_transaction(connection: sa.Connection, values: Mapping[str, str]) -> None:
+    """Change settings of the server until the transaction ends.
+
+    They belong to the transaction, so they pass through a transaction pooler.
+    """
     connection.execute(
-        sa.select(*(sa.func.set_config(name, value, True) for name, value in limits.items()))
+        sa.select(*(sa.func.set_config(name, value, True) for name, value in values.items()))
     )
 
 
@@ -165,14 +181,6 @@ def transaction_limits(timeouts: Timeouts) -> dict[str, str]:
         "lock_timeout": f"{timeouts.lock_seconds}s",
         "idle_in_transaction_session_timeout": f"{timeouts.statement_seconds}s",
     }
-
-
-@contextmanager
-def advisory_lock(engine: sa.Engine, name: str) -> Iterator[None]:
-    """Hold PostgreSQL's advisory lock of that name; whoever else wants it waits."""
-    with engine.begin() as connection:
-        lock_for_transaction(connection, name)
-        yield
 
 
 def lock_for_transaction(connection: sa.Connection, name: str, *, shared: bool = False) -> None:

@@ -8,12 +8,13 @@ transaction frees one, and whatever ends the process or the connection ends the 
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import sqlalchemy as sa
 import tenacity
 
-from tutormax_assets.platform.connection import describe, lock_key
+from tutormax_assets.platform.connection import describe, lock_key, set_for_transaction
 from tutormax_assets.platform.faults import reason
 from tutormax_assets.platform.metrics_table import MetricsTableError
 
@@ -121,14 +122,7 @@ class DateLocks:
     def _take(self) -> None:
         connection = self._engine.connect()
         try:
-            limits = dict(_LIMITS)
-            if (connection.dialect.server_version_info or ()) >= (17,):
-                limits["transaction_timeout"] = "0"
-            connection.execute(
-                sa.select(
-                    *(sa.func.set_config(name, value, True) for name, value in limits.items())
-                )
-            )
+            _make_patient(connection)
             # Everyone takes them in the same order, so nobody waits in a circle.
             if len(self._keys) > MOST_LOCKS:
                 self._wait(connection, _ALL_DATES)
@@ -161,10 +155,31 @@ class DateLocks:
         return first if first == last else f"{first} to {last}"
 
 
+def _make_patient(connection: sa.Connection) -> None:
+    limits = dict(_LIMITS)
+    if (connection.dialect.server_version_info or ()) >= (17,):
+        limits["transaction_timeout"] = "0"
+    set_for_transaction(connection, limits)
+
+
 def _rest(connection: sa.Connection) -> None:
     # A statement with parameters leaves its portal behind, and with it its snapshot, until the next
     # statement; one without leaves none.
     connection.exec_driver_sql("SELECT 1")
+
+
+@contextmanager
+def date_lock(engine: sa.Engine, key: str) -> Iterator[bool]:
+    """Hold a reference date for the block, unless a run or another block holds it. Never waits.
+
+    Yields:
+        Whether the date is held.
+    """
+    with engine.begin() as connection:
+        _make_patient(connection)
+        is_mine = try_lock_date(connection, key)
+        _rest(connection)
+        yield is_mine
 
 
 def try_lock_date(connection: sa.Connection, key: str) -> bool:

@@ -29,7 +29,14 @@ from tutormax_assets.instance import dagster_instance
 from tutormax_assets.parquet import StorageError, read_parquet
 from tutormax_assets.partitions import midnight, today
 from tutormax_assets.platform import tables
-from tutormax_assets.platform.archive import ArchiveError, archive_file
+from tutormax_assets.platform.archive import (
+    ArchiveError,
+    archive_file,
+    keep_month,
+    restore_date,
+    restored_months,
+)
+from tutormax_assets.platform.date_locks import date_lock
 from tutormax_assets.resources import PlatformDatabase
 from tutormax_assets.settings import load_settings
 from tutormax_assets.storage import partition_path
@@ -236,6 +243,91 @@ def test_nothing_is_taken_from_under_a_run(
 
     instance.report_run_failed(run)
     assert clean(platform, instance).rows_by_date == {ago(100): 2}
+
+
+def test_a_date_that_another_home_computes_stays(
+    platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    add_metrics(platform, ago(100), ago(99))
+
+    with date_lock(platform.engine, str(ago(100))), captured_log() as log:
+        report = clean(platform, instance)
+
+    assert report.rows_by_date == {ago(99): 2}
+    assert (
+        f"WARNING 2 metrics of {ago(100)} stay until the run or the cleanup of that date has ended"
+        in log
+    )
+
+
+def test_parquet_of_a_window_that_left_the_policy_goes_and_what_is_foreign_stays(
+    platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    for name in ("metrics_14day", "metrics_of_mine"):
+        for day in (31, 30):
+            path = UPath(platform.storage) / name / f"{ago(day)}.parquet"
+            store(path, pl.DataFrame({"tutor_id": ["t1"]}))
+    foreign = platform.storage / "metrics_9day" / f"{ago(31)}.parquet"
+    foreign.mkdir(parents=True)
+    (foreign / "kept.parquet").write_bytes(b"")
+
+    assert isinstance(evaluate(platform)[0], dg.RunRequest)
+    report = clean(platform, instance)
+
+    assert [(p.asset_key, p.partition_key) for p in report.partitions] == [
+        (dg.AssetKey("metrics_14day"), str(ago(31)))
+    ]
+    assert partitions(platform) == {
+        f"metrics_14day/{ago(30)}.parquet",
+        f"metrics_of_mine/{ago(31)}.parquet",
+        f"metrics_of_mine/{ago(30)}.parquet",
+        f"metrics_9day/{ago(31)}.parquet",
+    }
+    assert (foreign / "kept.parquet").exists()
+
+
+def test_a_restored_month_stays_until_its_day(
+    platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    rows = add_metrics(platform, date(2025, 8, 14), date(2025, 9, 14))
+    archive_path = platform.settings.archive_path
+    clean(platform, instance)
+    for day in (date(2025, 8, 14), date(2025, 9, 14)):
+        keep_month(archive_path, f"{day:%Y-%m}", ago(-1))
+        restore_date(platform.engine, archive_path, day)
+
+    report = clean(platform, instance)
+    assert (report.rows, report.due.months_restored) == (
+        0,
+        {"2025-08": ago(-1), "2025-09": ago(-1)},
+    )
+    assert isinstance(evaluate(platform)[0], dg.SkipReason)
+    assert run_job(platform, instance).success
+    assert_frame_equal(platform.metrics(), rows)
+
+    # Its day comes.
+    keep_month(archive_path, "2025-09", ago(0))
+    assert isinstance(evaluate(platform)[0], dg.RunRequest)
+    assert clean(platform, instance).rows_by_date == {date(2025, 9, 14): 2}
+    released = clean(platform, instance, released_months=["2025-08"])
+    assert released.rows_by_date == {date(2025, 8, 14): 2}
+    assert "2025-08" not in restored_months(archive_path)
+
+    UPath(archive_path).joinpath("tutor_performance_metrics/restored/2025-08.json").write_text("x")
+    with pytest.raises(ArchiveError, match="does not say until which day its month stays"):
+        restored_months(archive_path)
+
+
+def test_the_sensor_does_not_launch_for_rows_that_must_stay(
+    platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    add_metrics(platform, ago(100))
+    platform.execute("CREATE TABLE alerts (id varchar(50) REFERENCES tutor_performance_metrics)")
+    platform.execute("INSERT INTO alerts SELECT metric_id FROM tutor_performance_metrics")
+
+    assert isinstance(evaluate(platform)[0], dg.SkipReason)
+    report = clean(platform, instance, dry_run=True)
+    assert (report.rows, report.due.rows_referred) == (0, {"alerts": 2})
 
 
 def test_much_that_went_is_vacuumed(

@@ -61,6 +61,9 @@ def test_a_cleanup_can_be_asked_first(platform: Platform, invoke: Invoke) -> Non
             "before": str(now - timedelta(days=90)),
             "rows": 6,
             "rows_left": 0,
+            "rows_referred": {},
+            "months_restored": {},
+            "refusals": {},
             "months": ["2025-08", "2025-09"],
             "dates": {str(day): 2 for day in (*AUGUST, SEPTEMBER)},
             "archive": platform.settings.archive_path,
@@ -115,6 +118,7 @@ def test_a_month_comes_back(platform: Platform, invoke: Invoke) -> None:
     expected = {
         "dry_run": True,
         "month": "2025-08",
+        "stays_until": str(today(timezone="UTC") + timedelta(days=30)),
         "dates": 2,
         "rows_archived": 4,
         "rows_restored": 1,
@@ -136,7 +140,62 @@ def test_a_month_comes_back(platform: Platform, invoke: Invoke) -> None:
     assert "Rows of unknown tutors 2" in shown
     assert "Unknown tutors t2" in shown
     is_back = pl.col("metric_id") == f"t1 {AUGUST[1]}"
-    assert_frame_equal(platform.metrics(), pl.concat([there, rows.filter(is_back)]))
+    restored = pl.concat([there, rows.filter(is_back)])
+    assert_frame_equal(platform.metrics(), restored)
+
+    # It stays until its day, or until it is released.
+    stays = json.loads(invoke("cleanup", "--json").stdout)["metrics"]
+    assert (stays["rows"], stays["months_restored"]) == (0, {"2025-08": expected["stays_until"]})
+    assert_frame_equal(platform.metrics(), restored)
+    assert invoke("restore", "--month", "2025-08", "--keep-days", "3").exit_code == 0
+    until = today(timezone="UTC") + timedelta(days=3)
+    shown = words(invoke("cleanup", "--dry-run").stdout)
+    assert f"Restored 2025-08 stays until {until}" in shown
+    release = ["cleanup", "--release-month", "2025-08", "--json"]
+    assert json.loads(invoke(*release, "--dry-run").stdout)["metrics"]["rows"] == 2
+    assert json.loads(invoke(*release).stdout)["metrics"]["rows"] == 2
+    assert platform.metrics().is_empty()
+    result = invoke(*release)
+    assert result.exit_code == 1
+    assert "No month 2025-08 is restored; restored are none." in words(result.stderr)
+    assert invoke("cleanup", "--release-month", "2025-8").exit_code == 2
+
+
+def test_rows_that_stay_are_counted_and_explained(platform: Platform, invoke: Invoke) -> None:
+    add_metrics(platform, *AUGUST, SEPTEMBER)
+    platform.execute(
+        "CREATE TABLE alerts AS SELECT metric_id FROM tutor_performance_metrics WHERE tutor_id='t1'"
+    )
+    platform.execute(
+        "ALTER TABLE alerts ADD FOREIGN KEY (metric_id) REFERENCES tutor_performance_metrics"
+        " ON DELETE CASCADE"
+    )
+    platform.execute(
+        "ALTER TABLE tutor_performance_metrics ADD CONSTRAINT late"
+        " CHECK (calculation_date <> '2025-08-31Z') NOT VALID"
+    )
+
+    asked = invoke("cleanup", "--dry-run")
+    assert asked.exit_code == 0
+    assert "Rows that stay 3, alerts refers to them" in words(asked.stdout)
+    done = invoke("cleanup", "--json")
+
+    assert done.exit_code == 1
+    metrics = json.loads(done.stdout)["metrics"]
+    assert (metrics["rows"], metrics["rows_left"], metrics["rows_referred"]) == (
+        2,
+        1,
+        {"alerts": 3},
+    )
+    assert 'violates check constraint "late"' in metrics["refusals"]["2025-08-31"]
+    assert "WARNING 3 metrics stay in the table: alerts refers to them" in done.stderr
+    assert "ERROR 1 metrics of 2025-08-31 stay in the table, since they could not be" in done.stderr
+    assert platform.metrics()["metric_id"].to_list() == [
+        "t1 2025-08-30",
+        "t1 2025-08-31",
+        "t1 2025-09-01",
+        "t2 2025-08-31",
+    ]
 
 
 @pytest.mark.parametrize("month", ["2025-8", "2025-13", "08-2025", "2025-08-01", "x", ""])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from threading import Barrier, Timer
+from threading import Barrier
 from time import monotonic, sleep
 from typing import Any
 from uuid import uuid4
@@ -33,10 +33,12 @@ from tutormax_assets.platform.archive import (
     archive_file,
     archived_dates,
     dates_before,
+    referred_rows,
     restore_date,
     vacuum,
 )
-from tutormax_assets.platform.connection import create_engine
+from tutormax_assets.platform.connection import Timeouts, create_engine
+from tutormax_assets.platform.date_locks import date_lock
 from tutormax_assets.platform.metrics_table import MetricsTableError
 from tutormax_assets_tests.conftest import add, metrics_of
 
@@ -50,6 +52,7 @@ def add_rows(
     day: date = DAY,
     *,
     tutors: int = 3,
+    first: int = 1,
     timezone: str = "UTC",
     **values: Any,
 ) -> None:
@@ -68,7 +71,7 @@ def add_rows(
                 "updated_at": datetime(2025, 8, 15, 2, 0, 0, 123_456, tzinfo=UTC),
                 **values,
             }
-            for tutor in range(1, tutors + 1)
+            for tutor in range(first, tutors + 1)
             for window in ("30day", "7day")
         ),
     )
@@ -114,14 +117,14 @@ def test_dates_before_a_day_are_found_oldest_first(engine: sa.Engine) -> None:
     for day, tutors in ((DAY, 2), (DAY - timedelta(days=40), 1), (DAY - timedelta(days=1), 3)):
         add_rows(engine, day, tutors=tutors)
 
-    found = dates_before(engine, DAY, timezone="UTC")
+    found = list(dates_before(engine, DAY, timezone="UTC"))
 
     assert found == [
         StoredDate(DAY - timedelta(days=40), 2),
         StoredDate(DAY - timedelta(days=1), 6),
     ]
-    assert dates_before(engine, DAY, timezone="UTC", limit=1) == found[:1]
-    assert dates_before(engine, DAY - timedelta(days=40), timezone="UTC") == []
+    assert next(dates_before(engine, DAY, timezone="UTC")) == found[0]
+    assert list(dates_before(engine, DAY - timedelta(days=40), timezone="UTC")) == []
 
 
 # One has its clocks changed on the first of these days, at midnight; one is a day ahead.
@@ -139,7 +142,7 @@ def test_a_day_is_that_of_the_timezone(engine: sa.Engine, folder: str, timezone:
         row = {"metric_id": name, "tutor_id": name, "calculation_date": instant, "window": "7day"}
         add(engine, tables.tutor_performance_metrics, row)
 
-    assert dates_before(engine, day + timedelta(days=1), timezone=timezone) == [
+    assert list(dates_before(engine, day + timedelta(days=1), timezone=timezone)) == [
         StoredDate(day - timedelta(days=1), 1),
         StoredDate(day, 2),
     ]
@@ -282,12 +285,12 @@ def test_a_row_that_changes_between_export_and_delete_stays(
         # One is changed already; one is being changed, by a transaction that is not over.
         execute(engine, update, tutor="t1")
         writer.execute(sa.text(update), {"tutor": "t2"})
-        Timer(0.3, writer.commit).start()
         return delete(*arguments)
 
     monkeypatch.setattr(archive, "_delete_unchanged", change_first)
     result = move(engine, folder)
     monkeypatch.undo()
+    writer.commit()
     writer.close()
 
     assert counts(result) == (6, 4, 2)
@@ -383,7 +386,7 @@ def test_a_table_that_was_not_upgraded_is_left_alone(
     execute(engine, statement)
 
     for call in (
-        lambda: dates_before(engine, DAY, timezone="UTC"),
+        lambda: list(dates_before(engine, DAY, timezone="UTC")),
         lambda: move(engine, folder),
         lambda: restore_date(engine, folder, DAY),
     ):
@@ -605,3 +608,206 @@ def test_a_role_that_may_not_vacuum_is_told_so(engine: sa.Engine) -> None:
     assert refusal is not None
     assert "permission denied" in refusal
     assert vacuums(engine) == 0
+
+
+REFERRING = {
+    "cascade": (
+        "CREATE TABLE alerts (metric_id varchar(50) REFERENCES tutor_performance_metrics"
+        " ON DELETE CASCADE, note text)",
+        "INSERT INTO alerts SELECT metric_id, 'seen' FROM tutor_performance_metrics"
+        " WHERE tutor_id = 't1'",
+    ),
+    "no action": (
+        "CREATE TABLE alerts (metric_id varchar(50) REFERENCES tutor_performance_metrics)",
+        "INSERT INTO alerts SELECT metric_id FROM tutor_performance_metrics WHERE tutor_id = 't1'",
+    ),
+    "the unique key": (
+        "CREATE TABLE alerts (t varchar(50), d timestamptz, w varchar(20), FOREIGN KEY (w, t, d)"
+        ' REFERENCES tutor_performance_metrics ("window", tutor_id, calculation_date)'
+        " ON DELETE SET NULL)",
+        'INSERT INTO alerts SELECT tutor_id, calculation_date, "window"'
+        " FROM tutor_performance_metrics WHERE tutor_id = 't1'",
+    ),
+    "partitions": (
+        "CREATE TABLE alerts (metric_id varchar(50) DEFAULT 'x' REFERENCES"
+        " tutor_performance_metrics ON DELETE SET DEFAULT, day int) PARTITION BY LIST (day);"
+        " CREATE TABLE alerts_1 PARTITION OF alerts FOR VALUES IN (1)",
+        "INSERT INTO alerts SELECT metric_id, 1 FROM tutor_performance_metrics"
+        " WHERE tutor_id = 't1'",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", REFERRING)
+def test_rows_that_another_table_refers_to_stay(engine: sa.Engine, folder: str, how: str) -> None:
+    create, fill = REFERRING[how]
+    for day in (DAY, DAY + timedelta(days=1)):
+        add_rows(engine, day, tutors=1)
+    execute(engine, create)
+    execute(engine, fill)
+    add_rows(engine, DAY + timedelta(days=1), tutors=2, first=2)
+    with engine.connect() as connection:
+        alerts = connection.execute(sa.text("SELECT * FROM alerts")).all()
+    later = DAY + timedelta(days=2)
+
+    assert list(dates_before(engine, later, timezone="UTC")) == [
+        StoredDate(DAY + timedelta(days=1), 2)
+    ]
+    assert referred_rows(engine, later, timezone="UTC") == {"alerts": 4}
+    assert counts(move(engine, folder)) == (0, 0, 0)
+    assert counts(move(engine, folder, DAY + timedelta(days=1))) == (2, 2, 0)
+
+    with engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT * FROM alerts")).all() == alerts
+    assert set(metrics_of(engine)["tutor_id"]) == {"t1"}
+
+
+def test_a_reference_that_is_made_in_between_keeps_its_row(
+    engine: sa.Engine, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute(engine, REFERRING["cascade"][0])
+    add_rows(engine)
+    insert = (
+        "INSERT INTO alerts SELECT metric_id FROM tutor_performance_metrics WHERE tutor_id = :t"
+    )
+    delete = archive._delete_unchanged
+    other = engine.connect()
+
+    def refer_first(*arguments: Any) -> int:
+        execute(engine, insert, t="t1")
+        # Not committed, and so not to be seen.
+        other.execute(sa.text(insert), {"t": "t2"})
+        return delete(*arguments)
+
+    monkeypatch.setattr(archive, "_delete_unchanged", refer_first)
+    assert counts(move(engine, folder)) == (6, 2, 4)
+    other.commit()
+    other.close()
+
+    assert set(metrics_of(engine)["tutor_id"]) == {"t1", "t2"}
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT count(*) FROM alerts")) == 4
+
+
+def test_nothing_is_archived_while_references_may_not_be_seen(
+    engine: sa.Engine, folder: str
+) -> None:
+    role = f"limited_{uuid4().hex}"
+    execute(engine, REFERRING["cascade"][0])
+    add_rows(engine)
+    execute(engine, f"CREATE ROLE {role} LOGIN")
+    execute(engine, f"GRANT SELECT, UPDATE, DELETE ON tutor_performance_metrics TO {role}")
+    execute(engine, f"GRANT SELECT (note) ON alerts TO {role}")
+    limited = create_engine(engine.url.set(username=role))
+    try:
+        said = "table alerts refers to .* no right to see all of its metric_id.*db roles"
+        with pytest.raises(MetricsTableError, match=said):
+            move(limited, folder)
+        execute(engine, f"GRANT SELECT (metric_id) ON alerts TO {role}")
+        execute(engine, "ALTER TABLE alerts ENABLE ROW LEVEL SECURITY")
+        with pytest.raises(MetricsTableError, match="expected SELECT without row security"):
+            referred_rows(limited, DAY, timezone="UTC")
+        execute(engine, "ALTER TABLE alerts DISABLE ROW LEVEL SECURITY")
+        assert move(limited, folder).rows_deleted == 6
+    finally:
+        limited.dispose()
+        execute(engine, f"DROP OWNED BY {role}")
+        execute(engine, f"DROP ROLE {role}")
+
+
+COLUMNS_OF_EVERY_KIND = r"""
+    ALTER TABLE tutor_performance_metrics
+        ADD always_id bigint GENERATED ALWAYS AS IDENTITY,
+        ADD default_id bigint GENERATED BY DEFAULT AS IDENTITY,
+        ADD "100% stored" double precision GENERATED ALWAYS AS (avg_rating / 3) STORED,
+        ADD moods mood[] NOT NULL DEFAULT '{good,bad}',
+        ADD share double precision DEFAULT 0.1 + CAST(0.2 AS float8),
+        ADD price money DEFAULT CAST(1234.5 AS money),
+        ADD bytes bytea DEFAULT '\x00ff',
+        ADD seen timestamptz DEFAULT '2025-08-14 12\:00\:00.000001+00',
+        ADD pause interval DEFAULT '1 mon -2 days 03\:00\:00.5',
+        ADD labels jsonb DEFAULT '{"a,b"\: ["\"", null]}'
+"""
+
+
+def all_columns(engine: sa.Engine) -> list[dict[str, Any]]:
+    query = "SELECT to_jsonb(t) AS row FROM tutor_performance_metrics AS t ORDER BY metric_id"
+    with engine.connect() as connection:
+        return list(connection.scalars(sa.text(query)))
+
+
+def test_columns_of_every_kind_come_back(engine: sa.Engine, folder: str) -> None:
+    execute(engine, "CREATE TYPE mood AS ENUM ('good', 'bad')")
+    add_rows(engine)
+    execute(
+        engine,
+        COLUMNS_OF_EVERY_KIND,
+    )
+    before = all_columns(engine)
+    strange = create_engine(
+        engine.url.update_query_dict(
+            {
+                "options": "-c extra_float_digits=0 -c DateStyle=German -c bytea_output=escape"
+                " -c IntervalStyle=sql_standard -c timezone=Asia/Kathmandu"
+            }
+        )
+    )
+
+    assert counts(move(strange, folder)) == (6, 6, 0)
+    assert metrics_of(engine).is_empty()
+    assert restore_date(strange, folder, DAY).rows_restored == 6
+    strange.dispose()
+
+    assert all_columns(engine) == before
+    # Archived and restored with other settings, the rows are the same.
+    assert counts(move(engine, folder)) == (6, 6, 0)
+
+
+def test_rows_that_would_not_come_back_stay(engine: sa.Engine, folder: str) -> None:
+    add_rows(engine, tutors=2)
+    execute(
+        engine,
+        "ALTER TABLE tutor_performance_metrics"
+        " ADD CONSTRAINT rated CHECK (avg_rating > 0.2) NOT VALID",
+    )
+    before = metrics_of(engine)
+
+    result = move(engine, folder)
+
+    assert result.refusal == (
+        'new row for relation "staged_metrics" violates check constraint "rated"'
+    )
+    assert counts(result) == (4, 0, 4)
+    assert_frame_equal(metrics_of(engine), before)
+
+
+def test_archived_rows_that_lack_a_needed_column_are_refused_with_a_sentence(
+    engine: sa.Engine, folder: str
+) -> None:
+    add_rows(engine)
+    move(engine, folder)
+    execute(engine, "ALTER TABLE tutor_performance_metrics ADD must int NOT NULL")
+
+    with pytest.raises(MetricsTableError, match='null value in column "must"'):
+        restore_date(engine, folder, DAY)
+
+
+def test_a_date_that_is_held_elsewhere_is_left_alone(engine: sa.Engine, folder: str) -> None:
+    add_rows(engine)
+    with date_lock(engine, str(DAY)) as is_mine:
+        assert is_mine
+        result = move(engine, folder)
+        assert (result.is_in_use, counts(result)) == (True, (0, 0, 0))
+        with pytest.raises(MetricsTableError, match=f"A run or a cleanup of {DAY} is under way"):
+            restore_date(engine, folder, DAY)
+    assert not Path(folder).exists()
+
+    assert counts(move(engine, folder)) == (6, 6, 0)
+
+
+def test_a_table_that_is_locked_is_an_error_in_a_sentence(engine: sa.Engine, folder: str) -> None:
+    add_rows(engine)
+    with engine.begin() as other:
+        other.execute(sa.text("LOCK tutor_performance_metrics"))
+        with pytest.raises(MetricsTableError, match="TUTORMAX_LOCK_TIMEOUT_SECONDS"):
+            move(engine, folder, timeouts=Timeouts(lock_seconds=0.05))

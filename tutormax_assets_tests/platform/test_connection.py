@@ -10,7 +10,6 @@ from adbc_driver_postgresql import dbapi
 from psycopg.conninfo import conninfo_to_dict
 
 from tutormax_assets.platform.connection import (
-    advisory_lock,
     conninfo,
     create_engine,
     database_url,
@@ -233,19 +232,3 @@ def test_a_connection_that_died_is_replaced_before_use(engine: sa.Engine) -> Non
 
     with engine.connect() as connection:
         assert connection.scalar(sa.text("SELECT pg_backend_pid()")) != pid
-
-
-def test_an_advisory_lock_excludes_others_until_its_block_ends(engine: sa.Engine) -> None:
-    def is_free(name: str) -> bool:
-        key = sa.func.hashtextextended(f"tutormax_assets:{name}", 0)
-        with engine.begin() as connection:
-            return bool(connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(key))))
-
-    with advisory_lock(engine, "a/b'c"):
-        assert not is_free("a/b'c")
-        assert is_free("another")
-    assert is_free("a/b'c")
-
-    with pytest.raises(RuntimeError), advisory_lock(engine, "a"):
-        raise RuntimeError
-    assert is_free("a")

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from tutormax_assets.log import LOGGER
 from tutormax_assets.platform.connection import conninfo, create_engine
-from tutormax_assets.platform.date_locks import MOST_LOCKS, DateLocks, try_lock_date
+from tutormax_assets.platform.date_locks import MOST_LOCKS, DateLocks, date_lock, try_lock_date
 from tutormax_assets.platform.faults import retrying
 from tutormax_assets.platform.metrics_table import MetricsTableError
 from tutormax_assets_tests.conftest import PASSWORD, captured_log
@@ -193,3 +193,14 @@ def test_a_database_that_cannot_be_reached_is_tried_again_and_told_of() -> None:
     assert len(log) == 2
     assert str(error.value).startswith("The platform at /nowhere/platform cannot be reached: ")
     assert PASSWORD not in f"{error.value}{log}"
+
+
+def test_a_date_is_held_for_a_block_unless_a_run_has_it(engine: sa.Engine) -> None:
+    with held(engine, "2025-11-07"), date_lock(engine, "2025-11-07") as is_mine:
+        assert not is_mine
+
+    with date_lock(engine, "2025-11-07") as is_mine:
+        assert is_mine
+        assert not is_free(engine, "2025-11-07")
+        assert is_free(engine, "2025-11-08")
+    assert is_free(engine, "2025-11-07")
