@@ -115,15 +115,29 @@ def create_engine(url: sa.URL) -> sa.Engine:
     """A pooled engine whose connections are tested before use and carry this project's name.
 
     It prepares no statement in the server: behind a transaction pooler, the next transaction may
-    run on another connection of the server, which does not know the statement.
+    run on another connection of the server, which does not know the statement. Its transactions
+    read timestamps whatever the DateStyle of the server is.
     """
-    return sa.create_engine(
+    engine = sa.create_engine(
         url,
         pool_pre_ping=True,
         pool_size=5,
         max_overflow=5,
         connect_args={**_defaults(url), **_ENCODING, "prepare_threshold": None},
     )
+    sa.event.listen(engine, "begin", _set_date_style)
+    return engine
+
+
+def _set_date_style(connection: sa.Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    style = driver.info.parameter_status("DateStyle") or ""
+    # psycopg reads timestamps with a timezone in no other style.
+    if style.startswith("ISO") or driver.autocommit:
+        return
+    # A pooler may refuse a setting at the start of a session and lose it within one. Unlike a
+    # SELECT, this statement takes no snapshot.
+    connection.exec_driver_sql(f"SET LOCAL DateStyle = '{TEXT_FORMS['DateStyle']}'")
 
 
 def conninfo(url: sa.URL) -> str:

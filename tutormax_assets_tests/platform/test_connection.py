@@ -1,6 +1,7 @@
 """Where the database is, and the locks that keep writers apart."""
 
 import traceback
+from datetime import UTC, datetime
 
 import polars as pl
 import psycopg
@@ -232,3 +233,25 @@ def test_a_connection_that_died_is_replaced_before_use(engine: sa.Engine) -> Non
 
     with engine.connect() as connection:
         assert connection.scalar(sa.text("SELECT pg_backend_pid()")) != pid
+
+
+def test_timestamps_are_read_whatever_the_date_style_of_the_database_is(engine: sa.Engine) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for setting in ("DateStyle = 'SQL, DMY'", "TimeZone = 'Asia/Kathmandu'"):
+            connection.exec_driver_sql(
+                f'ALTER DATABASE "{engine.url.database}" SET {setting}',
+            )
+    elsewhere = create_engine(engine.url)
+    instant = datetime(2025, 8, 7, 1, 2, 3, 4, tzinfo=UTC)
+    query = sa.text("SELECT CAST('2025-08-07 01:02:03.000004+00' AS timestamptz)")
+
+    with elsewhere.connect() as connection:
+        assert connection.scalar(query) == instant
+        connection.rollback()
+        # The setting went with its transaction, as behind a pooler.
+        assert connection.scalar(query) == instant
+    with elsewhere.begin() as connection:
+        style = connection.scalar(sa.text("SHOW DateStyle"))
+        assert connection.scalar(query) == instant
+    elsewhere.dispose()
+    assert style == "ISO, YMD"
