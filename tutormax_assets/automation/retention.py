@@ -64,11 +64,13 @@ class DueDates:
         months_restored: The months that stay because they were restored, as ``YYYY-MM``, and the
             day until which each stays.
         rows_referred: Rows that stay because another table refers to them, by that table.
+        rows_undated: Rows that stay because a timestamp of theirs cannot be read.
     """
 
     stored: Sequence[StoredDate]
     months_restored: Mapping[str, date] = field(default_factory=dict)
     rows_referred: Mapping[str, int] = field(default_factory=dict)
+    rows_undated: int = 0
 
     def log(self, log: logging.Logger) -> None:
         """Say what stays, and why."""
@@ -76,6 +78,12 @@ class DueDates:
             log.info("The metrics of %s were restored and stay until %s", month, until)
         for table, rows in self.rows_referred.items():
             log.warning("%s metrics stay in the table: %s refers to them", rows, table)
+        if self.rows_undated:
+            log.warning(
+                "%s metrics stay in the table: a timestamp of theirs is infinite or outside of the"
+                " years 1 to 9999. Correct or delete them",
+                self.rows_undated,
+            )
 
 
 @dataclass(frozen=True)
@@ -166,9 +174,12 @@ class Retention:
         referred = archive.referred_rows(
             engine, self.metrics_from, timezone=self.timezone, timeouts=self.timeouts
         )
+        undated = archive.undated_rows(
+            engine, self.metrics_from, timezone=self.timezone, timeouts=self.timeouts
+        )
         stored = list(self._stored_dates(engine))
         if not stored:
-            return DueDates([], rows_referred=referred)
+            return DueDates([], rows_referred=referred, rows_undated=undated)
         if restored is None:
             restored = self.months_restored()
         in_use = _DatesInUse(instance)
@@ -182,7 +193,7 @@ class Retention:
             for found in stored
             if found.month not in kept and found.day.isoformat() not in in_use
         ]
-        return DueDates(due, kept, referred)
+        return DueDates(due, kept, referred, undated)
 
     def is_due(self, engine: sa.Engine) -> bool:
         """Whether the metrics of any date are too old.
@@ -356,6 +367,7 @@ class CleanupReport:
                 "rows": self.rows,
                 "rows_left": self.rows_left,
                 "rows_referred": dict(self.due.rows_referred),
+                "rows_undated": self.due.rows_undated,
                 "months_restored": {
                     month: until.isoformat() for month, until in self.due.months_restored.items()
                 },

@@ -148,6 +148,8 @@ def _cleanup_block(report: "CleanupReport") -> Table:
         table.add_row("Rows that stay", str(report.rows_left))
     for name, rows in report.due.rows_referred.items():
         table.add_row("Rows that stay", Text(f"{rows}, {name} refers to them"))
+    if report.due.rows_undated:
+        table.add_row("Rows that stay", f"{report.due.rows_undated}, timestamps cannot be read")
     for month, until in report.due.months_restored.items():
         table.add_row(f"Restored {month}", f"stays until {until}")
     table.add_row("Archive", Text(kept.archive_path))

@@ -57,6 +57,10 @@ _DTYPES: dict[type, pl.DataType] = {
 
 _DEFAULT_TIMEOUTS = Timeouts()
 
+# Python has a day more at both ends, so that these exist in every timezone.
+_FIRST_INSTANT = datetime(1, 1, 2, tzinfo=UTC)
+_LAST_INSTANT = datetime(9999, 12, 30, tzinfo=UTC)
+
 _COLUMNS = sa.text("""
     SELECT attname::text AS name, attgenerated <> '' AS is_generated
     FROM pg_attribute
@@ -85,6 +89,23 @@ class _Table:
     generated: frozenset[str]
     """Columns that PostgreSQL computes; nothing can be written to them."""
     references: tuple[Reference, ...]
+
+    @property
+    def may_leave(self) -> sa.ColumnElement[bool]:
+        """Whether a row can be read and no other table refers to it, as far as the user sees."""
+        readable = [reference for reference in self.references if reference.is_readable]
+        return self.is_dated & ~is_referred(readable, self.clause)
+
+    @property
+    def is_dated(self) -> sa.ColumnElement[bool]:
+        """Whether Python has all timestamps of a row: PostgreSQL knows infinite ones."""
+        return sa.and_(
+            *(
+                column.is_(None) | column.between(_FIRST_INSTANT, _LAST_INSTANT)
+                for column in self.clause.c
+                if isinstance(column.type, sa.DateTime)
+            )
+        )
 
     def restorable_columns(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.clause.c and name not in self.generated]
@@ -160,7 +181,8 @@ def dates_before(
 ) -> Iterator[StoredDate]:
     """The calculation dates before a day of which rows can leave the table, oldest first.
 
-    Rows that another table refers to do not count, as far as the user may see them.
+    Rows that stay do not count: those that another table refers to, as far as the user may see
+    them, and those with a timestamp that cannot be read, such as an infinite one.
 
     Args:
         engine: The database that holds the table.
@@ -175,8 +197,7 @@ def dates_before(
     with _transaction(engine, timeouts) as connection:
         found = _table(connection)
         date_column = found.clause.c.calculation_date
-        readable = [reference for reference in found.references if reference.is_readable]
-        is_free = ~is_referred(readable, found.clause)
+        is_free = found.may_leave
         while True:
             # Each step is a look-up in the index; grouping would read every old row.
             oldest = connection.scalar(
@@ -218,6 +239,27 @@ def referred_rows(
         _check_readable(found)
         is_old = found.clause.c.calculation_date < midnight(before, timezone=timezone)
         return references.referred_rows(connection, found.references, found.clause, is_old)
+
+
+def undated_rows(
+    engine: sa.Engine, before: date, *, timezone: str, timeouts: Timeouts = _DEFAULT_TIMEOUTS
+) -> int:
+    """How many rows before a day stay because a timestamp of theirs cannot be read.
+
+    Args:
+        engine: The database that holds the table.
+        before: The first day that does not count.
+        timezone: IANA timezone in which a day begins.
+        timeouts: How long a statement may take, and wait for another session's lock.
+
+    Raises:
+        MetricsTableError: The table is not as this version expects it.
+    """
+    with _transaction(engine, timeouts) as connection:
+        found = _table(connection)
+        is_old = found.clause.c.calculation_date < midnight(before, timezone=timezone)
+        query = sa.select(sa.func.count()).select_from(found.clause)
+        return connection.scalar(query.where(is_old, ~found.is_dated)) or 0
 
 
 def archive_date(
@@ -489,8 +531,8 @@ def _check_readable(found: _Table) -> None:
     for reference in found.references:
         if not reference.is_readable:
             raise MetricsTableError(
-                f"Nothing is archived: {reference.missing_right}. Rows that it refers to must stay."
-                " `tutormax db roles` prints the rights that are needed."
+                f"Nothing is archived: {reference.missing_right}. Rows that it refers to must stay,"
+                " so grant that to the user of TUTORMAX_DATABASE_URL."
             )
 
 
@@ -505,13 +547,13 @@ def _values(table: sa.FromClause, names: Sequence[str]) -> list[sa.ColumnElement
 
 
 def _rows(connection: sa.Connection, found: _Table, start: datetime, end: datetime) -> pl.DataFrame:
-    """The rows of a date that no other table refers to."""
+    """The rows of a date that can be read and that no other table refers to."""
     table = found.clause
     schema = {column.name: _DTYPES[column.type.python_type] for column in table.c}
     query = sa.select(*_values(table, table.c.keys())).where(
         table.c.calculation_date >= start,
         table.c.calculation_date < end,
-        ~is_referred(found.references, table),
+        found.may_leave,
     )
     result = connection.execution_options(yield_per=_READ_ROWS).execute(query)
     chunks = [
@@ -647,7 +689,7 @@ def _delete_unchanged(
             sa.delete(table).where(
                 table.c.metric_id == staged.c.metric_id,
                 is_unchanged,
-                ~is_referred(found.references, table),
+                found.may_leave,
             )
         )
         connection.commit()

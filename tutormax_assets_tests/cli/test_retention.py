@@ -62,6 +62,7 @@ def test_a_cleanup_can_be_asked_first(platform: Platform, invoke: Invoke) -> Non
             "rows": 6,
             "rows_left": 0,
             "rows_referred": {},
+            "rows_undated": 0,
             "months_restored": {},
             "refusals": {},
             "months": ["2025-08", "2025-09"],
@@ -175,8 +176,14 @@ def test_rows_that_stay_are_counted_and_explained(platform: Platform, invoke: In
         " CHECK (calculation_date <> '2025-08-31Z') NOT VALID"
     )
 
+    platform.execute(
+        'INSERT INTO tutor_performance_metrics (metric_id, tutor_id, calculation_date, "window",'
+        " sessions_completed, no_show_count) VALUES ('x', 't1', '-infinity', '7day', 0, 0)"
+    )
+
     asked = invoke("cleanup", "--dry-run")
     assert asked.exit_code == 0
+    assert "Rows that stay 1, timestamps cannot be read" in words(asked.stdout)
     assert "Rows that stay 3, alerts refers to them" in words(asked.stdout)
     done = invoke("cleanup", "--json")
 
@@ -189,6 +196,9 @@ def test_rows_that_stay_are_counted_and_explained(platform: Platform, invoke: In
     )
     assert 'violates check constraint "late"' in metrics["refusals"]["2025-08-31"]
     assert "WARNING 3 metrics stay in the table: alerts refers to them" in done.stderr
+    assert metrics["rows_undated"] == 1
+    assert "WARNING 1 metrics stay in the table: a timestamp of theirs is infinite" in done.stderr
+    platform.execute("DELETE FROM tutor_performance_metrics WHERE metric_id = 'x'")
     assert "ERROR 1 metrics of 2025-08-31 stay in the table, since they could not be" in done.stderr
     assert platform.metrics()["metric_id"].to_list() == [
         "t1 2025-08-30",

@@ -35,6 +35,7 @@ from tutormax_assets.platform.archive import (
     dates_before,
     referred_rows,
     restore_date,
+    undated_rows,
     vacuum,
 )
 from tutormax_assets.platform.connection import Timeouts, create_engine
@@ -610,6 +611,27 @@ def test_a_role_that_may_not_vacuum_is_told_so(engine: sa.Engine) -> None:
     assert vacuums(engine) == 0
 
 
+@pytest.mark.parametrize("instant", ["-infinity", "infinity", "0044-03-15 00:00:00+00 BC"])
+def test_rows_with_timestamps_that_cannot_be_read_stay(
+    engine: sa.Engine, folder: str, instant: str
+) -> None:
+    add_rows(engine)
+    for column, tutor in (("calculation_date", 1), ("updated_at", 2)):
+        execute(
+            engine,
+            f"UPDATE tutor_performance_metrics SET {column} = :at WHERE metric_id = :id",
+            at=instant,
+            id=f"{DAY}:{tutor}:7day",
+        )
+    later = DAY + timedelta(days=1)
+
+    assert undated_rows(engine, later, timezone="UTC") == (1 if instant == "infinity" else 2)
+    assert list(dates_before(engine, later, timezone="UTC")) == [StoredDate(DAY, 4)]
+    assert counts(move(engine, folder)) == (4, 4, 0)
+    assert list(dates_before(engine, later, timezone="UTC")) == []
+    assert restore_date(engine, folder, DAY).rows_restored == 4
+
+
 REFERRING = {
     "cascade": (
         "CREATE TABLE alerts (metric_id varchar(50) REFERENCES tutor_performance_metrics"
@@ -700,7 +722,7 @@ def test_nothing_is_archived_while_references_may_not_be_seen(
     execute(engine, f"GRANT SELECT (note) ON alerts TO {role}")
     limited = create_engine(engine.url.set(username=role))
     try:
-        said = "table alerts refers to .* no right to see all of its metric_id.*db roles"
+        said = "table alerts refers to .* no right to see all of its metric_id.*so grant that to"
         with pytest.raises(MetricsTableError, match=said):
             move(limited, folder)
         execute(engine, f"GRANT SELECT (metric_id) ON alerts TO {role}")
