@@ -169,7 +169,7 @@ class LakeView:
         """
         files = self.files["tutors"]
         with TemporaryDirectory() as folder, _reading(self.lake, "tutors", files):
-            rows = _scanned(self.lake, "tutors", files, Path(folder))
+            rows = _scanned(self.lake, "tutors", files, Path(folder)).drop_nulls("tutor_id")
             found = rows.unique().collect(engine="streaming")
         if found.is_empty():
             raise SourceError(

@@ -352,7 +352,7 @@ def _rights_lines(
 
 
 def _missing_tutors(connection: sa.Connection, lake: Lake) -> Iterator[str]:
-    referred = open_view(lake).tutors()["tutor_id"].drop_nulls()
+    referred = open_view(lake).tutors()["tutor_id"]
     held = set(connection.scalars(sa.select(tutors.c.tutor_id)))
     missing = sorted(set(referred) - held)
     if missing:
