@@ -198,7 +198,7 @@ def _share(path: Path, group: int, mode: int) -> None:
 
 
 def _stored(path: Path) -> StoredFile:
-    rows = pl.scan_parquet(path).select(pl.len()).collect().item()
+    rows = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
     return StoredFile(path.stat().st_size, rows)
 
 

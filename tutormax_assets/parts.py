@@ -65,7 +65,7 @@ class Rows:
     def scan(self) -> pl.LazyFrame:
         """The rows."""
         if all(isinstance(file, Path) for file in self.files):
-            rows = pl.scan_parquet([str(file) for file in self.files])
+            rows = pl.scan_parquet([str(file) for file in self.files], glob=False)
         else:
             contents: list[IO[bytes]] = [io.BytesIO(file.read_bytes()) for file in self.files]
             rows = pl.scan_parquet(contents)

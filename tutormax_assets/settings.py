@@ -6,11 +6,18 @@ import re
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
+from urllib.parse import unquote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tutormax_assets import environment
+from tutormax_assets.partitions import today
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
 
 POSTGRES_VARIABLES = (
     "POSTGRES_HOST",
@@ -20,8 +27,24 @@ POSTGRES_VARIABLES = (
     "POSTGRES_DB",
 )
 
+# The tag of the image in deploy/compose.yaml, whose .env the containers are given.
+_NAMES_OF_DEPLOYMENTS = ["TUTORMAX_VERSION"]
+
 # Module and extra of this package, by the scheme of a path.
 _FILESYSTEMS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
+
+_TLS_FILES = ("dask_tls_ca_file", "dask_tls_cert", "dask_tls_key")
+
+_DRIVERS = {
+    "postgres",
+    "postgresql",
+    "postgresql+psycopg",
+    "postgresql+psycopg2",
+    "postgresql+asyncpg",
+}
+
+# They mean something else on each machine, or count leap seconds.
+_NOT_A_PLACE = re.compile("localtime|posixrules|Factory|(posix|right)/.*")
 
 
 LONGEST_RETENTION_DAYS = 36_500
@@ -43,7 +66,11 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="TUTORMAX_", env_file=".env", env_file_encoding="utf-8", extra="ignore"
+        env_prefix="TUTORMAX_",
+        env_file=environment.DOTENV,
+        env_file_encoding="utf-8-sig",
+        extra="ignore",
+        hide_input_in_errors=True,
     )
 
     home: Path = Field(
@@ -94,7 +121,9 @@ class Settings(BaseSettings):
         default="UTC", description="IANA timezone in which a reference date begins."
     )
     first_date: date = Field(
-        default=date(2024, 1, 1), description="First reference date that can be computed."
+        default=date(2024, 1, 1),
+        ge=date(1971, 1, 1),
+        description="First reference date that can be computed.",
     )
     policy: Path | None = Field(
         default=None, description="TOML file that overrides the metrics policy."
@@ -156,7 +185,9 @@ class Settings(BaseSettings):
         description="Folder of the Dagster instance; dagster under the home unless it is set.",
     )
     postgres_host: str | None = Field(default=None, validation_alias="POSTGRES_HOST")
-    postgres_port: int | None = Field(default=None, validation_alias="POSTGRES_PORT")
+    postgres_port: int | None = Field(
+        default=None, ge=1, le=65_535, validation_alias="POSTGRES_PORT"
+    )
     postgres_user: str | None = Field(default=None, validation_alias="POSTGRES_USER")
     postgres_password: SecretStr | None = Field(default=None, validation_alias="POSTGRES_PASSWORD")
     postgres_db: str | None = Field(default=None, validation_alias="POSTGRES_DB")
@@ -169,26 +200,58 @@ class Settings(BaseSettings):
             return field.get_default()
         return value
 
+    @field_validator("home", "dagster_home", "policy", *_TLS_FILES)
+    @classmethod
+    def _path_of_this_machine(cls, value: Path | None) -> Path | None:
+        if value is not None and re.match(r"\w+:/", str(value)):
+            raise ValueError("expected a path on this machine, not a URL")
+        return None if value is None else _without_tilde(value)
+
+    @field_validator("home", "dagster_home")
+    @classmethod
+    def _folder_or_nothing(cls, value: Path | None) -> Path | None:
+        if value is not None and value.exists() and not value.is_dir():
+            raise ValueError(f"{value} is not a folder")
+        return value
+
+    @field_validator("storage", "lake", "archive")
+    @classmethod
+    def _folder_or_object_store(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        scheme, is_url, rest = value.partition("://")
+        if is_url and scheme == "file":
+            url = urlsplit(value)
+            if url.netloc not in ("", "localhost") or url.query or url.fragment:
+                raise ValueError("file:// takes an absolute path, such as file:///srv/tutormax")
+            value, is_url = unquote(url.path), ""
+        if not is_url:
+            return str(_without_tilde(Path(value)).absolute())
+        if scheme not in _FILESYSTEMS:
+            # What precedes :// may be anything, such as the key of a store.
+            raise ValueError("expected a folder, s3://bucket/… or gs://bucket/…")
+        module, extra = _FILESYSTEMS[scheme]
+        if find_spec(module) is None:
+            raise ValueError(
+                f"{scheme}:// needs {module}, which is not installed:"
+                f" pip install 'tutormax-assets[{extra}]'"
+            )
+        if not rest.strip("/"):
+            raise ValueError(f"{scheme}:// names no bucket; expected {scheme}://bucket/…")
+        return value
+
     @field_validator("timezone")
     @classmethod
     def _known_timezone(cls, value: str) -> str:
         try:
             ZoneInfo(value)
-        except (ZoneInfoNotFoundError, ValueError) as error:
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            is_known = False
+        else:
+            is_known = _NOT_A_PLACE.fullmatch(value) is None
+        if not is_known:
             raise ValueError(
                 f"{value!r} is not an IANA timezone; expected a name such as 'America/New_York'"
-            ) from error
-        return value
-
-    @field_validator("storage", "lake", "archive")
-    @classmethod
-    def _filesystem_is_installed(cls, value: str | None) -> str | None:
-        scheme, is_url, _ = (value or "").partition("://")
-        module, extra = _FILESYSTEMS.get(scheme, ("", ""))
-        if is_url and module and find_spec(module) is None:
-            raise ValueError(
-                f"{scheme}:// needs {module}, which is not installed:"
-                f" pip install 'tutormax-assets[{extra}]'"
             )
         return value
 
@@ -209,6 +272,31 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("database_url", "source_url")
+    @classmethod
+    def _leads_to_postgres(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            postgres_url(value)
+        return value
+
+    @field_validator("alerts")
+    @classmethod
+    def _urls(cls, value: SecretStr | None) -> SecretStr | None:
+        for number, url in enumerate(value.get_secret_value().split() if value else (), start=1):
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://.+", url):
+                raise ValueError(
+                    f"receiver {number} is not an Apprise URL; expected one such as"
+                    " slack://token_a/token_b/token_c or mailto://user:password@example.com"
+                )
+        return value
+
+    @field_validator("ui_url")
+    @classmethod
+    def _web_address(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/]\S*", value):
+            raise ValueError("expected http://… or https://…, such as https://dagster.example.com")
+        return value.rstrip("/")
+
     @field_validator("dask_address")
     @classmethod
     def _scheme_host_and_port(cls, value: str | None) -> str | None:
@@ -218,45 +306,58 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _dask_has_tls_wholly_or_not(self) -> Self:
-        files = {
-            f"TUTORMAX_{name.upper()}": getattr(self, name)
-            for name in ("dask_tls_ca_file", "dask_tls_cert", "dask_tls_key")
-        }
+    def _fit_together(self) -> Self:
+        found = (
+            self._tls_of_dask(),
+            self._path_of_a_lake(),
+            self._postgres_variables(),
+            self._first_date_in_the_future(),
+        )
+        if problems := [problem for problem in found if problem]:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _tls_of_dask(self) -> str | None:
+        files = {f"TUTORMAX_{name.upper()}": getattr(self, name) for name in _TLS_FILES}
         is_tls = (self.dask_address or "").startswith("tls://")
         missing = [name for name, file in files.items() if file is None]
         if is_tls and missing:
-            raise ValueError(f"TUTORMAX_DASK_ADDRESS is tls://, which needs {', '.join(missing)}")
+            return f"TUTORMAX_DASK_ADDRESS is tls://, which needs {', '.join(missing)}"
         if self.dask_address and not is_tls and len(missing) < len(files):
             found = ", ".join(name for name in files if name not in missing)
-            raise ValueError(f"{found} set, but TUTORMAX_DASK_ADDRESS is not tls://host:port")
+            return f"{found} set, but TUTORMAX_DASK_ADDRESS is not tls://host:port"
         for name, file in files.items():
             if is_tls and file is not None and not file.is_file():
-                raise ValueError(f"{name} names {file}, where there is no file")
-        return self
+                return f"{name} names {file}, where there is no file"
+        return None
 
-    @model_validator(mode="after")
-    def _a_lake_has_a_path(self) -> Self:
-        if self.source == "parquet" and self.lake is None:
-            raise ValueError(
-                "TUTORMAX_SOURCE is parquet but TUTORMAX_LAKE is not set; set it to the base path"
-                " of the lake: a folder, s3://… or gs://…"
-            )
-        return self
+    def _path_of_a_lake(self) -> str | None:
+        if self.source == "postgres" or self.lake is not None:
+            return None
+        return (
+            "TUTORMAX_SOURCE is parquet but TUTORMAX_LAKE is not set; set it to the base path"
+            " of the lake: a folder, s3://… or gs://…"
+        )
 
-    @model_validator(mode="after")
-    def _postgres_variables_are_all_set_or_none(self) -> Self:
-        if self.database_url is not None:
-            return self
+    def _postgres_variables(self) -> str | None:
         missing = [name for name in POSTGRES_VARIABLES if getattr(self, name.lower()) is None]
-        if missing and len(missing) < len(POSTGRES_VARIABLES):
-            found = [name for name in POSTGRES_VARIABLES if name not in missing]
-            raise ValueError(
-                f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} set but "
-                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; set all five, "
-                "or TUTORMAX_DATABASE_URL, or none to use the embedded database"
-            )
-        return self
+        if self.database_url is not None or not 0 < len(missing) < len(POSTGRES_VARIABLES):
+            return None
+        found = [name for name in POSTGRES_VARIABLES if name not in missing]
+        return (
+            f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} set but "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; set all five, "
+            "or TUTORMAX_DATABASE_URL, or none to use the embedded database"
+        )
+
+    def _first_date_in_the_future(self) -> str | None:
+        last = today(timezone=self.timezone)
+        if self.first_date <= last:
+            return None
+        return (
+            f"TUTORMAX_FIRST_DATE: {self.first_date} is in the future, so no date could be"
+            f" computed; expected {last} or earlier"
+        )
 
     @property
     def database_source(self) -> Literal["TUTORMAX_DATABASE_URL", "POSTGRES_*", "embedded"]:
@@ -266,14 +367,24 @@ class Settings(BaseSettings):
         return "embedded" if self.postgres_host is None else "POSTGRES_*"
 
     @property
+    def whence(self) -> str:
+        """Where the connection comes from, and why if nothing was set."""
+        if self.database_source != "embedded":
+            return f"from {self.database_source}"
+        return (
+            "embedded, because neither TUTORMAX_DATABASE_URL nor POSTGRES_* is set in the"
+            f" environment or in {environment.dotenv_state()}"
+        )
+
+    @property
     def home_path(self) -> Path:
         """``home`` as an absolute path."""
-        return self.home.expanduser().absolute()
+        return self.home.absolute()
 
     @property
     def dagster_home_path(self) -> Path:
         """Folder of the Dagster instance as an absolute path."""
-        return (self.dagster_home or self.home_path / "dagster").expanduser().absolute()
+        return (self.dagster_home or self.home_path / "dagster").absolute()
 
     @property
     def storage_path(self) -> str:
@@ -283,9 +394,7 @@ class Settings(BaseSettings):
     @property
     def lake_path(self) -> str | None:
         """Base path of the lake, absolute where it is a folder; none unless it is read."""
-        if self.source == "postgres" or self.lake is None:
-            return None
-        return self.lake if "://" in self.lake else str(Path(self.lake).expanduser().absolute())
+        return None if self.source == "postgres" else self.lake
 
     @property
     def archive_path(self) -> str:
@@ -315,13 +424,87 @@ def load_settings() -> Settings:
         The settings.
 
     Raises:
-        SettingsError: A variable is malformed, or the ``POSTGRES_*`` set is incomplete. No value
-            is repeated in the message, since it may be a secret.
+        SettingsError: A file ``.env`` cannot be read, a variable has a name that no setting has or
+            is malformed, or some do not fit together; the message says all of it. No value is
+            repeated that may be a secret.
     """
     try:
-        return Settings()
+        problems = environment.unknown_names(_names(), other=_NAMES_OF_DEPLOYMENTS)
+    except environment.DotenvError as error:
+        raise SettingsError(str(error)) from None
+    try:
+        settings = Settings()
     except ValidationError as error:
-        raise SettingsError("; ".join(_sentence(e) for e in error.errors())) from None
+        problems += [_sentence(e) for e in error.errors()]
+    if problems:
+        raise SettingsError("; ".join(problems))
+    return settings
+
+
+def postgres_url(value: SecretStr) -> "sa.URL":
+    """The URL of a PostgreSQL database, for SQLAlchemy's psycopg driver.
+
+    As libpq does, it takes several hosts, and a socket's folder as a percent-encoded host.
+
+    Raises:
+        ValueError: It cannot be parsed or is not PostgreSQL's. What the URL holds is not repeated,
+            for a password that is not encoded may be anywhere in it.
+    """
+    import psycopg
+    import sqlalchemy as sa
+    from psycopg.conninfo import make_conninfo
+
+    expected = "expected postgresql://user:password@host:port/database"
+    text, hosts = _without_hosts(value.get_secret_value())
+    try:
+        url = sa.make_url(text)
+    except (sa.exc.ArgumentError, ValueError):
+        raise ValueError(f"cannot be parsed; {expected}") from None
+    if url.drivername not in _DRIVERS:
+        raise ValueError(f"begins with {url.drivername!r}; {expected}")
+    url = url.set(drivername="postgresql+psycopg")
+    if "@" in (url.host or ""):
+        raise ValueError(f"has an @ too many; {expected}, with %40 for an @ in user or password")
+    if hosts:
+        url = url.update_query_dict(hosts)
+    try:
+        _, arguments = url.get_dialect()().create_connect_args(url)
+        make_conninfo(**arguments)
+    except (psycopg.Error, sa.exc.ArgumentError):
+        raise ValueError(
+            "has an option after its ? that libpq does not know or cannot take;"
+            " expected connection parameters such as sslmode=verify-full&sslrootcert=/path"
+        ) from None
+    return url
+
+
+def _without_hosts(text: str) -> tuple[str, dict[str, str]]:
+    """A URL without several hosts or a socket, and the options that name those instead."""
+    scheme, separator, rest = text.partition("://")
+    authority = re.split("[/?]", rest, maxsplit=1)[0]
+    credentials, at, hosts = authority.rpartition("@")
+    pairs = [re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::(\d*))?", host) for host in hosts.split(",")]
+    if not all(pairs) or (len(pairs) == 1 and "%" not in hosts):
+        return text, {}
+    options = {"host": ",".join(unquote(pair[1].strip("[]")) for pair in pairs if pair)}
+    if any(pair[2] for pair in pairs if pair):
+        options["port"] = ",".join(pair[2] or "5432" for pair in pairs if pair)
+    return f"{scheme}{separator}{credentials}{at}{rest.removeprefix(authority)}", options
+
+
+def _without_tilde(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("~ leads nowhere: that user has no home folder") from None
+
+
+def _names() -> list[str]:
+    """The names of all variables that are read."""
+    return [
+        str(field.validation_alias or f"TUTORMAX_{name.upper()}")
+        for name, field in Settings.model_fields.items()
+    ]
 
 
 def _sentence(error: object) -> str:
@@ -331,4 +514,5 @@ def _sentence(error: object) -> str:
         return message
     name = str(error["loc"][0])
     own = name not in (*POSTGRES_VARIABLES, "DAGSTER_HOME")
-    return f"{'TUTORMAX_' + name.upper() if own else name}: {message}"
+    colon = "" if name in ("database_url", "source_url") else ":"
+    return f"{'TUTORMAX_' + name.upper() if own else name}{colon} {message}"

@@ -174,6 +174,24 @@ def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("TUTORMAX_TIMEZONE", "Mars/Olympus", "TUTORMAX_TIMEZONE: 'Mars/Olympus' is not an IANA"),
         ("TUTORMAX_TIMEZONE", "../etc/passwd", "TUTORMAX_TIMEZONE: .* is not an IANA timezone"),
+        ("TUTORMAX_TIMEZONE", "America", "TUTORMAX_TIMEZONE: 'America' is not an IANA timezone"),
+        ("TUTORMAX_TIMEZONE", "localtime", "TUTORMAX_TIMEZONE: 'localtime' is not an IANA"),
+        ("TUTORMAX_TIMEZONE", "posixrules", "TUTORMAX_TIMEZONE: 'posixrules' is not an IANA"),
+        ("TUTORMAX_TIMEZONE", "Factory", "TUTORMAX_TIMEZONE: 'Factory' is not an IANA timezone"),
+        ("TUTORMAX_TIMEZONE", "right/UTC", "TUTORMAX_TIMEZONE: 'right/UTC' is not an IANA"),
+        ("TUTORMAX_FIRST_DATE", "2999-01-01", "^TUTORMAX_FIRST_DATE: 2999-01-01 is in the future"),
+        ("TUTORMAX_FIRST_DATE", "0001-01-01", "^TUTORMAX_FIRST_DATE: .*1971-01-01"),
+        ("TUTORMAX_ALERTS", "slack", "^TUTORMAX_ALERTS: receiver 1 is not an Apprise URL; expect"),
+        ("TUTORMAX_ALERTS", f"json://host {SECRET}", "^TUTORMAX_ALERTS: receiver 2 is not an Appr"),
+        ("TUTORMAX_UI_URL", "dagster.example.com", "^TUTORMAX_UI_URL: expected http"),
+        ("TUTORMAX_STORAGE", "ftp://host/x", "^TUTORMAX_STORAGE: expected a folder, s3://bucket"),
+        ("TUTORMAX_STORAGE", "s3://", "^TUTORMAX_STORAGE: s3:// "),
+        ("TUTORMAX_ARCHIVE", "file://host/x", "^TUTORMAX_ARCHIVE: file:// takes an absolute path"),
+        ("TUTORMAX_LAKE", "~nobody-here/x", "^TUTORMAX_LAKE: ~ leads nowhere"),
+        ("TUTORMAX_HOME", "s3://bucket/home", "^TUTORMAX_HOME: expected a path on this machine"),
+        ("TUTORMAX_HOME", "/dev/null", "^TUTORMAX_HOME: /dev/null is not a folder"),
+        ("DAGSTER_HOME", "~nobody-here/x", "^DAGSTER_HOME: ~ leads nowhere"),
+        ("POSTGRES_PORT", "65536", "^POSTGRES_PORT: .*65535"),
         ("TUTORMAX_FIRST_DATE", "2025-13-01", "^TUTORMAX_FIRST_DATE: .*date"),
         ("TUTORMAX_FIRST_DATE", "yesterday", "^TUTORMAX_FIRST_DATE: .*date"),
         ("TUTORMAX_STATEMENT_TIMEOUT_SECONDS", "0", "^TUTORMAX_STATEMENT_TIMEOUT_SECONDS: .*1"),
@@ -187,6 +205,109 @@ def test_a_malformed_variable_is_named(
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=expected):
         load_settings()
+
+
+def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"TUTORMAX_DATABSE_URL={SECRET}\n", encoding="utf-8")
+    monkeypatch.setenv("TUTORMAX_DATABASE_URL", f"mysql://{SECRET}")
+    monkeypatch.setenv("TUTORMAX_TIMEZONE", "Mars")
+
+    message = refusal()
+
+    for part in ("did you mean TUTORMAX_DATABASE_URL?", "DATABASE_URL begins with", "'Mars' is"):
+        assert part in message
+
+
+@pytest.mark.parametrize("name", ["STORAGE", "LAKE", "ARCHIVE"])
+def test_a_folder_may_be_named_in_any_usual_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    for text, expected in (
+        ("~/a [b]*", tmp_path / "user" / "a [b]*"),
+        ("a folder", tmp_path / "a folder"),
+        ("file:///srv/a%20folder", Path("/srv/a folder")),
+        ("file://localhost/srv", Path("/srv")),
+    ):
+        monkeypatch.setenv(f"TUTORMAX_{name}", text)
+        assert getattr(load_settings(), name.lower()) == str(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("TUTORMAX_DATABSE_URL", "did you mean TUTORMAX_DATABASE_URL?"),
+        ("tutormax_time_zone", "did you mean TUTORMAX_TIMEZONE?"),
+        ("TUTORMX_HOME", "did you mean TUTORMAX_HOME?"),
+        ("TUTORMAX_COLOR", "the README lists the settings"),
+        ("POSTGRES_PASWORD", "did you mean POSTGRES_PASSWORD?"),
+    ],
+)
+def test_a_name_that_no_setting_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, advice: str
+) -> None:
+    file = tmp_path / ".env"
+    file.write_text(f"# ours\n\nexport {name}={SECRET}\n", encoding="utf-8")
+    assert refusal() == f"{name} in {file}, line 3, is not a setting; {advice}"
+
+    file.unlink()
+    monkeypatch.setenv(name, SECRET)
+    assert refusal() == f"{name} in the environment is not a setting; {advice}"
+
+
+def test_names_of_others_are_no_concern_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "TUTORMAX_VERSION",
+        "TUTORMAX_WEB_SERVICE_HOST",
+        "TUTORMAX_WEB_SERVICE_PORT_HTTP",
+        "TUTORMAX_WEB_PORT",
+        "TUTORMAX_WEB_PORT_80_TCP_ADDR",
+        "POSTGRES_INITDB_ARGS",
+        "POSTGRES_PASSWORD_FILE",
+        "TUTORIAL",
+    ):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:80")
+    assert load_settings().database_source == "embedded"
+
+    monkeypatch.setenv("TUTORMAX_DATABASE_URL", "postgresql://u@h/db")
+    monkeypatch.setenv("POSTGRES_HOSTS", "10.0.0.1")
+    assert load_settings().database_source == "TUTORMAX_DATABASE_URL"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (f"A=1\n\n\nTUTORMAX_DATABASE_URL {SECRET}\n", "line 4: expected NAME=value, or #"),
+        (f"TUTORMAX_DATABASE_URL: {SECRET}\nB=2\nwhat ?\n", "lines 1, 3: expected NAME=value"),
+        (f'POSTGRES_PASSWORD="{SECRET}\nB=2\n', "line 1: expected NAME=value"),
+        ("B=2\nTUTORMAX_HOME\n", "line 2: expected NAME=value"),
+        (f"B=2\nPOSTGRES_USER=Zoé\nPOSTGRES_PASSWORD={SECRET}", "line 2: expected UTF-8; save"),
+    ],
+)
+def test_a_dot_env_file_that_does_not_parse_is_refused(
+    tmp_path: Path, content: str, expected: str
+) -> None:
+    file = tmp_path / ".env"
+    file.write_bytes(content.encode("latin-1"))
+
+    assert refusal().startswith(f"{file}, {expected}")
+
+
+def test_the_mark_of_an_editor_before_the_first_name_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TUTORMAX_TIMEZONE=Asia/Tokyo\n", encoding="utf-8-sig")
+
+    assert load_settings().timezone == "Asia/Tokyo"
+
+
+def test_the_embedded_database_says_why_and_where_a_dot_env_file_was_looked_for(
+    tmp_path: Path,
+) -> None:
+    assert load_settings().whence == (
+        "embedded, because neither TUTORMAX_DATABASE_URL nor POSTGRES_* is set in the environment"
+        f" or in {tmp_path}/.env (there is no such file)"
+    )
+    (tmp_path / ".env").touch()
+    assert load_settings().whence.endswith(f" or in {tmp_path}/.env")
 
 
 def test_a_malformed_port_is_named_without_any_value(monkeypatch: pytest.MonkeyPatch) -> None:

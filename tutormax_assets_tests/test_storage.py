@@ -49,9 +49,9 @@ def frame(scores: Mapping[str, int]) -> pl.DataFrame:
 
 @pytest.fixture(params=["local", "memory"])
 def base_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A folder, and a store that is none."""
+    """A folder, whose name would be a pattern, and a store that is none."""
     if request.param == "local":
-        yield str(tmp_path / "storage")
+        yield str(tmp_path / "a [b]*?{c}")
         return
     path = UPath(f"memory://{uuid4().hex}")
     yield str(path)

@@ -77,13 +77,16 @@ def status() -> None:
 
     environment = settings()
     if environment.database_source == "embedded" and not embedded.is_running(environment.home_path):
-        output.print(f"The embedded PostgreSQL under {environment.home_path} is not running.")
+        _print(
+            f"The embedded PostgreSQL under {environment.home_path} is not running"
+            f" ({environment.whence})."
+        )
         output.print("`tutormax run` and `tutormax db init` start it.")
         raise typer.Exit(EXIT_FAILED)
     with ExitStack() as opened:
         opened.enter_context(sentences())
         engine = opened.enter_context(_engine(environment))
-        _print(f"Database: {describe(engine.url)} (from {environment.database_source})")
+        _print(f"Database: {describe(engine.url)} ({environment.whence})")
         source = None
         lake = None if environment.lake_path is None else Lake(environment.lake_path)
         if lake is not None:

@@ -30,7 +30,7 @@ def dev(
         load_policy(environment)
         home = dagster_home(environment)
         url = database_url(environment)
-    messages.print(f"Database: {describe(url)}")
+    messages.print(f"Database: {describe(url)} ({environment.whence})", soft_wrap=True)
     messages.print(f"UI: http://{host}:{port} (Ctrl-C stops it)")
     if not _is_loopback(host):
         messages.print(

@@ -25,6 +25,8 @@ from tutormax_assets.cli.terminal import (
     settings,
 )
 
+logger = logging.getLogger("tutormax_assets")
+
 if TYPE_CHECKING:
     from tutormax_assets.aggregation import AggregationSummary
     from tutormax_assets.resources import RunOptions
@@ -202,12 +204,14 @@ def with_progress(
 ) -> "list[AggregationSummary]":
     """Compute reference dates, with a progress bar where a person watches."""
     from tutormax_assets.aggregation import aggregate, steps
-    from tutormax_assets.platform.connection import database_url
+    from tutormax_assets.platform.connection import database_url, describe
     from tutormax_assets.resources import load_policy
 
     # What is wrong with the settings is said before a run is on record.
-    database_url(environment)
+    url = database_url(environment)
     load_policy(environment)
+    if environment.database_source == "embedded":
+        logger.info("Database: %s (%s)", describe(url), environment.whence)
     if quiet or not messages.is_terminal:
         return aggregate(environment, days, options)
     with _progress(total=steps(environment, len(days))):
@@ -233,7 +237,6 @@ def _progress(*, total: int) -> Iterator[None]:
                 elif event is not None and event.is_step_success:
                     progress.advance(task)
 
-        logger = logging.getLogger("tutormax_assets")
         handler = StepHandler()
         logger.addHandler(handler)
         try:

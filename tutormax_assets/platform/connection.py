@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import psycopg
 import sqlalchemy as sa
 from psycopg.conninfo import make_conninfo
-from pydantic import SecretStr
 
 from tutormax_assets.platform import embedded
-from tutormax_assets.settings import Settings, SettingsError
+from tutormax_assets.settings import Settings, postgres_url
 
 APPLICATION_NAME = "tutormax_assets"
 
@@ -38,14 +36,6 @@ TEXT_FORMS = {
 }
 """Settings of the server under which the text of a value is read back as the same value."""
 
-_DRIVERS = {
-    "postgres",
-    "postgresql",
-    "postgresql+psycopg",
-    "postgresql+psycopg2",
-    "postgresql+asyncpg",
-}
-
 
 def database_url(settings: Settings) -> sa.URL:
     """Where the platform's database is; starts the embedded server when nothing else is set.
@@ -54,13 +44,12 @@ def database_url(settings: Settings) -> sa.URL:
         A URL for SQLAlchemy's psycopg driver.
 
     Raises:
-        SettingsError: The URL cannot be parsed or is not PostgreSQL's.
         EmbeddedServerError: The embedded server does not start.
     """
     if settings.database_source == "embedded":
         return embedded.start(settings.home_path)
     if settings.database_url is not None:
-        return _parsed("TUTORMAX_DATABASE_URL", settings.database_url)
+        return postgres_url(settings.database_url)
     password = settings.postgres_password
     return sa.URL.create(
         "postgresql+psycopg",
@@ -79,36 +68,11 @@ def source_url(settings: Settings) -> sa.URL:
         A URL for SQLAlchemy's psycopg driver.
 
     Raises:
-        SettingsError: The URL cannot be parsed or is not PostgreSQL's.
         EmbeddedServerError: The embedded server does not start.
     """
     if settings.source_url is None:
         return database_url(settings)
-    return _parsed("TUTORMAX_SOURCE_URL", settings.source_url)
-
-
-def _parsed(variable: str, value: SecretStr) -> sa.URL:
-    expected = "expected postgresql://user:password@host:port/database"
-    try:
-        url = sa.make_url(value.get_secret_value())
-    except (sa.exc.ArgumentError, ValueError):
-        raise SettingsError(f"{variable} cannot be parsed; {expected}") from None
-    if url.drivername not in _DRIVERS:
-        raise SettingsError(f"{variable} begins with {url.drivername!r}; {expected}")
-    url = url.set(drivername="postgresql+psycopg")
-    # What the URL holds is not repeated, for a password that is not encoded may be anywhere in it.
-    if "@" in (url.host or ""):
-        raise SettingsError(
-            f"{variable} has an @ too many; {expected}, with %40 for an @ in user or password"
-        )
-    try:
-        conninfo(url)
-    except (psycopg.Error, sa.exc.ArgumentError):
-        raise SettingsError(
-            f"{variable} has an option after its ? that libpq does not know or cannot take;"
-            " expected connection parameters such as sslmode=verify-full&sslrootcert=/path"
-        ) from None
-    return url
+    return postgres_url(settings.source_url)
 
 
 def create_engine(url: sa.URL) -> sa.Engine:

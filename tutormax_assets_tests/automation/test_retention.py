@@ -384,12 +384,11 @@ def test_a_storage_that_cannot_be_deleted_from_is_an_error_in_a_sentence(
 
 
 def test_archive_and_storage_may_be_object_stores(
-    platform: Platform, instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: Any
+    platform: Platform, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
     bucket = f"memory://{tmp_path.name}"
-    monkeypatch.setenv("TUTORMAX_STORAGE", f"{bucket}/storage")
-    monkeypatch.setenv("TUTORMAX_ARCHIVE", f"{bucket}/archive")
-    platform = Platform(load_settings(), platform.engine)
+    paths = {"storage": f"{bucket}/storage", "archive": f"{bucket}/archive"}
+    platform = Platform(platform.settings.model_copy(update=paths), platform.engine)
     rows = add_metrics(platform, ago(91))
     add_partitions(platform, ago(31), ago(30))
 

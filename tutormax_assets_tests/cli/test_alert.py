@@ -30,14 +30,14 @@ def test_it_says_where_the_message_did_not_arrive(
     monkeypatch: pytest.MonkeyPatch, invoke: Invoke
 ) -> None:
     url = f"json://reader:{TOKEN}@127.0.0.1:1/{TOKEN}?retry=0"
-    monkeypatch.setenv("TUTORMAX_ALERTS", f"{url} nonsense")
+    monkeypatch.setenv("TUTORMAX_ALERTS", f"{url} nonsense://x")
 
     result = invoke("alert", "--test")
 
     assert result.exit_code == 1
     first, second = result.stdout.splitlines()
     assert first.startswith("receiver 1 (json): A Connection error")
-    assert second.startswith("receiver 2 (no scheme): it is no URL that Apprise understands")
+    assert second.startswith("receiver 2 (nonsense): it is no URL that Apprise understands")
     assert TOKEN not in result.output
 
 

@@ -2,6 +2,7 @@
 
 import traceback
 from datetime import UTC, datetime
+from urllib.parse import quote
 
 import polars as pl
 import psycopg
@@ -65,10 +66,8 @@ def test_every_usual_form_of_the_url_leads_to_psycopg(
 def test_another_url_is_refused_and_not_repeated(
     monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    settings = settings_of(monkeypatch, TUTORMAX_DATABASE_URL=text)
-
     with pytest.raises(SettingsError, match=r"TUTORMAX_DATABASE_URL .*expected postgresql:") as e:
-        database_url(settings)
+        settings_of(monkeypatch, TUTORMAX_DATABASE_URL=text)
 
     assert SECRET not in str(e.value)
 
@@ -86,10 +85,8 @@ def test_another_url_is_refused_and_not_repeated(
 def test_a_url_that_libpq_would_not_take_is_refused_and_not_repeated(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str, expected: str
 ) -> None:
-    settings = settings_of(monkeypatch, **{variable: text})
-
     with pytest.raises(SettingsError, match=f"{variable} {expected}") as error:
-        (source_url if variable == "TUTORMAX_SOURCE_URL" else database_url)(settings)
+        settings_of(monkeypatch, **{variable: text})
 
     assert SECRET not in "".join(traceback.format_exception(error.value))
 
@@ -203,6 +200,45 @@ def test_both_drivers_take_several_hosts() -> None:
     [_, of_sqlalchemy] = url.get_dialect()().create_connect_args(url)
     assert of_sqlalchemy["host"] == "first,second"
     assert (found.get("host"), found.get("port")) == ("first,second", "6543,6544")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ("first:6543,second", ("first,second", "6543,5432")),
+        ("[::1]:6543,[fd00::1]:6544", ("::1,fd00::1", "6543,6544")),
+        ("%2Frun%2Fpostgresql", ("/run/postgresql", None)),
+        ("%2Frun%2Fpg,db.example", ("/run/pg,db.example", ",")),
+    ],
+)
+def test_several_hosts_and_sockets_are_named_as_libpq_has_it(
+    monkeypatch: pytest.MonkeyPatch, hosts: str, expected: tuple[str, str | None]
+) -> None:
+    text = f"postgresql://reader:{SECRET}@{hosts}/platform?target_session_attrs=read-write"
+
+    url = database_url(settings_of(monkeypatch, TUTORMAX_DATABASE_URL=text))
+
+    found = conninfo_to_dict(conninfo(url))
+    assert (found["host"], found.get("port")) == expected
+    assert (found["user"], found["password"], found["dbname"]) == ("reader", SECRET, "platform")
+    assert found["target_session_attrs"] == "read-write"
+    assert describe(url) == f"{expected[0]}/platform"
+    assert sa.make_url(url.render_as_string(hide_password=False)) == url
+
+
+def test_both_drivers_reach_the_socket_that_a_url_names_encoded(
+    monkeypatch: pytest.MonkeyPatch, engine: sa.Engine
+) -> None:
+    folder = quote(str(engine.url.query["host"]), safe="")
+    text = f"postgresql://{engine.url.username}@{folder}/{engine.url.database}"
+    url = database_url(settings_of(monkeypatch, TUTORMAX_DATABASE_URL=text))
+
+    reached = create_engine(url)
+    with reached.connect() as connection:
+        assert connection.scalar(sa.text("SELECT 1")) == 1
+    with dbapi.connect(conninfo(url)) as arrow, arrow.cursor() as cursor:
+        cursor.execute("SELECT 1")
+    reached.dispose()
 
 
 def test_a_connection_string_keeps_awkward_passwords_and_options() -> None:
