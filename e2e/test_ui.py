@@ -9,7 +9,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from .conftest import day
+from .conftest import day, tutormax
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 GROUPS = ("platform", "snapshots", "metrics", "persisted")
@@ -67,6 +67,21 @@ def test_the_schedule_is_turned_on(ui: str, page: Page) -> None:
     switch.click()
     expect(switch.locator("input")).to_be_checked()
     shot(page, "schedule")
+
+
+def test_a_run_of_the_command_line_is_as_good_as_any(home: Path, ui: str, page: Page) -> None:
+    tutormax(home, "run", "--date", str(day(2)))
+    page.goto(f"{ui}/timeline")
+    expect(page.get_by_role("link", name="daily_metrics", exact=True).first).to_be_visible()
+    page.goto(f"{ui}/{LOCATION}/jobs/daily_metrics/runs")
+    run = page.get_by_role("row").filter(has_text="tutormax/source: tutormax run")
+    expect(run.get_by_text("Success")).to_be_visible()
+    shot(page, "command-line-run")
+    run.get_by_role("link").first.click()
+    page.get_by_role("button", name="Re-execute all").click()
+    expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=RUN_SECONDS * 1000)
+    page.goto(f"{ui}/{LOCATION}/jobs/daily_metrics/runs")
+    expect(run.get_by_text("Success")).to_have_count(2)
 
 
 def open_materialize_dialog(ui: str, page: Page) -> None:

@@ -6,7 +6,7 @@ Names, arguments and defaults are those of the service that this project replace
 import asyncio
 import logging
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -28,7 +28,12 @@ from tutormax_assets.automation.retention import (
     clean_up,
     observation_of_restored_date,
 )
-from tutormax_assets.automation.single_days import ATTENDED_TAG, RANGE_END_TAG, RANGE_START_TAG
+from tutormax_assets.automation.single_days import (
+    ATTENDED_TAG,
+    RANGE_END_TAG,
+    RANGE_START_TAG,
+    SOURCE_TAG,
+)
 from tutormax_assets.checks import is_blocked_by, sentence
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.event_log import event_log_kept_open
@@ -39,7 +44,12 @@ from tutormax_assets.failures import (
     is_of_every_date,
     step_failure,
 )
-from tutormax_assets.instance import dagster_home, dagster_instance, make_pool
+from tutormax_assets.instance import (
+    dagster_home,
+    dagster_instance,
+    make_pool,
+    runs_of_code_location,
+)
 from tutormax_assets.killed_runs import PROCESS_TAG, end_killed_runs, this_process
 from tutormax_assets.log import LOGGER
 from tutormax_assets.partitions import checked_reference_date, midnight, today
@@ -302,7 +312,7 @@ def steps(settings: Settings, dates: int) -> int:
 
 
 def aggregate(
-    settings: Settings, days: Sequence[date], options: RunOptions
+    settings: Settings, days: Sequence[date], options: RunOptions, *, source: str = "Python API"
 ) -> list[AggregationSummary]:
     """Run the job for consecutive reference dates, many in one run, and log each summary.
 
@@ -318,6 +328,7 @@ def aggregate(
         days: Consecutive reference dates, ascending.
         options: Options of the run. Tutors who are not in the platform's tutors are left out of it
             and named in the errors of each summary.
+        source: What started the runs, for their tags.
 
     Returns:
         One summary per date.
@@ -334,11 +345,14 @@ def aggregate(
     with (
         dagster_instance(settings) as instance,
         event_log_kept_open(instance),
+        runs_of_code_location(instance, code_location=settings.code_location, job_name=JOB_NAME),
         this_process(home) as process,
     ):
         make_pool(instance, PLATFORM_POOL)
         tell_of_runs(instance, end_killed_runs(instance, home, logger), settings, logger)
-        run = partial(_run_job, job, instance, settings, options=options, process=process)
+        # Its failure is dealt with here, so that neither the sensors nor the daemon need to.
+        tags = {ATTENDED_TAG: "true", SOURCE_TAG: source, PROCESS_TAG: process}
+        run = partial(_run_job, job, instance, settings, options=options, tags=tags)
         try:
             for chunk in _chunks(days, settings.max_dates_per_run or len(days)):
                 result, done = run(chunk)
@@ -481,12 +495,11 @@ def _run_job(
     days: Sequence[date],
     *,
     options: RunOptions,
-    process: str,
+    tags: Mapping[str, str],
 ) -> tuple[dg.ExecuteInProcessResult, list[AggregationSummary]]:
     started = perf_counter()
     keys = [day.isoformat() for day in days]
-    # Its failure is dealt with here, so that neither the sensors nor the daemon need to.
-    tags = {ATTENDED_TAG: "true", PROCESS_TAG: process, "dagster/max_retries": "0"}
+    tags = {**tags, "dagster/max_retries": "0"}
     if len(keys) > 1:
         tags |= {RANGE_START_TAG: keys[0], RANGE_END_TAG: keys[-1]}
     with _one_run_of_this_process:

@@ -76,6 +76,8 @@ def end_killed_runs(
                 known = pid is not None and path.stem.startswith(process_prefix(pid))
                 of_process = dg.RunsFilter(tags={PROCESS_TAG: path.stem}, statuses=_UNFINISHED)
                 for run in reversed(instance.get_runs(of_process)):
+                    if run.parent_run_id is not None:
+                        continue  # A re-execution has the tag, but not the process.
                     _end(instance, run, reason if known else _general_reason(path.stem), log)
                     ended.append(run.run_id)
                 path.unlink(missing_ok=True)

@@ -179,6 +179,10 @@ class Settings(BaseSettings):
     automation: bool = Field(
         default=False, description="Whether schedules and sensors run unless they are stopped."
     )
+    code_location: str = Field(
+        default="tutormax_assets.definitions",
+        description="Name that the Dagster UI shows for the code location of tutormax_assets.",
+    )
     dagster_home: Path | None = Field(
         default=None,
         validation_alias="DAGSTER_HOME",

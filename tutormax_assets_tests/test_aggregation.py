@@ -23,6 +23,7 @@ from tutormax_assets.aggregation import (
     aggregate,
     steps,
 )
+from tutormax_assets.automation.single_days import SOURCE_TAG
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.failures import is_of_every_date
 from tutormax_assets.instance import dagster_home, dagster_instance
@@ -132,7 +133,16 @@ def test_a_run_of_today_with_cleanup(small_platform: Platform, tmp_path: Path) -
             )
         )
         with dagster_instance(platform.settings) as instance:
-            [run] = instance.get_runs()
+            # The UI lists runs of a job by this.
+            label = {".dagster/repository": "__repository__@tutormax_assets.definitions"}
+            [run] = instance.get_runs(dg.RunsFilter(tags=label))
+
+    # The UI re-executes the run by this.
+    assert run.remote_job_origin is not None
+    assert run.remote_job_origin.job_name == run.job_name
+    repository = build_definitions(platform.settings).get_repository_def().name
+    assert run.remote_job_origin.repository_origin.repository_name == repository
+    assert run.tags[SOURCE_TAG] == "Python API"
 
     assert summary.run_date.date() == now
     assert (summary.total_tutors, summary.successful, summary.failed) == (2, 2, 0)

@@ -37,6 +37,15 @@ def test_the_image_has_the_versions_that_the_tests_run_with() -> None:
         assert image[name] == tested[name], name
 
 
+def test_runs_of_the_command_line_name_the_code_location_as_the_ui_does() -> None:
+    [location] = read("workspace.yaml")["load_from"]
+    compose = read("compose.yaml")["services"]["code-location"]["environment"]
+    [deployment] = read("kubernetes/values.yaml")["dagster-user-deployments"]["deployments"]
+
+    assert compose["TUTORMAX_CODE_LOCATION"] == location["grpc_server"]["location_name"]
+    assert deployment["env"]["TUTORMAX_CODE_LOCATION"] == deployment["name"]
+
+
 def test_kubernetes_has_the_limits_of_the_instance() -> None:
     instance, values = read("dagster.yaml"), read("kubernetes/values.yaml")
     runs, pools = instance["concurrency"]["runs"], instance["concurrency"]["pools"]

@@ -20,9 +20,9 @@ from tutormax_assets.automation.messages import (
 from tutormax_assets.automation.receivers import send
 from tutormax_assets.automation.schedule import newest_due_date
 from tutormax_assets.automation.single_days import (
-    ATTENDED_TAG,
     RANGE_DATES_TAG,
     RANGE_RUN_TAG,
+    is_attended,
     will_be_retried,
 )
 from tutormax_assets.platform.tables import METRICS_TABLE
@@ -105,7 +105,7 @@ def tell_of_ended_run(
     A run that Dagster runs again, or whose own process tells of it, calls for none. The run of a
     date of a failed range does once it is the last one of them to end.
     """
-    if ATTENDED_TAG in run.tags or will_be_retried(run):
+    if is_attended(run) or will_be_retried(run):
         return
     settings = load_settings()
     if RANGE_RUN_TAG in run.tags:

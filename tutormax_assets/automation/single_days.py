@@ -21,6 +21,9 @@ WILL_RETRY_TAG = "dagster/will_retry"
 ATTENDED_TAG = "tutormax/attended"
 """On a run whose own process deals with its failure, as ``tutormax run`` and ``backfill`` do."""
 
+SOURCE_TAG = "tutormax/source"
+"""On such a run: what started it, such as ``tutormax run``."""
+
 RANGE_RUN_TAG = "tutormax/range_run"
 """On the run of a single date: id of the failed range run that it stems from."""
 
@@ -41,6 +44,14 @@ def partition_keys(run: dg.DagsterRun) -> list[str]:
         return []
     first, last = (date.fromisoformat(run.tags[tag]) for tag in (RANGE_START_TAG, RANGE_END_TAG))
     return [(first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
+
+
+def is_attended(run: dg.DagsterRun) -> bool:
+    """Whether the run's own process deals with its failure.
+
+    A re-execution has the tags of the run that it repeats, but is a run of Dagster's.
+    """
+    return ATTENDED_TAG in run.tags and run.parent_run_id is None
 
 
 def will_be_retried(run: dg.DagsterRun) -> bool:
@@ -66,7 +77,7 @@ def runs_of_single_days(
         asset_keys: The assets of that job.
         failures: The events that say why it failed.
     """
-    if ATTENDED_TAG in run.tags:
+    if is_attended(run):
         return dg.SkipReason("The process that ran it runs the dates one by one.")
     selected = run.asset_selection
     if run.job_name not in (job_name, _UI_JOB) or (selected and not selected <= asset_keys):

@@ -72,7 +72,7 @@ def demo(
             _heading("3. The run")
             # Nobody is to be told of what is wrong with rows that were made up.
             unheard = environment.model_copy(update={"alerts": None})
-            [summary] = with_progress(unheard, [day], RunOptions())
+            [summary] = with_progress(unheard, [day], RunOptions(), source="tutormax demo")
             output.print(summary_block(summary))
             _heading("4. The table after the run")
             _table_state(engine)

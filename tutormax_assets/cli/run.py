@@ -104,6 +104,7 @@ def run(
                 max_retries=max_retries,
                 retry_delay_seconds=retry_delay,
             ),
+            source="tutormax run",
             quiet=quiet,
         )
     if as_json:
@@ -158,6 +159,7 @@ def backfill(
                 max_retries=max_retries,
                 retry_delay_seconds=retry_delay,
             ),
+            source="tutormax backfill",
             quiet=quiet,
         )
     failed = [summary for summary in summaries if not summary.all_saved]
@@ -200,7 +202,12 @@ def _tutor_ids(lists: list[str] | None, ids: list[str] | None) -> list[str] | No
 
 
 def with_progress(
-    environment: "Settings", days: Sequence[date], options: "RunOptions", *, quiet: bool = False
+    environment: "Settings",
+    days: Sequence[date],
+    options: "RunOptions",
+    *,
+    source: str,
+    quiet: bool = False,
 ) -> "list[AggregationSummary]":
     """Compute reference dates, with a progress bar where a person watches."""
     from tutormax_assets.aggregation import aggregate, steps
@@ -213,9 +220,9 @@ def with_progress(
     if environment.database_source == "embedded":
         logger.info("Database: %s (%s)", describe(url), environment.whence)
     if quiet or not messages.is_terminal:
-        return aggregate(environment, days, options)
+        return aggregate(environment, days, options, source=source)
     with _progress(total=steps(environment, len(days))):
-        return aggregate(environment, days, options)
+        return aggregate(environment, days, options, source=source)
 
 
 @contextmanager
