@@ -1,7 +1,7 @@
 """Checks of ``tutor_performance_metrics``: what PostgreSQL holds, read back."""
 
 from collections.abc import Iterator, Sequence
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 
 import dagster as dg
@@ -20,7 +20,8 @@ from tutormax_assets.checks import (
 )
 from tutormax_assets.checks.tutor_tiers import every_tutor_has_all_windows
 from tutormax_assets.partitions import midnight
-from tutormax_assets.platform.metrics_table import read_metrics
+from tutormax_assets.platform.adoption import WINDOW_OF_A_POLICY
+from tutormax_assets.platform.metrics_table import count_rows_at_other_times, read_metrics
 from tutormax_assets.platform.tables import METRICS_TABLE
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 from tutormax_assets.storage import PartitionedParquetIOManager
@@ -65,8 +66,20 @@ def tutor_performance_metrics_checks(
             retrying=run_options.retrying(context.log),
             timeouts=database.timeouts,
         )
+        others = count_rows_at_other_times(
+            database.engine,
+            days=[
+                (
+                    midnight(day, timezone=daily.timezone),
+                    midnight(day + timedelta(days=1), timezone=daily.timezone),
+                )
+                for day in days.values()
+            ],
+            retrying=run_options.retrying(context.log),
+            timeouts=database.timeouts,
+        )
         found = {}
-        for (key, day), rows in zip(days.items(), table, strict=True):
+        for (key, day), rows, at_other_times in zip(days.items(), table, others, strict=True):
             computed, roster = pl.collect_all(
                 [
                     partition(io_manager, "tutor_tiers", key),
@@ -81,7 +94,9 @@ def tutor_performance_metrics_checks(
                 f" = '{midnight(day, timezone=daily.timezone).isoformat()}'"
             )
             found[key] = {
-                "rows_are_as_computed": rows_are_as_computed(computed, stored, query=query),
+                "rows_are_as_computed": rows_are_as_computed(
+                    computed, stored, query=query, at_other_times=at_other_times
+                ),
                 "every_tutor_has_all_windows": every_tutor_has_all_windows(
                     stored,
                     roster,
@@ -96,15 +111,19 @@ def tutor_performance_metrics_checks(
     return checks
 
 
-def rows_are_as_computed(computed: pl.DataFrame, stored: pl.DataFrame, /, *, query: str) -> Finding:
+def rows_are_as_computed(
+    computed: pl.DataFrame, stored: pl.DataFrame, /, *, query: str, at_other_times: int = 0
+) -> Finding:
     """Whether the table holds what was computed, row for row and value for value.
 
-    A row of a window that was not computed may be left of an earlier policy: that is a warning.
+    Rows beside those that were computed are a warning: of a window that an earlier policy had, or
+    written by something else, such as the replaced service.
 
     Args:
         computed: ``TutorTiers``.
         stored: The table's rows of the same date and tutors.
         query: Shows the rows of the date.
+        at_other_times: Rows that the table holds of the same day at another time than midnight.
     """
     values = [name for name in stored.columns if name not in _KEY]
     expected = computed.select(*_KEY, *values).with_columns(
@@ -113,9 +132,12 @@ def rows_are_as_computed(computed: pl.DataFrame, stored: pl.DataFrame, /, *, que
     metadata: Metadata = {
         "rows_computed": len(expected),
         "rows_in_the_table": len(stored),
+        "rows_at_other_times": at_other_times,
         "failed_tutors": 0,
     }
-    if expected.sort(_KEY).equals(stored.select(expected.columns).sort(_KEY)):
+    if not at_other_times and expected.sort(_KEY).equals(
+        stored.select(expected.columns).sort(_KEY)
+    ):
         return Finding(True, metadata=metadata)
     # A key that is there twice is what every_tutor_has_all_windows finds.
     once = stored.unique(_KEY, keep="first", maintain_order=True)
@@ -129,27 +151,22 @@ def rows_are_as_computed(computed: pl.DataFrame, stored: pl.DataFrame, /, *, que
             ),
             different.select(*_KEY, pl.lit("other values").alias("problem")),
             once.join(expected, on=_KEY, how="anti").select(
-                *_KEY, pl.lit("not computed").alias("problem")
+                *_KEY,
+                pl.when(pl.col("window").str.contains(WINDOW_OF_A_POLICY))
+                .then(pl.lit("not computed"))
+                .otherwise(pl.lit("of another service"))
+                .alias("problem"),
             ),
         ]
     )
-    wrong = rows.filter(pl.col("problem") != "not computed")
+    wrong = rows.filter(~pl.col("problem").is_in(["not computed", "of another service"]))
     metadata["failed_tutors"] = wrong["tutor_id"].n_unique()
-    if rows.is_empty():
+    if rows.is_empty() and not at_other_times:
         return Finding(True, metadata=metadata)
     counts = rows.group_by("problem").len("rows").sort("problem")
-    said = ", ".join(f"{count} {problem}" for problem, count in counts.iter_rows())
-    advice = (
-        "The summary of the materialization says why tutors could not be written; if it names"
-        " none, something else writes to the table. Run the date again once the cause is mended."
-        if len(wrong)
-        else "Rows that were not computed are of windows that the policy no longer has: delete"
-        " them, or leave them if their readers know."
-    )
     return Finding(
         False,
-        f"{len(rows)} rows of {metadata['failed_tutors'] or rows['tutor_id'].n_unique()} tutors are"
-        f" not as computed: {said}. {advice}",
+        " ".join(_description(rows, len(wrong), counts, at_other_times)),
         {
             **metadata,
             "problems": counts,
@@ -158,3 +175,30 @@ def rows_are_as_computed(computed: pl.DataFrame, stored: pl.DataFrame, /, *, que
         },
         WARN if wrong.is_empty() else ERROR,
     )
+
+
+def _description(
+    rows: pl.DataFrame, wrong: int, counts: pl.DataFrame, at_other_times: int
+) -> Iterator[str]:
+    problems = dict(counts.iter_rows())
+    if problems:
+        said = ", ".join(f"{count} {problem}" for problem, count in problems.items())
+        tutors = rows["tutor_id"].n_unique()
+        yield f"{len(rows)} rows of {tutors} tutors are not as computed: {said}."
+    if at_other_times:
+        yield f"{at_other_times} rows of the day have another time than midnight."
+    if wrong:
+        yield (
+            "The summary of the materialization says why tutors could not be written; if it names"
+            " none, something else writes to the table. Fix the cause and rerun the date."
+        )
+    if at_other_times or "of another service" in problems:
+        yield (
+            "Another service writes to the table: stop it, then run `tutormax db upgrade`, which"
+            " converts its rows or sets them aside."
+        )
+    if "not computed" in problems:
+        yield (
+            "Rows that were not computed are of windows that the policy no longer has: delete"
+            " them, or leave them if their readers know."
+        )

@@ -95,14 +95,14 @@ def status() -> None:
             source = create_engine(source_url(environment))
             opened.callback(source.dispose)
             _print(f"Source tables: {describe(source.url)} (from TUTORMAX_SOURCE_URL)")
-        found = schema.status(engine, source=source, lake=lake)
+        found = schema.status(engine, timezone=environment.timezone, source=source, lake=lake)
     for line in found.lines():
         _print(line)
     if not found.ready:
         of_lake = " docs/lake.md says what is expected of the lake." if lake is not None else ""
         _print(
-            "Not ready: `tutormax db upgrade` mends tutor_performance_metrics, `tutormax db roles`"
-            f" prints the rights that are needed.{of_lake}"
+            "Not ready: `tutormax db upgrade` brings tutor_performance_metrics to the expected"
+            f" form, `tutormax db roles` prints the rights that are needed.{of_lake}"
         )
         raise typer.Exit(EXIT_FAILED)
 

@@ -89,7 +89,7 @@ def _platform(engine: "sa.Engine", *, tutors: int, day: date, timezone: str) -> 
     from tutormax_assets import sample_platform
     from tutormax_assets.platform import schema
 
-    state = schema.status(engine)
+    state = schema.status(engine, timezone=timezone)
     if not any(source.present for source in state.sources):
         schema.initialize(engine, timezone=timezone)
     try:

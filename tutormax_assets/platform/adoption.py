@@ -5,14 +5,19 @@ What becomes of each row is one SELECT, `verdicts`. A report aggregates it; the 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 
-from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics, tutors
+from tutormax_assets.platform.tables import (
+    METRICS_TABLE,
+    is_a_date,
+    tutor_performance_metrics,
+    tutors,
+)
 
 SET_ASIDE_TABLE = "tutor_performance_metrics_set_aside"
 LOCK_TIMEOUT_SECONDS = 5
@@ -38,8 +43,10 @@ TIER_NAMES = {
 }
 """Tier names that may be stored, in lower case, and what they become."""
 
-_FIRST_DATE: sa.ColumnElement[Any] = sa.literal_column("'0001-01-03'::timestamptz")
-_LAST_DATE: sa.ColumnElement[Any] = sa.literal_column("'9999-12-30'::timestamptz")
+WINDOW_OF_A_POLICY = "^[1-9][0-9]*day$"
+"""Matches the window names that a policy can have."""
+
+_TIERS = sorted(set(TIER_NAMES.values()))
 
 set_aside_metadata = sa.MetaData()
 
@@ -135,12 +142,20 @@ class UpgradeReport:
     tiers_renamed: int = 0
     dates_moved: int = 0
     """Kept rows whose calculation date becomes midnight."""
+    days_moved: int = 0
+    """Those of them whose day in the configured timezone is not their day in UTC."""
     changes: tuple[str, ...] = ()
     """What changes in tables, columns, constraints and indexes, a sentence each."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        converted = self.windows_renamed or self.tiers_renamed or self.dates_moved
+        return not (self.changes or self.rows_moved or converted)
+
     def lines(self) -> list[str]:
         """The report for a person."""
-        if not self.changes and not self.rows_moved:
+        if self.is_empty:
             return [f"{METRICS_TABLE} is up to date ({self.rows_before} rows); nothing to do"]
         moved = sum(self.rows_moved.values())
         return [
@@ -150,6 +165,14 @@ class UpgradeReport:
             f"window names changed in {self.windows_renamed} rows, "
             f"tier names in {self.tiers_renamed}, "
             f"dates moved to midnight in {self.dates_moved}",
+            *(
+                [
+                    f"  {self.days_moved} of these dates move to another day: at their time, the"
+                    " date in the configured timezone (TUTORMAX_TIMEZONE) is not the date in UTC"
+                ]
+                if self.days_moved
+                else []
+            ),
             *self.changes,
         ]
 
@@ -172,6 +195,80 @@ class _Plan:
     def add(self, sentence: str, *statements: sa.Executable) -> None:
         self.sentences.append(sentence)
         self.additions.extend(statements)
+
+
+@dataclass(frozen=True)
+class RowsFound:
+    """What the rows of an adopted table are, as a read of three columns shows it."""
+
+    rows: int
+    newest: datetime | None
+    """Newest calculation date that is a date."""
+    windows: int
+    """Rows with a window that no policy writes, such as ``SEVEN_DAY``."""
+    tiers: int
+    """Rows with a tier that no run writes, such as ``AT_RISK``."""
+    dates: int
+    """Rows whose calculation date is not midnight in the configured timezone."""
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """Phrases that name the rows which this project did not write."""
+        return tuple(
+            f"{count} rows with {what}"
+            for count, what in (
+                (self.windows, "another name in window"),
+                (self.tiers, "another name in performance_tier"),
+                (
+                    self.dates,
+                    "a calculation_date other than midnight in the configured timezone"
+                    " (TUTORMAX_TIMEZONE)",
+                ),
+            )
+            if count
+        )
+
+
+def find_rows(connection: sa.Connection, *, timezone: str) -> RowsFound:
+    """Count the rows of an adopted table, and those that something else wrote there.
+
+    One pass; each combination of date, window and tier is examined once.
+
+    Args:
+        connection: A connection to the platform's database.
+        timezone: IANA timezone whose midnight a calculation date is.
+    """
+    metrics = tutor_performance_metrics.c
+    columns = metrics.calculation_date, metrics.window, metrics.performance_tier
+    group = sa.select(*columns, sa.func.count().label("rows")).group_by(*columns).subquery()
+    date = group.c.calculation_date
+    in_range = is_a_date(date)
+
+    def rows(*conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
+        total = sa.func.sum(group.c.rows)
+        return sa.cast(
+            sa.func.coalesce(total.filter(*conditions) if conditions else total, 0), sa.BigInteger
+        )
+
+    found = connection.execute(
+        sa.select(
+            rows(),
+            sa.func.max(date).filter(in_range),
+            rows(~group.c.window.regexp_match(WINDOW_OF_A_POLICY)),
+            rows(group.c.performance_tier.not_in(_TIERS)),
+            rows(sa.case((in_range, _midnight(date, timezone) != date), else_=True)),
+        )
+    ).one()
+    return RowsFound(*found)
+
+
+def missing_changes(connection: sa.Connection) -> tuple[str, ...]:
+    """What an upgrade would change in the table that exists, rows aside; reads the catalog only.
+
+    Raises:
+        SchemaError: The table cannot be adopted as it is.
+    """
+    return (*_created(connection, SET_ASIDE_TABLE), *_plan(connection).sentences)
 
 
 def examine(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
@@ -253,10 +350,14 @@ def verdicts(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
         A row for each row: ``metric_id``; ``instant`` (the calculation date as it is) and
         ``calculation_date`` (as it becomes); ``window`` and ``performance_tier`` as they become,
         null when unknown; ``reason`` why the row cannot stay, null when it stays; and
-        ``window_renamed``, ``tier_renamed``, ``date_moved``.
+        ``window_renamed``, ``tier_renamed``, ``date_moved``, ``day_moved``.
     """
     window_name = sa.cast(metrics.c.window, sa.Text)
-    window = sa.case(WINDOW_NAMES, value=_folded(window_name))
+    window = sa.case(
+        *((_folded(window_name) == name, value) for name, value in WINDOW_NAMES.items()),
+        # A policy may have windows of other lengths.
+        (_folded(window_name).regexp_match(WINDOW_OF_A_POLICY), _folded(window_name)),
+    )
     tier_name = (
         sa.cast(metrics.c.performance_tier, sa.Text)
         if "performance_tier" in metrics.c
@@ -274,7 +375,10 @@ def verdicts(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
             for name in ("metric_id", "tutor_id")
         ),
         (~is_a_date(instant), "calculation_date out of range"),
-        (window.is_(None), "unknown window"),
+        (
+            window.is_(None) | (sa.func.length(window_name) > _length("window")),
+            "unknown window",
+        ),
         (tier.is_(None) & tier_name.is_not(None), "unknown tier"),
         (roster_id.is_(None), "unknown tutor"),
     )
@@ -296,10 +400,19 @@ def verdicts(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
         .select_from(metrics.outerjoin(tutors, roster_id == tutor_id))
         .subquery("normalised")
     )
+    window_renamed = row.c.window.is_distinct_from(row.c.window_name)
+    tier_renamed = row.c.performance_tier.is_distinct_from(row.c.tier_name)
+    date_moved = row.c.calculation_date.is_distinct_from(row.c.instant)
     place = sa.func.row_number().over(
         # A row that cannot stay must not push out an older one that can.
         partition_by=[row.c.tutor_id, row.c.calculation_date, row.c.window, row.c.problem],
-        order_by=[row.c.updated_at.desc(), row.c.created_at.desc(), row.c.metric_id.desc()],
+        order_by=[
+            # What this project wrote is what its Parquet and its record say as well.
+            window_renamed | tier_renamed | date_moved,
+            row.c.updated_at.desc(),
+            row.c.created_at.desc(),
+            row.c.metric_id.desc(),
+        ],
     )
     return sa.select(
         row.c.metric_id,
@@ -308,15 +421,13 @@ def verdicts(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
         row.c.window,
         row.c.performance_tier,
         sa.func.coalesce(row.c.problem, sa.case((place > 1, "duplicate"))).label("reason"),
-        row.c.window.is_distinct_from(row.c.window_name).label("window_renamed"),
-        row.c.performance_tier.is_distinct_from(row.c.tier_name).label("tier_renamed"),
-        row.c.calculation_date.is_distinct_from(row.c.instant).label("date_moved"),
+        window_renamed.label("window_renamed"),
+        tier_renamed.label("tier_renamed"),
+        date_moved.label("date_moved"),
+        (date_moved & (_day(row.c.calculation_date, timezone) != _day(row.c.instant, "UTC"))).label(
+            "day_moved"
+        ),
     ).subquery("verdicts")
-
-
-def is_a_date(instant: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
-    """Whether an instant lies in the years 1 to 9999 in every timezone; infinity does not."""
-    return instant.between(_FIRST_DATE, _LAST_DATE)
 
 
 def _folded(name: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
@@ -348,6 +459,10 @@ def _midnight(instant: sa.ColumnElement[Any], timezone: str) -> sa.ColumnElement
         (sa.func.timezone(timezone, earlier, type_=sa.DateTime()) == local, earlier),
         else_=midnight,
     )
+
+
+def _day(instant: sa.ColumnElement[Any], timezone: str) -> sa.ColumnElement[Any]:
+    return sa.cast(sa.func.timezone(timezone, instant, type_=sa.DateTime()), sa.Date)
 
 
 def _move_statement(metrics: sa.TableClause, *, timezone: str) -> sa.Insert:
@@ -431,13 +546,16 @@ def _report(connection: sa.Connection, plan: _Plan, *, timezone: str) -> Upgrade
                     verdict.c.window_renamed,
                     verdict.c.tier_renamed,
                     verdict.c.date_moved,
+                    verdict.c.day_moved,
                 )
             ),
         )
         .group_by(verdict.c.reason)
         .order_by(sa.func.count().desc(), verdict.c.reason)
     ).all()
-    kept, windows, tiers, dates = next((row[1:] for row in counts if row[0] is None), (0, 0, 0, 0))
+    kept, windows, tiers, dates, days = next(
+        (row[1:] for row in counts if row[0] is None), (0, 0, 0, 0, 0)
+    )
     return UpgradeReport(
         rows_before=sum(row[1] for row in counts),
         rows_kept=kept,
@@ -445,6 +563,7 @@ def _report(connection: sa.Connection, plan: _Plan, *, timezone: str) -> Upgrade
         windows_renamed=windows,
         tiers_renamed=tiers,
         dates_moved=dates,
+        days_moved=days,
         changes=(*_created(connection, SET_ASIDE_TABLE), *plan.sentences),
     )
 

@@ -36,6 +36,7 @@ from tutormax_assets.platform.references import Reference, is_referred
 from tutormax_assets.platform.tables import (
     METRICS_KEY,
     METRICS_TABLE,
+    is_a_date,
     tutor_performance_metrics,
     tutors,
 )
@@ -56,10 +57,6 @@ _DTYPES: dict[type, pl.DataType] = {
 }
 
 _DEFAULT_TIMEOUTS = Timeouts()
-
-# Python has a day more at both ends, so that these exist in every timezone.
-_FIRST_INSTANT = datetime(1, 1, 2, tzinfo=UTC)
-_LAST_INSTANT = datetime(9999, 12, 30, tzinfo=UTC)
 
 _COLUMNS = sa.text("""
     SELECT attname::text AS name, attgenerated <> '' AS is_generated
@@ -101,7 +98,7 @@ class _Table:
         """Whether Python has all timestamps of a row: PostgreSQL knows infinite ones."""
         return sa.and_(
             *(
-                column.is_(None) | column.between(_FIRST_INSTANT, _LAST_INSTANT)
+                column.is_(None) | is_a_date(column)
                 for column in self.clause.c
                 if isinstance(column.type, sa.DateTime)
             )

@@ -267,11 +267,47 @@ def read_metrics(
             try:
                 rows = retrying.copy()(read, calculation_date)
             except dbapi.Error as error:
-                raise MetricsTableError(
-                    f"{METRICS_TABLE} cannot be read: {reason(error)}."
-                    " `tutormax db status` shows what is there."
-                ) from error
+                raise _cannot_be_read(error) from error
             yield rows
+
+
+def count_rows_at_other_times(
+    engine: sa.Engine,
+    *,
+    days: Iterable[tuple[datetime, datetime]],
+    retrying: tenacity.Retrying,
+    timeouts: Timeouts,
+) -> list[int]:
+    """Count the table's rows within days that are not at the begin of the day: none is a run's.
+
+    Args:
+        engine: The database that holds the table.
+        days: The instants at which each day begins and ends.
+        retrying: Calls the counting again when its failure may pass.
+        timeouts: How long a statement may take, and wait for another session's lock.
+
+    Raises:
+        MetricsTableError: The table cannot be read.
+    """
+    date = tutor_performance_metrics.c.calculation_date
+    queries = [sa.select(sa.func.count()).where(date > begin, date < end) for begin, end in days]
+
+    def count() -> list[int]:
+        with engine.begin() as connection:
+            limit_transaction(connection, timeouts)
+            return [connection.scalar(query) or 0 for query in queries]
+
+    try:
+        return retrying.copy()(count)
+    except sa.exc.DBAPIError as error:
+        raise _cannot_be_read(error) from error
+
+
+def _cannot_be_read(error: Exception) -> MetricsTableError:
+    return MetricsTableError(
+        f"{METRICS_TABLE} cannot be read: {reason(error)}."
+        " `tutormax db status` shows what is there."
+    )
 
 
 @contextmanager

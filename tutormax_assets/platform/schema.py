@@ -1,6 +1,6 @@
 """The platform's database as this project needs it: created for a demo, upgraded, looked at."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,6 +20,7 @@ from tutormax_assets.platform.migrations import VERSION_TABLE
 from tutormax_assets.platform.roles import WRITER_RIGHTS
 from tutormax_assets.platform.tables import (
     METRICS_TABLE,
+    is_a_date,
     source_metadata,
     tutor_performance_metrics,
     tutors,
@@ -61,12 +62,12 @@ class SchemaStatus:
     """Rows of the metrics table; null where the user may not look, as of the rows set aside."""
     newest_calculation_date: datetime | None
     rows_set_aside: int | None
-    rows_without_a_date: int = 0
-    """Rows of the metrics table whose calculation date is infinite or out of range."""
     missing_rights: tuple[str, ...] = ()
     """Clauses that name what the user lacks to write."""
     missing_tutors: tuple[str, ...] = ()
     """A clause where the metrics of some of a lake's tutors would refer to nobody."""
+    deviations: tuple[str, ...] = ()
+    """A clause for what an upgrade of a table that was upgraded before has to change again."""
 
     @property
     def ready(self) -> bool:
@@ -77,7 +78,7 @@ class SchemaStatus:
     @property
     def unmet(self) -> tuple[str, ...]:
         """Clauses that say what keeps a run from writing."""
-        return (*self.missing_rights, *self.missing_tutors)
+        return (*self.deviations, *self.missing_rights, *self.missing_tutors)
 
     def lines(self) -> list[str]:
         """The status for a person."""
@@ -88,14 +89,6 @@ class SchemaStatus:
             f"{METRICS_TABLE}: {self.metrics} "
             f"(revision {self.revision or 'none'}, newest {self.newest_revision})",
             f"  {_rows(self.rows)}, newest calculation date {last}",
-            *(
-                [
-                    f"  {_rows(self.rows_without_a_date)} whose calculation_date is infinite or"
-                    " outside the years 1 to 9999: correct or delete them"
-                ]
-                if self.rows_without_a_date
-                else []
-            ),
             f"{adoption.SET_ASIDE_TABLE}: {_rows(self.rows_set_aside)}",
             *self.unmet,
         ]
@@ -151,12 +144,17 @@ def upgrade(engine: sa.Engine, *, timezone: str, dry_run: bool = False) -> Upgra
 
 
 def status(
-    engine: sa.Engine, *, source: sa.Engine | None = None, lake: Lake | None = None
+    engine: sa.Engine,
+    *,
+    timezone: str,
+    source: sa.Engine | None = None,
+    lake: Lake | None = None,
 ) -> SchemaStatus:
     """What the database holds; only reads.
 
     Args:
         engine: The database that holds the metrics table.
+        timezone: IANA timezone in which a reference date begins.
         source: The one that holds the source tables; the same unless given.
         lake: Holds the source tables instead.
 
@@ -182,17 +180,19 @@ def status(
         revision = None if "SELECT" in missing[VERSION_TABLE] else _revision(connection)
         rows: int | None = 0
         newest = None
-        undated = 0
+        deviations: tuple[str, ...] = ()
         if "SELECT" in missing[METRICS_TABLE]:
             rows = None
-        elif present:
+        elif present and revision is None:
             date = tutor_performance_metrics.c.calculation_date
-            # Python has no year beyond 9999, no year before 1 and no infinity.
-            newest_date = sa.func.max(date).filter(adoption.is_a_date(date))
-            others = sa.func.count().filter(~adoption.is_a_date(date))
-            rows, newest, undated = connection.execute(
-                sa.select(sa.func.count(), newest_date, others)
+            in_range = is_a_date(date)
+            rows, newest = connection.execute(
+                sa.select(sa.func.count(), sa.func.max(date).filter(in_range))
             ).one()
+        elif present:
+            found = adoption.find_rows(connection, timezone=timezone)
+            rows, newest = found.rows, found.newest
+            deviations = tuple(_deviations(connection, found))
         rows_set_aside: int | None = 0
         if "SELECT" in missing[adoption.SET_ASIDE_TABLE]:
             rows_set_aside = None
@@ -212,7 +212,6 @@ def status(
             newest_revision=_newest_revision(),
             rows=rows,
             newest_calculation_date=newest,
-            rows_without_a_date=undated,
             rows_set_aside=rows_set_aside,
             missing_rights=tuple(_rights_lines(connection, missing)),
             missing_tutors=(
@@ -220,6 +219,21 @@ def status(
                 if lake is not None and present and not any(source.breaches for source in sources)
                 else ()
             ),
+            deviations=deviations,
+        )
+
+
+def _deviations(connection: sa.Connection, found: adoption.RowsFound) -> Iterator[str]:
+    if found.deviations:
+        yield (
+            f"table {METRICS_TABLE}: found {', '.join(found.deviations)}, expected none: stop what"
+            " writes them, such as the replaced service, then run `tutormax db upgrade`"
+        )
+    changes = adoption.missing_changes(connection)
+    if changes:
+        yield (
+            f"table {METRICS_TABLE}: found another form than the migration left, expected what"
+            f" `tutormax db upgrade` brings back: {'; '.join(changes)}"
         )
 
 
@@ -228,19 +242,35 @@ def _apply(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
     connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{adoption.LOCK_TIMEOUT_SECONDS}s'")
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(VERSION_TABLE))))
     pending = _pending(connection)
-    if not pending:
-        return _up_to_date(connection)
     config = _config()
     config.attributes.update(connection=connection, timezone=timezone, report=None)
-    command.upgrade(config, "head")
-    return _with_later(config.attributes["report"] or _up_to_date(connection), pending)
+    if pending:
+        command.upgrade(config, "head")
+    report = config.attributes["report"] or _adopt_again(
+        connection, adoption.adopt, timezone=timezone
+    )
+    return _with_later(report, pending)
 
 
 def _preview(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
     pending = _pending(connection)
     adopts = any(script.revision == ADOPTION_REVISION for script in pending)
-    report = adoption.examine(connection, timezone=timezone) if adopts else _up_to_date(connection)
+    report = (
+        adoption.examine(connection, timezone=timezone)
+        if adopts
+        else _adopt_again(connection, adoption.examine, timezone=timezone)
+    )
     return _with_later(report, pending)
+
+
+def _adopt_again(
+    connection: sa.Connection, adopt: Callable[..., UpgradeReport], *, timezone: str
+) -> UpgradeReport:
+    """Adopt a table that was adopted before, if something else has changed it since."""
+    found = adoption.find_rows(connection, timezone=timezone)
+    if found.deviations or adoption.missing_changes(connection):
+        return adopt(connection, timezone=timezone)
+    return UpgradeReport(rows_before=found.rows, rows_kept=found.rows)
 
 
 def _pending(connection: sa.Connection) -> list[Script]:
@@ -276,11 +306,6 @@ def _with_later(report: UpgradeReport, pending: list[Script]) -> UpgradeReport:
         if script.revision != ADOPTION_REVISION
     )
     return replace(report, changes=(*report.changes, *later))
-
-
-def _up_to_date(connection: sa.Connection) -> UpgradeReport:
-    rows = connection.scalar(sa.select(sa.func.count()).select_from(tutor_performance_metrics))
-    return UpgradeReport(rows_before=rows or 0, rows_kept=rows or 0)
 
 
 def _config() -> Config:

@@ -1,5 +1,8 @@
 """The five source tables, which the platform owns, and the one table that this project owns."""
 
+from datetime import UTC, datetime
+from typing import Any
+
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
@@ -163,3 +166,12 @@ tutor_performance_metrics = sa.Table(
     sa.Index("ix_tutor_performance_metrics_calculation_date", "calculation_date"),
     sa.Index("ix_tutor_performance_metrics_window", "window", "calculation_date"),
 )
+
+# Python has a day more at both ends, so that these exist in every timezone.
+_FIRST_INSTANT = datetime(1, 1, 2, tzinfo=UTC)
+_LAST_INSTANT = datetime(9999, 12, 30, tzinfo=UTC)
+
+
+def is_a_date(instant: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    """Whether an instant lies in the years 1 to 9999 in every timezone; infinity does not."""
+    return instant.between(_FIRST_INSTANT, _LAST_INSTANT)

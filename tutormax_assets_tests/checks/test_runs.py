@@ -475,6 +475,14 @@ def test_the_table_is_checked_again_when_asked_for(good: Platform) -> None:
     good.run(LAST)
     table = "tutor_performance_metrics"
     assert failed(run_checks(good, LAST, table)) == {}
+    # A row of the replaced service, at its own time of the day.
+    good.execute(
+        f'INSERT INTO {table} (metric_id, tutor_id, calculation_date, "window",'
+        " sessions_completed, no_show_count)"
+        f" VALUES ('old', 'T000002', '{LAST} 02:30Z', 'SEVEN_DAY', 0, 0)"
+    )
+    assert failed(run_checks(good, LAST, table)) == {(table, "rows_are_as_computed", LAST): "WARN"}
+    good.execute(f"DELETE FROM {table} WHERE metric_id = 'old'")
 
     good.execute(f"UPDATE {table} SET avg_rating = 1.23 WHERE tutor_id = 'T000002'")
     good.execute(f"DELETE FROM {table} WHERE tutor_id = 'T000003' AND \"window\" = '7day'")

@@ -84,6 +84,23 @@ def test_rows_of_a_window_that_is_no_more_only_warn() -> None:
     assert finding.metadata["failed_tutors"] == 0
 
 
+def test_rows_of_another_service_lead_to_what_removes_them() -> None:
+    old = STORED.head(1).with_columns(
+        window=pl.lit("SEVEN_DAY"), performance_tier=pl.lit("AT_RISK")
+    )
+    for finding in (
+        compared(pl.concat([STORED, old])),
+        rows_are_as_computed(COMPUTED, STORED, query="SELECT 1", at_other_times=3),
+    ):
+        assert (finding.passed, finding.severity) == (False, WARN)
+        assert finding.metadata["failed_tutors"] == 0
+        assert str(finding.description).endswith(
+            "Another service writes to the table: stop it, then run `tutormax db upgrade`, which"
+            " converts its rows or sets them aside."
+        )
+        assert "policy" not in str(finding.description)
+
+
 def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
     odd = 'o\'dd, "id"\\N'
     computed = COMPUTED.with_columns(pl.col("tutor_id").replace({"b": odd}))

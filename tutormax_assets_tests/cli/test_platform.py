@@ -148,6 +148,20 @@ def test_an_upgrade_can_be_asked_first(platform: Platform, invoke: Invoke) -> No
     assert row == ("7day", "At Risk")
     assert invoke("db", "status").exit_code == 0
 
+    # The old service was not stopped and writes one more night.
+    platform.execute(
+        'INSERT INTO tutor_performance_metrics (metric_id, tutor_id, calculation_date, "window",'
+        " sessions_completed, no_show_count, performance_tier)"
+        " VALUES ('n', 't', '2025-11-08 03:04Z', 'SEVEN_DAY', 1, 0, 'AT_RISK')"
+    )
+    status = invoke("db", "status")
+    assert status.exit_code == 1
+    assert "found 1 rows with another name in window" in status.stdout
+    assert "`tutormax db upgrade`" in status.stdout.splitlines()[-1]
+    assert "window names changed in 1 rows" in invoke("db", "upgrade", "--dry-run").stdout
+    assert invoke("db", "upgrade").exit_code == 0
+    assert invoke("db", "status").exit_code == 0
+
 
 def test_an_upgrade_of_a_strange_database_is_refused(
     empty_platform: Platform, invoke: Invoke

@@ -13,7 +13,7 @@ from alembic.runtime.migration import MigrationContext
 from tutormax_assets.platform import tables
 from tutormax_assets.platform.adoption import SET_ASIDE_TABLE, SchemaError, UpgradeReport
 from tutormax_assets.platform.migrations import is_owned, target_metadata
-from tutormax_assets.platform.schema import upgrade
+from tutormax_assets.platform.schema import status, upgrade
 
 LEGACY_COLUMNS = {
     "metric_id": "varchar(50) PRIMARY KEY",
@@ -529,6 +529,100 @@ def test_adopting_again_changes_nothing(platform: Platform) -> None:
     assert again.lines() == ["tutor_performance_metrics is up to date (1 rows); nothing to do"]
     assert platform.rows() == kept
     assert platform.rows(SET_ASIDE_TABLE) == moved
+
+
+def test_rows_of_the_old_service_are_adopted_again_at_every_revision(platform: Platform) -> None:
+    platform.create_legacy_table()
+    platform.insert("adopted")
+    platform.upgrade()
+    assert status(platform.engine, timezone="UTC").deviations == ()
+    # What a run of this project writes on the next night, windows of another policy included.
+    computed = {"calculation_date": "2025-11-09 00:00+00", "performance_tier": "Strong"}
+    platform.insert("computed", window="7day", **computed)
+    platform.insert("other policy", window="14day", **computed)
+    ours = platform.kept()
+    assert status(platform.engine, timezone="UTC").deviations == ()
+
+    # The old cron was not stopped: later than the run, and of a tutor whom the run left out.
+    night = {"calculation_date": "2025-11-09 02:30+00", "updated_at": "2025-11-09 02:31+00"}
+    platform.insert("later", **night)
+    platform.insert("alone", tutor_id="t2", **night)
+    platform.insert("tier", tutor_id="t2", window="30day", calculation_date="2025-11-09 00:00+00")
+    found = status(platform.engine, timezone="UTC")
+    assert (found.rows, found.newest_calculation_date) == (
+        6,
+        datetime(2025, 11, 9, 2, 30, tzinfo=UTC),
+    )
+    assert found.deviations == (
+        "table tutor_performance_metrics: found 2 rows with another name in window, 3 rows with"
+        " another name in performance_tier, 2 rows with a calculation_date other than midnight in"
+        " the configured timezone (TUTORMAX_TIMEZONE), expected none: stop what writes them, such"
+        " as the replaced service, then run `tutormax db upgrade`",
+    )
+
+    report = platform.upgrade()
+
+    assert report.rows_moved == {"duplicate": 1}
+    assert (report.windows_renamed, report.tiers_renamed, report.dates_moved) == (1, 2, 1)
+    kept = platform.kept()
+    assert {name: kept[name] for name in ours} == ours
+    assert kept["alone"]["calculation_date"] == datetime(2025, 11, 9, tzinfo=UTC)
+    assert kept.keys() == {*ours, "alone", "tier"}
+    assert platform.differences() == []
+    assert status(platform.engine, timezone="UTC").deviations == ()
+
+
+def test_a_date_that_no_driver_reads_is_set_aside(platform: Platform) -> None:
+    platform.create_legacy_table()
+    platform.insert("a")
+    platform.insert("b", calculation_date="infinity")
+    platform.insert("c", calculation_date="0044-03-15 00:00+00 BC")
+    assert status(platform.engine, timezone="UTC").newest_calculation_date is not None
+    reason = "calculation_date out of range"
+    assert upgrade(platform.engine, timezone="UTC").rows_moved == {reason: 2}
+
+    platform.insert("d", window="7day", calculation_date="-infinity", performance_tier="Strong")
+
+    assert "1 rows with a calc" in status(platform.engine, timezone="UTC").deviations[0]
+    assert upgrade(platform.engine, timezone="UTC").rows_moved == {reason: 1}
+    assert platform.kept().keys() == {"a"}
+
+
+def test_conversions_alone_are_no_reason_to_say_nothing_to_do(platform: Platform) -> None:
+    platform.create_legacy_table()
+    platform.upgrade()
+    platform.insert("a")
+
+    lines = platform.upgrade().lines()
+
+    assert lines[1:] == [
+        "window names changed in 1 rows, tier names in 1, dates moved to midnight in 1"
+    ]
+
+
+def test_a_key_that_was_dropped_after_the_upgrade_is_given_back(platform: Platform) -> None:
+    platform.create_legacy_table()
+    platform.upgrade()
+    key = "uq_tutor_performance_metrics_tutor_date_window"
+    platform.execute(f"ALTER TABLE tutor_performance_metrics DROP CONSTRAINT {key}")
+
+    [found] = status(platform.engine, timezone="UTC").deviations
+    assert found.endswith(f"`tutormax db upgrade` brings back: constraint {key} is added")
+
+    assert platform.upgrade().changes == (f"constraint {key} is added",)
+    assert platform.differences() == []
+
+
+def test_dates_that_move_to_another_day_are_counted(platform: Platform) -> None:
+    platform.create_legacy_table()
+    platform.insert("night in UTC, evening before in New York")
+    platform.insert("same day", calculation_date="2025-11-08 12:00+00", tutor_id="t2")
+    platform.insert("stays", calculation_date="2025-11-09 05:00+00")
+
+    report = platform.upgrade("America/New_York")
+
+    assert (report.dates_moved, report.days_moved) == (2, 1)
+    assert report.lines()[2].startswith("  1 of these dates move to another day: ")
 
 
 def test_the_report_reads_as_sentences(platform: Platform) -> None:

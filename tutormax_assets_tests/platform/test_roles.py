@@ -181,13 +181,13 @@ def test_the_status_is_seen_with_both_users_and_names_every_right_that_is_missin
     users: Users,
 ) -> None:
     engine, source = create_engine(users.writer), create_engine(users.reader)
-    found = status(engine, source=source)
+    found = status(engine, timezone="UTC", source=source)
     assert found.ready
     assert (found.metrics, found.rows, found.rows_set_aside) == ("current", 0, 0)
     assert found.lines()[0] == "tutors: as expected"
 
     # With the writer alone, nothing that is private is needed to say what is missing.
-    alone = status(engine)
+    alone = status(engine, timezone="UTC")
     assert not alone.ready
     assert alone.lines()[0] == (
         "table tutors, column status: found no right to read it, expected SELECT"
@@ -201,7 +201,7 @@ def test_the_status_is_seen_with_both_users_and_names_every_right_that_is_missin
         f'REVOKE TEMPORARY ON DATABASE "{users.owner.database}" FROM {{writer}}',
     ):
         users.execute(statement)
-    found = status(engine, source=source)
+    found = status(engine, timezone="UTC", source=source)
     assert not found.ready
     assert (found.metrics, found.rows, found.rows_set_aside) == ("unknown", 0, None)
     assert found.lines()[-5:] == [
@@ -214,10 +214,10 @@ def test_the_status_is_seen_with_both_users_and_names_every_right_that_is_missin
         " expected TEMPORARY",
     ]
     users.execute("REVOKE ALL ON tutor_performance_metrics FROM {writer}")
-    assert status(engine, source=source).rows is None
+    assert status(engine, timezone="UTC", source=source).rows is None
     users.execute("REVOKE USAGE ON SCHEMA public FROM {reader}")
     assert (
-        status(engine, source=source)
+        status(engine, timezone="UTC", source=source)
         .lines()[0]
         .startswith(
             "table tutors: found no such table, or no right to look into its schema; expected one"
