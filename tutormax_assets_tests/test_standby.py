@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from tutormax_assets import sample_platform
-from tutormax_assets.platform import embedded
+from tutormax_assets.platform import embedded, schema
 from tutormax_assets.platform.connection import create_engine
 from tutormax_assets.platform.tables import metrics_metadata, source_metadata
 from tutormax_assets_tests.conftest import (
@@ -84,6 +84,16 @@ def test_a_standby_cannot_be_written_to_and_says_so_at_once(pair: Pair, tmp_path
         in (summary.errors[0]["error"])
     )
     assert not [line for line in lines if "trying again" in line]
+
+    engine = create_engine(pair.standby)
+    found = schema.status(engine, timezone="UTC")
+    assert not found.ready
+    [clause] = schema.upgrade(engine, timezone="UTC", dry_run=True).obstacles
+    assert "found a read-only standby, expected the primary" in clause
+    assert clause in found.lines()
+    with pytest.raises(schema.SchemaError, match="found a read-only standby"):
+        schema.upgrade(engine, timezone="UTC")
+    engine.dispose()
 
 
 def test_the_platform_is_read_from_the_standby_and_the_metrics_go_to_the_primary(

@@ -33,7 +33,11 @@ class Users:
     def grant(self) -> None:
         """Give the rights, again or for the first time."""
         with psycopg.connect(conninfo(self.owner), autocommit=True) as connection:
-            connection.execute(grants(**self.roles, schema="public").encode())
+            connection.execute(
+                grants(
+                    reader=self.roles["reader"], writer=self.roles["writer"], schema="public"
+                ).encode()
+            )
 
     @property
     def roles(self) -> dict[str, str]:

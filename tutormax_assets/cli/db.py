@@ -11,6 +11,7 @@ from tutormax_assets.cli.terminal import (
     EXIT_USAGE,
     fail,
     log_to_stderr,
+    messages,
     output,
     sentences,
     settings,
@@ -53,7 +54,7 @@ def upgrade(
         bool, typer.Option("--dry-run", help="Say what would change and change nothing.")
     ] = False,
 ) -> None:
-    """Bring tutor_performance_metrics to this version's form; no other table is touched.
+    """Bring tutor_performance_metrics to this version's form; no table of the platform is changed.
 
     A table that the replaced service filled is adopted: names become values, dates become midnight,
     duplicates are set aside, keys and indexes are added.
@@ -65,7 +66,9 @@ def upgrade(
     with _engine(environment) as engine:
         report = schema.upgrade(engine, timezone=environment.timezone, dry_run=dry_run)
     for line in report.lines():
-        output.print(line, markup=False)
+        _print(line)
+    if report.obstacles:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -116,18 +119,55 @@ def roles(
         str, typer.Option("--writer", help="Role that writes the metrics.", callback=_name)
     ] = "tutormax_writer",
     schema: Annotated[
-        str, typer.Option("--schema", help="Schema that holds the tables.", callback=_name)
-    ] = "public",
+        str | None,
+        typer.Option(
+            "--schema",
+            help="Schema that holds the tables; by default where `tutormax db status` finds them,"
+            " or public where the database cannot be reached.",
+            show_default=False,
+            callback=lambda value: None if value is None else _name(value),
+        ),
+    ] = None,
 ) -> None:
     """Print SQL for two roles with the rights that a run needs and no other; nothing is executed.
 
-    The owner of the tables gives it to psql, after `tutormax db upgrade`.
+    The owner of the tables gives it to psql, after `tutormax db upgrade`; where both roles exist,
+    no other right is needed.
     """
     from tutormax_assets.platform.roles import grants
+    from tutormax_assets.platform.tables import METRICS_TABLE
 
     if reader == writer:
         fail(f"--reader and --writer are both {reader!r}; expected two names.", code=EXIT_USAGE)
-    typer.echo(grants(reader=reader, writer=writer, schema=schema))
+    schemas = {} if schema is not None else _schemas()
+    # A table that is not there yet will be beside the metrics table.
+    schema = schema or schemas.get(METRICS_TABLE) or schemas.get("tutors", "public")
+    typer.echo(grants(reader=reader, writer=writer, schema=schema, schemas=schemas))
+
+
+def _schemas() -> dict[str, str]:
+    """Where the database has its tables; nowhere if it cannot be reached."""
+    import sqlalchemy as sa
+
+    from tutormax_assets.platform import embedded
+    from tutormax_assets.platform.faults import reason
+    from tutormax_assets.platform.roles import find_schemas
+
+    environment = settings()
+    if environment.database_source == "embedded" and not embedded.is_running(environment.home_path):
+        return {}
+    with _engine(environment) as engine:
+        try:
+            with engine.connect() as connection:
+                return find_schemas(connection)
+        except sa.exc.OperationalError as error:
+            messages.print(
+                f"The script names schema public, since the database cannot be reached to see which"
+                f" one holds the tables; --schema names another. {reason(error)}",
+                markup=False,
+                soft_wrap=True,
+            )
+            return {}
 
 
 @app.command()

@@ -4,7 +4,7 @@ What becomes of each row is one SELECT, `verdicts`. A report aggregates it; the 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 
+from tutormax_assets.platform import obstacles
 from tutormax_assets.platform.tables import (
     METRICS_TABLE,
     is_a_date,
@@ -146,6 +147,8 @@ class UpgradeReport:
     """Those of them whose day in the configured timezone is not their day in UTC."""
     changes: tuple[str, ...] = ()
     """What changes in tables, columns, constraints and indexes, a sentence each."""
+    obstacles: tuple[str, ...] = ()
+    """Clauses that say why it cannot be done; a real run never gets that far."""
 
     @property
     def is_empty(self) -> bool:
@@ -174,6 +177,7 @@ class UpgradeReport:
                 else []
             ),
             *self.changes,
+            *(f"cannot be done: {clause}" for clause in self.obstacles),
         ]
 
 
@@ -187,6 +191,10 @@ class _Plan:
     """Clauses of one ALTER TABLE, so that the rows are rewritten at most once."""
     additions: list[sa.Executable] = field(default_factory=list)
     """Statements that need the rows in their final form."""
+    refers: bool = False
+    """Whether the foreign key to ``tutors`` is added."""
+    indexes: bool = False
+    """Whether an index is added."""
 
     def alter(self, sentence: str, clause: str) -> None:
         self.sentences.append(sentence)
@@ -285,8 +293,28 @@ def examine(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
         SchemaError: The table cannot be adopted as it is.
     """
     if not _exists(connection):
-        return UpgradeReport(0, 0, changes=(*_created(connection, METRICS_TABLE, SET_ASIDE_TABLE),))
-    return _report(connection, _plan(connection), timezone=timezone)
+        return UpgradeReport(
+            0,
+            0,
+            changes=(*_created(connection, METRICS_TABLE, SET_ASIDE_TABLE),),
+            obstacles=_obstacles(connection, None),
+        )
+    plan = _plan(connection)
+    report = _report(connection, plan, timezone=timezone)
+    return replace(report, obstacles=_obstacles(connection, plan))
+
+
+def check(connection: sa.Connection) -> None:
+    """Raise if something keeps this user from adopting the table; reads the catalog only.
+
+    Raises:
+        SchemaError: It names every obstacle.
+    """
+    found = _obstacles(connection, _plan(connection) if _exists(connection) else None)
+    if found:
+        raise SchemaError(
+            f"{METRICS_TABLE} cannot be upgraded: {'; '.join(found)}. Nothing was changed"
+        )
 
 
 def adopt(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
@@ -305,6 +333,7 @@ def adopt(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
         SchemaError: The table cannot be adopted as it is.
         sqlalchemy.exc.DBAPIError: PostgreSQL refuses, or the lock is not had in time.
     """
+    check(connection)
     if not _exists(connection):
         report = examine(connection, timezone=timezone)
         tutor_performance_metrics.create(connection)
@@ -527,6 +556,21 @@ def _exists(connection: sa.Connection) -> bool:
     return kind is not None
 
 
+def _obstacles(connection: sa.Connection, plan: _Plan | None) -> tuple[str, ...]:
+    has_table = sa.inspect(connection).has_table
+    names = METRICS_TABLE, SET_ASIDE_TABLE
+    return tuple(
+        obstacles.of_upgrade(
+            connection,
+            creates=[name for name in names if not has_table(name)],
+            alters=plan is not None and bool(plan.sentences),
+            indexes=plan is not None and plan.indexes,
+            refers=plan is None or plan.refers,
+            fills=SET_ASIDE_TABLE,
+        )
+    )
+
+
 def _created(connection: sa.Connection, *names: str) -> Iterator[str]:
     inspector = sa.inspect(connection)
     for name in names:
@@ -693,24 +737,24 @@ def _plan_keys(plan: _Plan, constraints: list[sa.Row[Any]]) -> None:
                 f"foreign key {reference.name} is dropped: it does not cascade",
                 f"DROP CONSTRAINT {_quote(reference.name)}",
             )
-    for constraint, equivalents in (
-        (_UNIQUE, unique),
-        (_FOREIGN_KEY, [c.name for c in references if c.cascades]),
-    ):
+    cascading = [c.name for c in references if c.cascades]
+    plan.refers, plan.indexes = not cascading, not unique
+    for constraint, equivalents in ((_UNIQUE, unique), (_FOREIGN_KEY, cascading)):
         if not equivalents:
             # Isolated, the constraint would vanish from every later CREATE TABLE.
             plan.add(
                 f"constraint {constraint.name} is added",
                 sa.schema.AddConstraint(constraint, isolate_from_table=False),
             )
-        elif constraint.name not in equivalents:
-            plan.add(
-                f"constraint {equivalents[0]} is renamed to {constraint.name}",
-                _ddl(
-                    f"ALTER TABLE {_quote(METRICS_TABLE)} RENAME CONSTRAINT "
-                    f"{_quote(equivalents[0])} TO {_quote(str(constraint.name))}"
-                ),
-            )
+    # A run knows the foreign key by its name; an index, also one of a constraint, keeps its own.
+    if cascading and _FOREIGN_KEY.name not in cascading:
+        plan.add(
+            f"constraint {cascading[0]} is renamed to {_FOREIGN_KEY.name}",
+            _ddl(
+                f"ALTER TABLE {_quote(METRICS_TABLE)} RENAME CONSTRAINT "
+                f"{_quote(cascading[0])} TO {_quote(str(_FOREIGN_KEY.name))}"
+            ),
+        )
 
 
 def _plan_indexes(connection: sa.Connection, plan: _Plan) -> None:
@@ -720,24 +764,24 @@ def _plan_indexes(connection: sa.Connection, plan: _Plan) -> None:
         if "duplicates_constraint" not in index
     }
     for index in sorted(tutor_performance_metrics.indexes, key=lambda index: str(index.name)):
-        name = str(index.name)
-        equivalents = [
-            other for other, facts in found.items() if _serves(facts, index.columns.keys())
-        ]
-        if name in equivalents:
+        name, columns = str(index.name), index.columns.keys()
+        # One under another name is not ours to rename.
+        if any(_serves(facts, columns) for facts in found.values()):
             continue
         if name in found:
+            old = found[name]["column_names"]
+            if not _serves(found[name], columns[: len(old)]):
+                raise SchemaError(
+                    f"index {name} is taken by another index than one on ({', '.join(columns)}); "
+                    "rename it, so that the index can be created"
+                )
+            on = ", ".join(map(str, old))
             plan.add(
-                f"index {name} is dropped: it is on other columns",
+                f"index {name} on ({on}) is dropped: the new one serves it too",
                 sa.schema.DropIndex(index),
             )
-        if equivalents:
-            plan.add(
-                f"index {equivalents[0]} is renamed to {name}",
-                _ddl(f"ALTER INDEX {_quote(equivalents[0])} RENAME TO {_quote(name)}"),
-            )
-        else:
-            plan.add(f"index {name} is added", sa.schema.CreateIndex(index))
+        plan.indexes = True
+        plan.add(f"index {name} is added", sa.schema.CreateIndex(index))
 
 
 def _serves(index: Mapping[str, Any], columns: list[str]) -> bool:

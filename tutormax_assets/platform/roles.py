@@ -5,6 +5,7 @@ The reader's columns are those of the source contract. Nothing is executed here.
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import sqlalchemy as sa
 from psycopg import sql
 
 from tutormax_assets.platform.adoption import SET_ASIDE_TABLE
@@ -19,10 +20,14 @@ WRITER_RIGHTS: Mapping[str, tuple[str, ...]] = {
 }
 """What the writer may do with this project's tables, by table."""
 
+_NONE: Mapping[str, str] = {}
+
 _HEAD = """\
 -- The rights of tutormax_assets, for two roles that cannot log in: a reader of the columns that a
 -- run needs, and a writer of one table. To be run by the owner of the tables, in the platform's
--- database, after `tutormax db upgrade`; it can be run again at any time."""
+-- database, after `tutormax db upgrade`; it can be run again at any time. Only roles that do not
+-- exist yet need CREATEROLE. A warning that no privileges were granted means that the owner of the
+-- database or of the schema has to grant them; `tutormax db status` names what is missing."""
 
 # DELETE and the ids ask for a reason.
 _WRITER = """\
@@ -38,10 +43,23 @@ _USERS = """\
 
 _SEARCH_PATH = """
 -- The tables are looked for on the search path of the user:
---   ALTER ROLE tutormax SET search_path = {schema};"""
+--   ALTER ROLE tutormax SET search_path = {schemas};"""
 
 
-def grants(*, reader: str, writer: str, schema: str) -> str:
+def find_schemas(connection: sa.Connection) -> dict[str, str]:
+    """The schemas of the tables that the script names, by table, as the search path finds them."""
+    names = [*NEEDED_COLUMNS, *WRITER_RIGHTS]
+    query = sa.text("""
+        SELECT name, nspname
+        FROM unnest(CAST(:names AS text[])) AS name
+        JOIN pg_class AS relation ON relation.oid = to_regclass(name)
+        JOIN pg_namespace AS schema ON schema.oid = relation.relnamespace
+        ORDER BY array_position(current_schemas(true), nspname)
+    """)
+    return {row.name: row.nspname for row in connection.execute(query, {"names": names})}
+
+
+def grants(*, reader: str, writer: str, schema: str, schemas: Mapping[str, str] = _NONE) -> str:
     """SQL that creates both roles where they are missing and gives them their rights.
 
     Of the tables that it names, whatever else the two roles were given is taken from them.
@@ -50,14 +68,17 @@ def grants(*, reader: str, writer: str, schema: str) -> str:
         reader: Name of the role that reads the source tables.
         writer: Name of the role that writes the metrics table, another one.
         schema: Name of the schema that holds the tables.
+        schemas: The schema of each table that another one may hold.
 
     Returns:
         A script for ``psql``, one transaction; comments say how to create users who log in.
     """
+    of_table = {table: schemas.get(table, schema) for table in (*NEEDED_COLUMNS, *WRITER_RIGHTS)}
+    path = list(dict.fromkeys((*schemas.values(), *of_table.values())))
     names = {
         "reader": sql.Identifier(reader),
         "writer": sql.Identifier(writer),
-        "schema": sql.Identifier(schema),
+        "schemas": sql.SQL(", ").join(map(sql.Identifier, path)),
     }
     reads = {table: _select(columns) for table, columns in NEEDED_COLUMNS.items()}
     writes = {
@@ -69,19 +90,24 @@ def grants(*, reader: str, writer: str, schema: str) -> str:
         *map(_role, (reader, writer)),
         _of_database("CONNECT", reader),
         _of_database("CONNECT, TEMPORARY", writer),
-        sql.SQL("GRANT USAGE ON SCHEMA {schema} TO {reader}, {writer};").format(**names),
-        *_of_tables(reads, names["schema"], names["reader"]),
+        sql.SQL("GRANT USAGE ON SCHEMA {schemas} TO {reader}, {writer};").format(**names),
+        *_of_tables(reads, of_table, names["reader"]),
         sql.SQL(_WRITER),
-        *_of_tables({**writes, "tutors": _select(["tutor_id"])}, names["schema"], names["writer"]),
+        *_of_tables({**writes, "tutors": _select(["tutor_id"])}, of_table, names["writer"]),
         sql.SQL("COMMIT;"),
-        sql.SQL(_USERS + (_SEARCH_PATH if schema != "public" else "")).format(**names),
+        sql.SQL(_USERS + (_SEARCH_PATH if path != ["public"] else "")).format(**names),
     ]
     return sql.SQL("\n").join(parts).as_string(None)
 
 
 def _role(name: str) -> sql.Composable:
-    create = sql.SQL("BEGIN CREATE ROLE {} NOLOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END")
-    return _do(create.format(sql.Identifier(name)))
+    # PostgreSQL asks for CREATEROLE before it sees that the role exists.
+    create = sql.SQL(
+        "BEGIN IF to_regrole({}) IS NULL THEN CREATE ROLE {} NOLOGIN; END IF;"
+        " EXCEPTION WHEN duplicate_object THEN NULL; END"
+    )
+    role = sql.Identifier(name)
+    return _do(create.format(role.as_string(None), role))
 
 
 def _of_database(rights: str, role: str) -> sql.Composable:
@@ -100,9 +126,9 @@ def _select(columns: Sequence[str]) -> sql.Composable:
 
 
 def _of_tables(
-    rights: Mapping[str, sql.Composable], schema: sql.Identifier, role: sql.Identifier
+    rights: Mapping[str, sql.Composable], schemas: Mapping[str, str], role: sql.Composable
 ) -> Iterator[sql.Composable]:
     for table, given in rights.items():
-        on = sql.SQL("{}.{}").format(schema, sql.Identifier(table))
+        on = sql.Identifier(schemas[table], table)
         yield sql.SQL("REVOKE ALL ON {} FROM {};").format(on, role)
         yield sql.SQL("GRANT {} ON {} TO {};").format(given, on, role)

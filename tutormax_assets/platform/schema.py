@@ -13,7 +13,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import Script, ScriptDirectory
 
-from tutormax_assets.platform import adoption, contract
+from tutormax_assets.platform import adoption, contract, obstacles
 from tutormax_assets.platform.adoption import SchemaError, UpgradeReport
 from tutormax_assets.platform.lake import Lake, breaches, open_view
 from tutormax_assets.platform.migrations import VERSION_TABLE
@@ -135,9 +135,7 @@ def upgrade(engine: sa.Engine, *, timezone: str, dry_run: bool = False) -> Upgra
     if dry_run:
         with engine.connect() as connection, _refusals():
             # One snapshot, and PostgreSQL itself refuses to write.
-            connection = connection.execution_options(
-                isolation_level="REPEATABLE READ", postgresql_readonly=True
-            )
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             return _preview(connection, timezone=timezone)
     with engine.begin() as connection, _refusals():
         return _apply(connection, timezone=timezone)
@@ -213,7 +211,10 @@ def status(
             rows=rows,
             newest_calculation_date=newest,
             rows_set_aside=rows_set_aside,
-            missing_rights=tuple(_rights_lines(connection, missing)),
+            missing_rights=(
+                *obstacles.of_server(connection),
+                *_rights_lines(connection, missing),
+            ),
             missing_tutors=(
                 tuple(_missing_tutors(connection, lake))
                 if lake is not None and present and not any(source.breaches for source in sources)
@@ -245,6 +246,8 @@ def _apply(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
     config = _config()
     config.attributes.update(connection=connection, timezone=timezone, report=None)
     if pending:
+        # Before Alembic creates a table of its own.
+        adoption.check(connection)
         command.upgrade(config, "head")
     report = config.attributes["report"] or _adopt_again(
         connection, adoption.adopt, timezone=timezone

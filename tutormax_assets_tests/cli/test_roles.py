@@ -3,14 +3,22 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import psycopg
 import pytest
 import sqlalchemy as sa
 
 from tutormax_assets.platform.connection import conninfo, create_engine, describe
+from tutormax_assets.platform.tables import source_metadata
 from tutormax_assets_tests.cli.conftest import Invoke, words
-from tutormax_assets_tests.conftest import PASSWORD, Platform, metrics_of, open_platform
+from tutormax_assets_tests.conftest import (
+    PASSWORD,
+    Platform,
+    metrics_of,
+    new_database,
+    open_platform,
+)
 from tutormax_assets_tests.users import Users, open_users
 
 DAY = "2025-11-07"
@@ -135,6 +143,11 @@ def test_the_roles_are_printed_without_a_database_and_nothing_else(
 ) -> None:
     monkeypatch.setenv("TUTORMAX_DATABASE_URL", "postgresql://nobody@/none?host=/nowhere")
 
+    unreachable = invoke("db", "roles")
+    assert unreachable.exit_code == 0
+    assert 'GRANT USAGE ON SCHEMA "public" TO' in unreachable.stdout
+    assert "cannot be reached" in unreachable.stderr
+
     result = invoke("db", "roles", "--reader", "the_reader", "--schema", "platform")
 
     assert result.exit_code == 0
@@ -145,6 +158,57 @@ def test_the_roles_are_printed_without_a_database_and_nothing_else(
     )
     assert 'TO "tutormax_writer";' in result.stdout
     assert "PASSWORD" not in result.stdout
+
+
+def test_the_owner_of_the_tables_runs_the_script_for_roles_that_exist(
+    server_url: sa.URL, template_database: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner may create no role, and the tables lie in two schemas of the search path."""
+    names = reader, writer, owner = [f"{name}_{uuid4().hex}" for name in ("r", "w", "o")]
+    try:
+        with new_database(server_url, template=template_database) as url:
+            engine = create_engine(url)
+            with engine.begin() as connection:
+                for statement in (
+                    *(f"CREATE ROLE {name}" for name in names),
+                    f"ALTER ROLE {owner} LOGIN",
+                    f"CREATE SCHEMA own AUTHORIZATION {owner}",
+                    f"CREATE SCHEMA app AUTHORIZATION {owner}",
+                    *(f"ALTER TABLE {name} SET SCHEMA app" for name in source_metadata.tables),
+                    *(
+                        f"ALTER TABLE app.{name} OWNER TO {owner}"
+                        for name in source_metadata.tables
+                    ),
+                    "DROP TABLE tutor_performance_metrics",
+                    f"ALTER DATABASE {url.database} SET search_path = own, app",
+                ):
+                    connection.execute(sa.text(statement))
+            engine.dispose()
+            url = url.set(username=owner)
+            monkeypatch.setenv("TUTORMAX_DATABASE_URL", url.render_as_string(hide_password=False))
+            assert invoke("db", "upgrade").exit_code == 0
+
+            result = invoke("db", "roles", "--reader", reader, "--writer", writer)
+
+            assert (result.exit_code, result.stderr) == (0, "")
+            assert result.stdout.splitlines()[-1] == (
+                '--   ALTER ROLE tutormax SET search_path = "own", "app";'
+            )
+            with psycopg.connect(conninfo(url), autocommit=True) as connection:
+                connection.execute(result.stdout.encode())
+                query = (
+                    "SELECT has_table_privilege(%s, 'own.tutor_performance_metrics', 'INSERT'),"
+                    " has_column_privilege(%s, 'app.sessions', 'no_show', 'SELECT'),"
+                    " has_schema_privilege(%s, 'app', 'USAGE')"
+                )
+                assert connection.execute(query, [writer, reader, reader]).fetchone() == (
+                    True,
+                    True,
+                    True,
+                )
+    finally:
+        with psycopg.connect(conninfo(server_url), autocommit=True) as connection:
+            connection.execute(f"DROP ROLE {', '.join(names)}")
 
 
 def test_the_printed_script_asks_for_an_upgrade_first(

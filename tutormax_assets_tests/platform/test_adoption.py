@@ -423,7 +423,20 @@ def test_checks_that_admit_only_old_names_are_dropped_and_others_stay(platform: 
     assert "check tier is dropped: it admits only old names of performance_tier" in report.changes
 
 
-def test_equivalent_indexes_and_keys_are_renamed_not_repeated(platform: Platform) -> None:
+def test_another_index_under_a_name_of_ours_is_not_dropped(platform: Platform) -> None:
+    platform.create_legacy_table(indexed=False)
+    platform.execute(
+        "CREATE INDEX ix_tutor_performance_metrics_window"
+        " ON tutor_performance_metrics (no_show_count)"
+    )
+
+    with pytest.raises(SchemaError, match=r"ix_tutor_performance_metrics_window is taken .*rename"):
+        upgrade(platform.engine, timezone="UTC", dry_run=True)
+
+
+def test_equivalent_indexes_and_keys_keep_their_names(
+    platform: Platform,
+) -> None:
     platform.create_legacy_table(
         'CONSTRAINT "one\\: % a day" UNIQUE (tutor_id, calculation_date, "window")', indexed=False
     )
@@ -439,15 +452,15 @@ def test_equivalent_indexes_and_keys_are_renamed_not_repeated(platform: Platform
 
     inspector = sa.inspect(platform.engine)
     assert [key["name"] for key in inspector.get_unique_constraints(tables.METRICS_TABLE)] == [
-        "uq_tutor_performance_metrics_tutor_date_window"
+        "one: % a day"
     ]
     assert {index["name"] for index in inspector.get_indexes(tables.METRICS_TABLE)} == {
-        "ix_tutor_performance_metrics_calculation_date",
+        "by: % date",
         "ix_tutor_performance_metrics_window",
         "partial",
-        "uq_tutor_performance_metrics_tutor_date_window",
+        "one: % a day",
     }
-    assert platform.differences() == []
+    assert status(platform.engine, timezone="UTC").deviations == ()
 
 
 def test_rates_of_other_numeric_types_keep_what_they_show(platform: Platform) -> None:

@@ -135,8 +135,73 @@ def test_a_role_that_may_not_create_gets_a_sentence(empty: sa.Engine) -> None:
     _execute(empty, f"ALTER DATABASE {empty.url.database} SET default_transaction_read_only = on")
     empty.dispose()
 
-    with pytest.raises(SchemaError, match=r"PostgreSQL refused: cannot execute .* read-only"):
+    with pytest.raises(SchemaError, match=r"found default_transaction_read_only on"):
         upgrade(empty, timezone="UTC")
+
+    [clause] = upgrade(empty, timezone="UTC", dry_run=True).obstacles
+    assert "found default_transaction_read_only on, expected off" in clause
+    found = status(empty, timezone="UTC")
+    assert not found.ready
+    assert clause in found.lines()
+
+
+@pytest.mark.parametrize(
+    ("statements", "said"),
+    [
+        (
+            ["ALTER TABLE tutors RENAME TO people", "CREATE VIEW tutors AS SELECT * FROM people"],
+            "table tutors: found a view, expected a table",
+        ),
+        (
+            ["ALTER TABLE tutors DROP CONSTRAINT tutors_pkey"],
+            "table tutors, column tutor_id: found no primary key and no unique constraint",
+        ),
+        (
+            ["ALTER TABLE tutors ALTER tutor_id TYPE uuid USING gen_random_uuid()"],
+            "table tutors, column tutor_id: found no text, expected text",
+        ),
+    ],
+)
+def test_tutors_that_cannot_be_referred_to_are_named_by_the_dry_run(
+    empty: sa.Engine, statements: list[str], said: str
+) -> None:
+    tables.tutors.create(empty)
+    _execute(empty, *statements)
+
+    [clause] = upgrade(empty, timezone="UTC", dry_run=True).obstacles
+
+    assert clause.startswith(said)
+    with pytest.raises(SchemaError, match=rf"cannot be upgraded: {said}.* Nothing was changed"):
+        upgrade(empty, timezone="UTC")
+    assert status(empty, timezone="UTC").metrics == "missing"
+
+
+def test_rights_that_an_upgrade_lacks_are_named_by_the_dry_run(empty: sa.Engine) -> None:
+    tables.tutors.create(empty)
+    tables.tutor_performance_metrics.create(empty)
+    _execute(
+        empty,
+        "ALTER TABLE tutor_performance_metrics"
+        " DROP CONSTRAINT fk_tutor_performance_metrics_tutor_id",
+        "GRANT SELECT ON tutors, tutor_performance_metrics TO pg_monitor",
+    )
+    monitor = sa.create_engine(
+        empty.url.update_query_dict({"options": "-c role=pg_monitor"}), poolclass=sa.NullPool
+    )
+
+    report = upgrade(monitor, timezone="UTC", dry_run=True)
+
+    assert report.obstacles == (
+        "table tutors, column tutor_id: found no right to REFERENCES, expected it, which the"
+        " foreign key of tutor_performance_metrics needs",
+        "schema public: found no right to CREATE, expected it for"
+        " tutor_performance_metrics_set_aside",
+        "table tutor_performance_metrics: found an owner whose rights this user does not have,"
+        " expected to upgrade as postgres",
+    )
+    assert report.lines()[-1] == f"cannot be done: {report.obstacles[-1]}"
+    with pytest.raises(SchemaError, match="found no right to REFERENCES"):
+        upgrade(monitor, timezone="UTC")
 
 
 def test_a_table_that_vanished_after_its_migration_is_not_passed_over(empty: sa.Engine) -> None:
