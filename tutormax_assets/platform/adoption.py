@@ -13,6 +13,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 
 from tutormax_assets.platform import obstacles
+from tutormax_assets.platform.references import references
 from tutormax_assets.platform.tables import (
     METRICS_TABLE,
     is_a_date,
@@ -579,6 +580,7 @@ def _created(connection: sa.Connection, *names: str) -> Iterator[str]:
 
 
 def _report(connection: sa.Connection, plan: _Plan, *, timezone: str) -> UpgradeReport:
+    _check_referred(connection, plan.found, timezone=timezone)
     verdict = verdicts(plan.found, timezone=timezone)
     counts = connection.execute(
         sa.select(
@@ -610,6 +612,43 @@ def _report(connection: sa.Connection, plan: _Plan, *, timezone: str) -> Upgrade
         days_moved=days,
         changes=(*_created(connection, SET_ASIDE_TABLE), *plan.sentences),
     )
+
+
+def _check_referred(connection: sa.Connection, metrics: sa.TableClause, *, timezone: str) -> None:
+    """Refuse where a row that another table refers to has to go, or to change what it refers to.
+
+    The foreign key would delete or change the other table's rows, or end the upgrade.
+    """
+    verdict = verdicts(metrics, timezone=timezone)
+    renamed = {
+        "window": verdict.c.window_renamed,
+        "performance_tier": verdict.c.tier_renamed,
+        "calculation_date": verdict.c.date_moved,
+    }
+    problems = []
+    for reference in references(connection):
+        changes = sa.or_(
+            verdict.c.reason.is_not(None),
+            *(changed for name, changed in renamed.items() if name in reference.referred),
+        )
+        affected = (
+            sa.select(sa.func.count())
+            .select_from(metrics.join(verdict, verdict.c.metric_id == metrics.c.metric_id))
+            .where(changes)
+        )
+        if not reference.is_readable:
+            if connection.scalar(affected):
+                problems.append(reference.missing_right)
+        elif count := connection.scalar(affected.where(reference.refers_to(metrics))):
+            columns = ", ".join(reference.columns)
+            problems.append(f"table {reference.shown} refers to {count} of them by {columns}")
+    if problems:
+        raise SchemaError(
+            f"rows of {METRICS_TABLE} have to move to {SET_ASIDE_TABLE} or to change their key, and"
+            f" {'; '.join(problems)}. Nothing was changed, since the rows of other tables are not"
+            " this project's: let them refer to rows that stay, or drop their foreign key, and"
+            " upgrade again"
+        )
 
 
 def _plan(connection: sa.Connection) -> _Plan:

@@ -672,6 +672,46 @@ def test_a_view_on_a_column_whose_type_changes_is_named(platform: Platform, dry_
     assert platform.rows() == before
 
 
+@pytest.mark.parametrize("action", ["CASCADE", "SET NULL", "NO ACTION"])
+def test_rows_that_others_refer_to_are_neither_moved_nor_given_another_key(
+    platform: Platform, action: str
+) -> None:
+    platform.create_legacy_table('UNIQUE (tutor_id, calculation_date, "window")')
+    platform.insert("stays", calculation_date="2025-11-09", window="7day")
+    platform.insert("older", calculation_date="2025-11-08 01:00:00+00")
+    platform.insert("newer", updated_at="2025-11-09 02:31:00+00")
+    actions = f"ON DELETE {action} ON UPDATE {action}"
+    platform.execute(
+        "CREATE TABLE alerts (metric_id varchar(50)"
+        f" REFERENCES tutor_performance_metrics {actions})",
+        "INSERT INTO alerts VALUES ('stays'), ('older'), ('older'), ('newer')",
+        'CREATE TABLE notes (tutor varchar(50), day timestamptz, "of" varchar(10),'
+        ' FOREIGN KEY (tutor, day, "of") REFERENCES tutor_performance_metrics'
+        f' (tutor_id, calculation_date, "window") {actions})',
+        "INSERT INTO notes VALUES ('t1', '2025-11-09', '7day'),"
+        " ('t1', '2025-11-08 02:30:00+00', 'SEVEN_DAY')",
+    )
+    tables_before = [platform.rows(name) for name in ("alerts", "notes", tables.METRICS_TABLE)]
+
+    for dry_run in (True, False):
+        with pytest.raises(SchemaError) as error:
+            upgrade(platform.engine, timezone="UTC", dry_run=dry_run)
+        said = str(error.value)
+        assert "table alerts refers to 1 of them by metric_id; table notes refers to 1" in said
+        assert "by tutor, day, of. Nothing was changed" in said
+    assert tables_before == [
+        platform.rows(name) for name in ("alerts", "notes", tables.METRICS_TABLE)
+    ]
+
+    platform.execute(
+        "DELETE FROM alerts WHERE metric_id = 'older'", "DELETE FROM notes WHERE \"of\" <> '7day'"
+    )
+    others = [platform.rows(name) for name in ("alerts", "notes")]
+    platform.upgrade()
+    assert others == [platform.rows(name) for name in ("alerts", "notes")]
+    assert platform.kept().keys() == {"stays", "newer"}
+
+
 def test_a_table_without_the_keys_of_a_metric_is_refused(platform: Platform) -> None:
     platform.execute("CREATE TABLE tutor_performance_metrics (metric_id text, score float)")
 
