@@ -92,7 +92,8 @@ def message_about_runs(found: Sequence[Findings], *, ui_url: str) -> Message | N
         ui_url: Where the UI is.
     """
     failed = [one for one in found if one.has_failed]
-    unwell = failed or [one for one in found if one.checks]
+    warned = [one for one in found if one.checks and not one.has_failed]
+    unwell = failed or warned
     if not unwell:
         return None
     job = _job(unwell[0].run)
@@ -107,15 +108,15 @@ def message_about_runs(found: Sequence[Findings], *, ui_url: str) -> Message | N
     if len(found) > 1:
         what += f" in {len(unwell)} of {len(found)} runs"
     body = ["What failed:" if failed else "What the checks found:"]
-    body += _list(
-        f"{_dates(one.keys)}, {line}" if len(unwell) > 1 and one.keys else line
-        for one in unwell
-        for line in (*one.failures, *one.checks)
-    )
+    body += _list(_lines(unwell, dated=len(unwell) > 1))
+    if failed and warned:
+        body += ["", "What the checks found for dates that are saved:"]
+        body += _list(_lines(warned, dated=True))
+    all_unwell = [*failed, *warned]
     body += ["", "Where to look:"]
-    body += _list(run_url(one.run.run_id, ui_url=ui_url) for one in unwell)
+    body += _list(run_url(one.run.run_id, ui_url=ui_url) for one in all_unwell)
     body += ["", "What to do:"]
-    body += _list(line for one in unwell for line in one.advice if line)
+    body += _list(line for one in all_unwell for line in one.advice if line)
     body += [f"- {_general_advice(unwell)}"]
     return Message(
         f"tutormax: {job} {what}{of}", "\n".join(body), "failure" if failed else "warning"
@@ -213,6 +214,12 @@ def _dates(keys: Sequence[str]) -> str:
     if (days[-1] - days[0]).days == len(days) - 1:
         return f"{keys[0]} to {keys[-1]}"
     return f"{', '.join(keys[:3])} and {len(keys) - 3} more dates"
+
+
+def _lines(unwell: Sequence[Findings], *, dated: bool) -> Iterator[str]:
+    for one in unwell:
+        for line in (*one.failures, *one.checks):
+            yield f"{_dates(one.keys)}, {line}" if dated and one.keys else line
 
 
 def _list(lines: Iterator[str]) -> list[str]:

@@ -257,7 +257,13 @@ def test_the_dates_of_a_failed_range_are_one_message(
     assert request["message"].startswith("Not computed: 2025-11-04\n")
     assert f"- {UI}/{runs[1].run_id}\n" in request["message"]
     assert "- step sessions. The source is away." in request["message"]
-    assert "2025-11-05" not in request["message"]
+    _, warned = request["message"].split("\nWhat the checks found for dates that are saved:\n")
+    assert warned.startswith(
+        "- 2025-11-05, check events: there_are_some (WARN)\n"
+        "- 2025-11-05, check sessions: they_are_new (WARN). They are 9.5 days old.\n"
+    )
+    assert f"- {UI}/{runs[2].run_id}\n" in warned
+    assert "- Ask the platform's people.\n" in warned
     assert request["message"].endswith(f"The range run: {UI}/the-range-run")
 
 
