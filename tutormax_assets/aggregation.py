@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from tutormax_assets.assets import PLATFORM_POOL
 from tutormax_assets.assets.metrics_table import SUMMARY_METADATA
-from tutormax_assets.assets.snapshots import SET_ASIDE_METADATA
+from tutormax_assets.assets.snapshots import SET_ASIDE_BY_RUN_METADATA, SET_ASIDE_METADATA
 from tutormax_assets.automation.alerts import tell_of_runs
 from tutormax_assets.automation.retention import (
     CleanupReport,
@@ -552,7 +552,8 @@ def _set_aside(result: dg.ExecuteInProcessResult) -> dict[str | None, list[dict[
     """What each snapshot says that it could not use, by partition key."""
     reasons: dict[str | None, list[dict[str, Any]]] = {}
     for event in result.get_asset_materialization_events():
-        found = event.step_materialization_data.materialization.metadata.get(SET_ASIDE_METADATA)
+        metadata = event.step_materialization_data.materialization.metadata
+        found = metadata.get(SET_ASIDE_BY_RUN_METADATA, metadata.get(SET_ASIDE_METADATA))
         if isinstance(found, dg.TableMetadataValue):
             of_table = [dict(record.data) for record in found.records]
             reasons.setdefault(event.partition, []).extend(of_table)

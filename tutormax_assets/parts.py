@@ -251,7 +251,7 @@ def stored_partition(path: UPath, *, tutor_ids: tuple[str, ...] = ()) -> Partiti
 
 
 def merged(partition: Partition, *, only: Sequence[str]) -> Partition:
-    """A partition of some tutors, with the rows that are stored of the others.
+    """The rows of some tutors in a partition, with those that are stored of the others.
 
     Raises:
         StorageError: The storage cannot be written.
@@ -263,7 +263,11 @@ def merged(partition: Partition, *, only: Sequence[str]) -> Partition:
     parts = list(stored.parts)
     for number in sorted(stored.shards.numbers_of(only)):
         others = stored.rows(number).scan().filter(~pl.col("tutor_id").is_in(only))
-        rows = partition.rows().scan().filter(stored.shards.number() == number)
+        rows = (
+            partition.rows()
+            .scan()
+            .filter(pl.col("tutor_id").is_in(only), stored.shards.number() == number)
+        )
         stored_again = store_parts(partition.path, pl.concat([others, rows]), first=number)
         [parts[number]] = stored_again.parts
     return replace(stored, parts=tuple(parts), seconds=partition.seconds)

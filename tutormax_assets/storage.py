@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import sqlalchemy as sa
 from pydantic import PrivateAttr
 from upath import UPath
@@ -117,6 +118,38 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
             key: stored_partition(self.path(asset_key, key), tutor_ids=only)
             for key in partition_keys
         }
+
+    def whole_partition(self, asset_key: dg.AssetKey, partition_key: str) -> Partition:
+        """A partition of an asset with all of its tutors, whichever the run is filtered to.
+
+        Raises:
+            FileNotFoundError: The partition has not been materialized.
+        """
+        return stored_partition(self.path(asset_key, partition_key))
+
+    def rows_of_others(self, asset_key: dg.AssetKey, partition_key: str) -> pl.LazyFrame | None:
+        """The stored rows of tutors that a filtered run leaves as they are, if there are any."""
+        only = self.run_options.tutor_ids
+        try:
+            rows = self.whole_partition(asset_key, partition_key).rows().scan()
+        except FileNotFoundError:
+            return None
+        return rows.filter(~pl.col("tutor_id").is_in(only)) if only else None
+
+    def active_tutors_left_out(self, partition_key: str) -> int:
+        """Number of active tutors whom no run of a date has computed yet; 0 if not known."""
+        try:
+            left_out = self.whole_partition(dg.AssetKey("tutors_left_out"), partition_key)
+        except FileNotFoundError:
+            # An earlier version computed the date.
+            return 0
+        return left_out.rows().scan().filter(status="active").collect().height
+
+    def active_tutors_of_others(self, partition_key: str) -> int:
+        """Number of other tutors than the run's: in a date's roster, or not computed yet."""
+        others = self.rows_of_others(dg.AssetKey("tutor_roster"), partition_key)
+        in_roster = 0 if others is None else others.collect().height
+        return in_roster + self.active_tutors_left_out(partition_key)
 
     def path(self, asset_key: dg.AssetKey, partition_key: str) -> UPath:
         """The folder of a partition."""

@@ -51,6 +51,7 @@ SMALL_PLATFORM: dict[str, Any] = {
 
 PARQUET_ASSETS = [
     "tutor_roster",
+    "tutors_left_out",
     "sessions_snapshot",
     "sessions_set_aside",
     "tutor_events_snapshot",

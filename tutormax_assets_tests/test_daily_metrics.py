@@ -240,7 +240,8 @@ def test_unknown_and_inactive_tutors_are_named_and_the_others_are_computed(
     unknown = "The tutor is not in the platform's tutors. Check the id."
     assert {f"ERROR missing: {unknown}", f"ERROR no'body: {unknown}"} <= set(log)
     assert (
-        "WARNING Inactive tutors are left out: T000001. Set include_inactive to compute them."
+        "WARNING Inactive tutors are left out: T000001."
+        " Set include_inactive (`--include-inactive`) to compute them."
     ) in log
     assert (summary.total_tutors, summary.successful, summary.failed) == (3, 1, 2)
     assert small_platform.metrics()["tutor_id"].unique().to_list() == ["T000002"]

@@ -110,6 +110,7 @@ def test_assets_depend_on_what_they_read(definitions: dg.Definitions) -> None:
     assert upstream == {
         **{key: set() for key in PLATFORM},
         "tutor_roster": {"tutors"},
+        "tutors_left_out": {"tutors"},
         "sessions_snapshot": {"sessions", "student_feedback"},
         "sessions_set_aside": {"sessions", "student_feedback"},
         "tutor_events_snapshot": {"tutor_events"},

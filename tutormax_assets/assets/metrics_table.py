@@ -11,7 +11,12 @@ from tutormax_assets.compute.resource import Compute
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.partitions import midnight
 from tutormax_assets.parts import Division, division
-from tutormax_assets.platform.metrics_table import MetricsTableError, Target
+from tutormax_assets.platform.metrics_table import (
+    DateCounts,
+    MetricsTableError,
+    Target,
+    count_rows,
+)
 from tutormax_assets.platform.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.resources import PlatformDatabase, RunOptions
 from tutormax_assets.shards import shard_name
@@ -40,6 +45,8 @@ def tutor_performance_metrics_asset(
         partitions_def=daily,
         backfill_policy=backfill_policy,
         freshness_policy=freshness_policy,
+        # A date that only runs of some tutors have computed is observed instead of materialized.
+        output_required=False,
         pool=PLATFORM_POOL,
         group_name="persisted",
         owners=OWNERS,
@@ -57,12 +64,15 @@ def tutor_performance_metrics_asset(
         """Metrics and tiers as kept in PostgreSQL: one row per tutor, reference date and window.
 
         A row whose values did not move is not touched; rows of tutors that the run is not about
-        stay as they are.
+        stay as they are. A run of some tutors does not materialize a date that no run of all
+        tutors has: it counts as missing until one does.
         """
         written: dict[str, Mapping[str, Any]] = {}
         broken_off: dict[str, Mapping[str, Any]] = {}
+        partial: dict[str, Mapping[str, Any]] = {}
         failed: dict[str, BaseException] = {}
         shards = 0
+        retrying = run_options.retrying(context.log)
         for key, day in reference_dates(context).items():
             partition = tutor_tiers[key]
             divided = division([partition])
@@ -93,9 +103,15 @@ def tutor_performance_metrics_asset(
                     if name not in reports
                 ]
                 broken_off[key] = _metadata(reports.values(), [*not_computed, *not_written])
-                yield from _of_a_step_that_fails(context.asset_key, written, broken_off)
+                yield from _without_output(context.asset_key, written, broken_off | partial)
                 raise
             metadata = _metadata(reports.values(), not_computed)
+            if run_options.tutor_ids:
+                metadata |= _of_the_date(
+                    retrying(count_rows, database.engine, midnight(day, timezone=daily.timezone)),
+                    tutors=metadata["successful"],
+                    of=metadata["total_tutors"] + io_manager.active_tutors_of_others(key),
+                )
             shards += len(divided.shards)
             if divided.failed:
                 broken_off[key] = metadata
@@ -103,13 +119,17 @@ def tutor_performance_metrics_asset(
                     shard_name(key, number): EarlierStepError(why)
                     for number, why in divided.failed.items()
                 }
+            elif run_options.tutor_ids and not _is_materialized(context, key):
+                partial[key] = metadata
             else:
                 context.add_asset_metadata(metadata, partition_key=key)
                 written[key] = metadata
+        if failed or partial:
+            yield from _without_output(context.asset_key, written, broken_off | partial)
         if failed:
-            yield from _of_a_step_that_fails(context.asset_key, written, broken_off)
             raise ShardsError(failed, of=shards)
-        yield dg.MaterializeResult()
+        if not partial:
+            yield dg.MaterializeResult()
 
     return tutor_performance_metrics
 
@@ -141,9 +161,26 @@ def _metadata(
     return {
         SUMMARY_METADATA: dg.MetadataValue.json(summary),
         **{name: value for name, value in summary.items() if name != "errors"},
+        "tutors_computed": f"{summary['successful']} of {summary['total_tutors']}",
         "dagster/partition_row_count": summary["total_metrics_saved"],
         "write_seconds": round(sum(report.seconds for report in reports), 3),
     }
+
+
+def _of_the_date(counts: DateCounts, *, tutors: int, of: int) -> dict[str, Any]:
+    """What a run of some tutors says of the whole date, in place of its own counts."""
+    return {
+        "total_tutors": counts.tutors,
+        "total_metrics_saved": counts.rows,
+        "dagster/partition_row_count": counts.rows,
+        "tutors_computed": f"{tutors} of {of}",
+    }
+
+
+def _is_materialized(context: dg.AssetExecutionContext, key: str) -> bool:
+    """Whether a run of all tutors has saved a date: only such a run is the first to do so."""
+    wanted = dg.AssetRecordsFilter(asset_key=context.asset_key, asset_partitions=[key])
+    return bool(context.instance.fetch_materializations(wanted, limit=1).records)
 
 
 def _not_computed(
@@ -161,17 +198,18 @@ def _not_computed(
     ]
 
 
-def _of_a_step_that_fails(
+def _without_output(
     asset_key: dg.AssetKey,
     written: Mapping[str, Mapping[str, Any]],
-    broken_off: Mapping[str, Mapping[str, Any]],
+    observed: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[dg.AssetMaterialization | dg.AssetObservation]:
-    """What the step has saved all the same: it has no output that would say so.
+    """What a step without an output has saved: the output would have said so.
 
-    A date that was broken off is not materialized: it is observed, if any of it was saved.
+    A date that was broken off, or that only runs of some tutors have computed, is not materialized:
+    it is observed, if any of it was saved.
     """
     for key, metadata in written.items():
         yield dg.AssetMaterialization(asset_key, partition=key, metadata=metadata)
-    for key, metadata in broken_off.items():
+    for key, metadata in observed.items():
         if metadata["successful"]:
             yield dg.AssetObservation(asset_key, partition=key, metadata=metadata)

@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from time import perf_counter
+from typing import Any
 
 import dagster as dg
 import dataframely as dy
@@ -31,12 +33,17 @@ from tutormax_assets.stages.snapshots import (
     SnapshotReport,
     SnapshotTask,
     added_up,
+    count_reasons,
     read_snapshots,
+    sum_of_reasons,
 )
 from tutormax_assets.storage import PartitionedParquetIOManager, PartitionsByDate
 
 SET_ASIDE_METADATA = "set_aside_by_reason"
 """Metadata key under which a materialization says which values were not used, and why."""
+
+SET_ASIDE_BY_RUN_METADATA = "set_aside_by_run"
+"""Metadata key of the same for the tutors of the run, in a run of some tutors."""
 
 
 def platform_snapshot_assets(
@@ -63,6 +70,13 @@ def platform_snapshot_assets(
                 _ROSTER_LINEAGE,
                 "The tutors that a reference date is computed for: active ones unless the run says "
                 "all. One row per tutor per reference date, as known when it ran.",
+            ),
+            "tutors_left_out": _out(
+                _SCHEMAS["tutors_left_out"],
+                _ROSTER_LINEAGE,
+                "The platform's other tutors, who are not computed: inactive ones, and active ones "
+                "while only runs of some tutors have computed the date. One row per tutor per "
+                "reference date, as known when it ran.",
             ),
             "sessions_snapshot": _out(
                 _SCHEMAS["sessions_snapshot"],
@@ -160,19 +174,24 @@ def platform_snapshot_assets(
                 day: [store_parts(path, roster.lazy(), shards=shards)]
                 for day, path in paths.get("tutor_roster", {}).items()
             }
+            report.stored["tutors_left_out"] = {
+                day: [store_parts(path, left_out.lazy(), shards=shards)]
+                for day, path in paths.get("tutors_left_out", {}).items()
+                for left_out in [_left_out(io_manager, tutors, roster, day.isoformat())]
+            }
             return view, shards, report
 
         view, shards, report = run_options.retrying(context.log)(read)
         _log(context, report)
         for asset in selected:
             for key, day in days.items():
-                _add_metadata(context, asset, key, view, report, day)
+                _add_metadata(context, asset, key, view, report, day, io_manager)
             partitions = {
                 key: partition_of(
                     paths[asset][day],
                     shards,
                     report.stored[asset][day],
-                    failed={} if asset == "tutor_roster" else report.failed,
+                    failed={} if _READ_FROM[asset] == ("tutors",) else report.failed,
                     no_rows=_SCHEMAS[asset].create_empty(),
                 )
                 for key, day in days.items()
@@ -230,6 +249,11 @@ def _roster(
     context: dg.AssetExecutionContext, tutors: pl.DataFrame, run_options: RunOptions
 ) -> pl.DataFrame:
     """The tutors to compute; says which of those asked for are not among them."""
+    for problem in quality.tutor_problems(tutors):
+        context.log.warning(problem)
+    active = quality.good_tutors(tutors.lazy(), include_inactive=False).collect()
+    if run_options.tutor_ids:
+        tutors = tutors.filter(pl.col("tutor_id").is_in(run_options.tutor_ids))
     if unknown := sorted(set(run_options.tutor_ids or ()) - set(tutors["tutor_id"])):
         context.log.warning(f"Unknown tutors are left out: {', '.join(unknown)}")
     if run_options.tutor_ids and tutors.is_empty():
@@ -240,16 +264,33 @@ def _roster(
     roster = quality.good_tutors(
         tutors.lazy(), include_inactive=run_options.include_inactive
     ).collect()
-    for problem in quality.tutor_problems(tutors):
-        context.log.warning(problem)
-    inactive = sorted(set(tutors["tutor_id"].drop_nulls()) - set(roster["tutor_id"]))
-    if run_options.tutor_ids and inactive:
-        context.log.warning(
-            f"Inactive tutors are left out: {', '.join(inactive)}."
-            " Set include_inactive to compute them."
-        )
-    context.log.info(f"Found {len(roster)} tutors to process")
+    if not run_options.tutor_ids:
+        context.log.info(f"Found {len(roster)} tutors to process")
+        return roster
+    if inactive := sorted(set(tutors["tutor_id"]) - set(roster["tutor_id"])):
+        what_to_do = "Set include_inactive (`--include-inactive`) to compute them."
+        if roster.is_empty():
+            raise dg.Failure(
+                f"None of the tutors is active: {', '.join(inactive)}. {what_to_do}",
+                allow_retries=False,
+            )
+        context.log.warning(f"Inactive tutors are left out: {', '.join(inactive)}. {what_to_do}")
+    of = len({*active["tutor_id"], *roster["tutor_id"]})
+    context.log.info(f"Found {len(roster)} of {of} tutors to process")
     return roster
+
+
+def _left_out(
+    storage: PartitionedParquetIOManager, tutors: pl.DataFrame, roster: pl.DataFrame, key: str
+) -> pl.DataFrame:
+    """The platform's tutors who are not in a date's roster once it holds that of the run."""
+    computed = roster["tutor_id"]
+    if storage.run_options.tutor_ids:
+        with suppress(FileNotFoundError):
+            stored = storage.whole_partition(dg.AssetKey("tutor_roster"), key).rows().scan()
+            computed = pl.concat([computed, stored.select("tutor_id").collect().to_series()])
+    everyone = quality.good_tutors(tutors.lazy(), include_inactive=True)
+    return everyone.filter(~pl.col("tutor_id").is_in(computed.implode())).collect()
 
 
 def _out(schema: type[dy.Schema], lineage: Lineage, description: str) -> dg.AssetOut:
@@ -278,6 +319,7 @@ def _add_metadata(
     view: View,
     report: SnapshotReport,
     day: date,
+    storage: PartitionedParquetIOManager,
 ) -> None:
     table = _READ_FROM[asset][0]
     context.add_asset_metadata(
@@ -293,24 +335,31 @@ def _add_metadata(
     if asset != f"{table}_snapshot":
         return
     reasons = report.reasons[table][day]
-    context.add_asset_metadata(
-        {
-            "clean_seconds": round(report.clean_seconds[table], 3),
-            "values_set_aside": int(reasons["values"].sum()),
-            SET_ASIDE_METADATA: dg.MetadataValue.table(
-                [dg.TableRecord(reason) for reason in reasons.to_dicts()],
-                dg.TableSchema(
-                    [dg.TableColumn(name, str(dtype)) for name, dtype in reasons.schema.items()]
-                ),
-            ),
-        },
-        asset_key=asset,
-        partition_key=key,
+    metadata: dict[str, Any] = {"clean_seconds": round(report.clean_seconds[table], 3)}
+    if storage.run_options.tutor_ids:
+        metadata[SET_ASIDE_BY_RUN_METADATA] = _reasons_table(reasons)
+        others = storage.rows_of_others(dg.AssetKey(f"{table}_set_aside"), key)
+        if others is not None:
+            reasons = sum_of_reasons([reasons, count_reasons(others.collect())])
+    metadata |= {
+        "values_set_aside": int(reasons["values"].sum()),
+        SET_ASIDE_METADATA: _reasons_table(reasons),
+    }
+    context.add_asset_metadata(metadata, asset_key=asset, partition_key=key)
+
+
+def _reasons_table(reasons: pl.DataFrame) -> dg.TableMetadataValue:
+    return dg.MetadataValue.table(
+        [dg.TableRecord(reason) for reason in reasons.to_dicts()],
+        dg.TableSchema(
+            [dg.TableColumn(name, str(dtype)) for name, dtype in reasons.schema.items()]
+        ),
     )
 
 
 _SCHEMAS: dict[str, type[dy.Schema]] = {
     "tutor_roster": TutorRoster,
+    "tutors_left_out": TutorRoster,
     "sessions_snapshot": SessionsSnapshot,
     "sessions_set_aside": SetAside,
     "tutor_events_snapshot": TutorEventsSnapshot,
@@ -319,6 +368,7 @@ _SCHEMAS: dict[str, type[dy.Schema]] = {
 # The first one is the table whose rows an asset has one row of each.
 _READ_FROM: dict[str, tuple[str, ...]] = {
     "tutor_roster": ("tutors",),
+    "tutors_left_out": ("tutors",),
     "sessions_snapshot": ("sessions", "student_feedback"),
     "sessions_set_aside": ("sessions", "student_feedback"),
     "tutor_events_snapshot": ("tutor_events",),

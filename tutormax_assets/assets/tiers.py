@@ -15,7 +15,7 @@ from tutormax_assets.parts import division, partition_of
 from tutormax_assets.platform.faults import reason
 from tutormax_assets.resources import MetricsPolicy
 from tutormax_assets.shards import shard_name
-from tutormax_assets.stages.tiers import TiersReport, TiersTask, compute_tiers
+from tutormax_assets.stages.tiers import TiersReport, TiersTask, compute_tiers, tier_counts
 from tutormax_assets.storage import PartitionedParquetIOManager, PartitionsByDate
 
 
@@ -71,7 +71,13 @@ def tutor_tiers_asset(
                     failed[tasks[name].shard] = reason(failure)
                 if len(failed) == len(divided.shards):
                     raise
-            counts = _added_up(report.counts for report in reports)
+            others = io_manager.rows_of_others(context.asset_key, key)
+            counts = _added_up(
+                [
+                    *(report.counts for report in reports),
+                    *([] if others is None else [tier_counts(others.collect())]),
+                ]
+            )
             context.add_asset_metadata(
                 {
                     "tier_distribution": dg.MetadataValue.md(distribution_image(counts)),

@@ -5,10 +5,11 @@ frames, and records what was found for each reference date by itself, in a range
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
+from typing import NamedTuple
 
 import dagster as dg
 import polars as pl
@@ -21,7 +22,11 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (  # n
 )
 
 from tutormax_assets.parquet import StorageError
+from tutormax_assets.platform.tables import METRICS_TABLE
 from tutormax_assets.storage import PartitionedParquetIOManager
+
+# A longer outage changes so much that a comparison says little.
+_LOOK_BACK_DAYS = 7
 
 FIRST_KEYS = 10
 """How many of the offending keys the metadata of a failed check names."""
@@ -131,11 +136,12 @@ def is_blocked_by(evaluation: dg.AssetCheckEvaluation) -> bool:
 
 
 def partition(storage: PartitionedParquetIOManager, asset: str, partition_key: str) -> pl.LazyFrame:
-    """A partition of an asset, restricted to the tutors of the run.
+    """A partition of an asset with all of its tutors, whichever the run is filtered to.
 
-    It is read here and not as an input of the check, of which Dagster records two events.
+    The status of a check is the date's. It is read here and not as an input of the check, of which
+    Dagster records two events.
     """
-    return storage.partitions(dg.AssetKey(asset), [partition_key])[partition_key].rows().scan()
+    return storage.whole_partition(dg.AssetKey(asset), partition_key).rows().scan()
 
 
 def rows_and_roster(
@@ -148,11 +154,18 @@ def rows_and_roster(
         if there are any. That is a warning: the other tutors are computed and saved all the same,
         and the step that saves them fails.
     """
-    stored = storage.partitions(dg.AssetKey(asset), [partition_key])[partition_key]
+    stored = storage.whole_partition(dg.AssetKey(asset), partition_key)
     tutors = partition(storage, "tutor_roster", partition_key)
-    is_failed = stored.shards.number().is_in(list(stored.failed))
-    rows, roster, left_out = pl.collect_all(
-        [stored.rows().scan(), tutors.filter(~is_failed), tutors.filter(is_failed)]
+    rows, tutors_and_shards = pl.collect_all(
+        [stored.rows().scan(), tutors.with_columns(stored.shards.number().alias("shard"))]
+    )
+    # A run of some tutors may have computed tutors of a shard that failed.
+    is_left_out = pl.col("shard").is_in(list(stored.failed)) & ~pl.col("tutor_id").is_in(
+        rows["tutor_id"].implode()
+    )
+    roster, left_out = (
+        tutors_and_shards.filter(condition).drop("shard")
+        for condition in (~is_left_out, is_left_out)
     )
     if not stored.failed:
         return rows, roster, None
@@ -172,19 +185,75 @@ def rows_and_roster(
     return rows, roster, finding
 
 
+def of_the_date(
+    check: Callable[..., Finding], *frames: pl.DataFrame, tutor_ids: Sequence[str] | None
+) -> Finding:
+    """What a check finds in the rows of a whole date, after a run of these tutors or of all.
+
+    Rows of other tutors that are wrong are known from the run that stored them: they show, but
+    do not fail a run that left them as they are.
+
+    Args:
+        check: Takes the frames.
+        frames: Each with ``tutor_id``.
+        tutor_ids: The tutors of the run; all when empty.
+    """
+    found = check(*frames)
+    if found.passed or not tutor_ids:
+        return found
+    own = check(*(frame.filter(pl.col("tutor_id").is_in(tutor_ids)) for frame in frames))
+    return replace(found, severity=WARN) if own.passed else found
+
+
 def unless_failed(found: Finding, of_failed_shards: Finding | None) -> Finding:
     """What was found, or what is to be said of shards that failed where all others are right."""
     return of_failed_shards if found.passed and of_failed_shards else found
 
 
-def day_before(
-    storage: PartitionedParquetIOManager, asset: str, partition_key: str
-) -> pl.DataFrame | None:
-    """The partition of the day before, if there is one that can be read."""
-    before = date.fromisoformat(partition_key) - timedelta(days=1)
-    with suppress(OSError, StorageError, pl.exceptions.PolarsError):
-        return partition(storage, asset, before.isoformat()).collect()
-    return None
+class Earlier(NamedTuple):
+    """What a date is compared with.
+
+    Attributes:
+        rows: The partition of an earlier date; null where there is none to compare with.
+        since: How a sentence calls that date.
+    """
+
+    rows: pl.DataFrame | None
+    since: str
+
+
+def last_saved(
+    context: dg.AssetCheckExecutionContext,
+    storage: PartitionedParquetIOManager,
+    asset: str,
+    partition_key: str,
+) -> Earlier:
+    """The partition of the day before, or of the last date that was saved where that was not.
+
+    A date that was blocked or broken off is no measure for the next one, whatever its partitions
+    hold.
+    """
+    day = date.fromisoformat(partition_key)
+    for days in range(1, _LOOK_BACK_DAYS + 1):
+        before = (day - timedelta(days=days)).isoformat()
+        if before not in context.partition_keys and _is_unsaved(context.instance, before):
+            continue
+        since = (
+            "the day before" if days == 1 else f"{before}, the last date before it that is saved"
+        )
+        with suppress(OSError, StorageError, pl.exceptions.PolarsError):
+            return Earlier(partition(storage, asset, before).collect(), since)
+        break
+    return Earlier(None, "the day before")
+
+
+def _is_unsaved(instance: dg.DagsterInstance, partition_key: str) -> bool:
+    """Whether the platform was read for a date, and the metrics were not saved since."""
+    read, saved = (
+        _newest_materializations(instance, dg.AssetKey(asset), [partition_key]).get(partition_key)
+        for asset in ("sessions_snapshot", METRICS_TABLE)
+    )
+    return read is not None and (saved is None or saved.storage_id < read.storage_id)
 
 
 def first_keys(rows: pl.DataFrame, *columns: str) -> pl.DataFrame:

@@ -1,6 +1,6 @@
 """Checks of ``sessions_snapshot``: what the platform's sessions and feedback are like."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import date, timedelta
 from functools import partial
 
@@ -23,10 +23,11 @@ from tutormax_assets.checks.source import (
     day_volume_is_usual,
     few_rows_set_aside,
     newest_date,
+    rows_by_day,
+    shortest_window_is_whole,
     source_is_fresh,
 )
 from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
-from tutormax_assets.platform import sources
 from tutormax_assets.platform.sources import where_to_look
 from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions
 from tutormax_assets.storage import PartitionedParquetIOManager
@@ -62,6 +63,11 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
         ),
         spec("feedback_is_fresh", "Sessions of the last weeks have feedback."),
         spec(
+            "shortest_window_is_whole",
+            "The shortest window has most of the sessions that are usual for it.",
+            blocking=True,
+        ),
+        spec(
             "day_volume_is_usual",
             "The newest day has about as many sessions as that weekday in the weeks before.",
         ),
@@ -89,8 +95,6 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                 ],
                 engine="streaming",
             )
-        tutor_ids = pl.concat(by_tutor["tutor_id"] for _, by_tutor, _ in summed.values()).unique()
-        unknown = retrying(sources.unknown_tutors, database.source, tutor_ids.to_list())
         found: dict[str, dict[str, Finding]] = {}
         for key, day in days.items():
             by_day, by_tutor, set_aside = summed.pop(key)
@@ -116,12 +120,20 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                     warn_share=limits.other_tutor_feedback_share,
                 ),
                 "tutors_are_known": tutors_are_known(
-                    by_tutor, unknown, error_share=limits.unknown_tutors_error_share
+                    by_tutor,
+                    tutors_when_read(io_manager, key),
+                    error_share=limits.unknown_tutors_error_share,
                 ),
             }
-            if run_options.tutor_ids:
+            if io_manager.active_tutors_left_out(key):
                 found[key] |= dict.fromkeys(
-                    ("sessions_are_fresh", "feedback_is_fresh", "day_volume_is_usual"), NOT_OF_ALL
+                    (
+                        "sessions_are_fresh",
+                        "feedback_is_fresh",
+                        "shortest_window_is_whole",
+                        "day_volume_is_usual",
+                    ),
+                    NOT_OF_ALL,
                 )
                 continue
             newest = newest_date(
@@ -150,6 +162,14 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                     look_at=where_to_look(
                         database.source, "student_feedback", instant="submitted_at"
                     ),
+                ),
+                "shortest_window_is_whole": shortest_window_is_whole(
+                    by_day,
+                    rows_by_day(io_manager, "logins", key),
+                    what="sessions",
+                    reference_date=day,
+                    days=policy.windows[0],
+                    max_loss=limits.window_loss_error_share,
                 ),
                 "day_volume_is_usual": day_volume_is_usual(
                     by_day,
@@ -293,18 +313,38 @@ def feedback_is_of_the_sessions_tutor(
     )
 
 
+def tutors_when_read(storage: PartitionedParquetIOManager, partition_key: str) -> pl.Series | None:
+    """All tutors of the platform at the instant at which its sessions were read, if known."""
+    try:
+        tutors = [
+            partition(storage, asset, partition_key).select("tutor_id")
+            for asset in ("tutor_roster", "tutors_left_out")
+        ]
+    except FileNotFoundError:
+        return None
+    return pl.concat(tutors).collect().to_series()
+
+
 def tutors_are_known(
-    by_tutor: pl.DataFrame, unknown_tutors: Sequence[str], /, *, error_share: float
+    by_tutor: pl.DataFrame, tutors: pl.Series | None, /, *, error_share: float
 ) -> Finding:
-    """Whether the tutors of the sessions are in the platform's tutors.
+    """Whether the tutors of the sessions were in the platform's tutors.
+
+    Both are as of one instant: a tutor who was deleted later is no fault of the date.
 
     Args:
         by_tutor: Sessions by tutor: ``tutor_id``, ``rows``.
-        unknown_tutors: Those of them who are not in ``tutors``.
+        tutors: The ids in ``tutors`` when the sessions were read; null if that is not known.
         error_share: Share of the sessions above which the check fails: then tutors are missing,
             and the metrics of those who are there are not the whole.
     """
-    unknown = by_tutor.filter(pl.col("tutor_id").is_in(unknown_tutors))
+    if tutors is None:
+        return Finding(
+            True,
+            "Not compared: tutors_left_out is not there for this date. Run the date again to"
+            " compare it.",
+        )
+    unknown = by_tutor.filter(~pl.col("tutor_id").is_in(tutors.implode()))
     sessions, read = int(unknown["rows"].sum()), int(by_tutor["rows"].sum())
     metadata: Metadata = {
         "unknown_tutors": len(unknown),
@@ -315,8 +355,9 @@ def tutors_are_known(
         return Finding(True, metadata=metadata)
     return Finding(
         False,
-        f"{sessions} of {read} sessions are of {len(unknown)} tutors who are not in tutors; they"
-        " count for nobody. See to what loads the platform's database, then run the date again.",
+        f"{sessions} of {read} sessions are of {len(unknown)} tutors who were not in tutors when"
+        " both were read; they count for nobody. See to what loads the platform's database, then"
+        " run the date again.",
         {
             **metadata,
             "first_tutors": first_keys(unknown, "tutor_id"),

@@ -2,25 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 from zoneinfo import ZoneInfo
 
 import polars as pl
 import tenacity
 
-from tutormax_assets.checks import ERROR, WARN, Finding, Metadata, first_keys
+from tutormax_assets.checks import ERROR, WARN, Finding, Metadata, first_keys, partition
 from tutormax_assets.metrics.policy import window_name
+from tutormax_assets.metrics.schemas import LOGIN
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.partitions import midnight
 from tutormax_assets.platform import sources
+from tutormax_assets.storage import PartitionedParquetIOManager
 
 NOT_OF_ALL = Finding(
-    passed=True, description="Not looked at: the run is about some tutors only, and read no others."
+    passed=True, description="Not compared: only runs of some tutors have read this date so far."
 )
-"""Of a check that says something about the platform as a whole, in a filtered run."""
+"""Of a check about the platform as a whole, on a date of which it is not known."""
 
 # Of normally distributed counts the median absolute deviation times this is one standard deviation.
 _MAD_TO_DEVIATION = 1.4826
+
+# Beyond so many standard deviations a platform of a handful of tutors is never by chance.
+_CHANCE_DEVIATIONS = 4
+
+# Of fewer, one odd week moves the median.
+_MIN_EARLIER_WINDOWS = 3
 
 
 def few_rows_set_aside(
@@ -175,12 +183,7 @@ def day_volume_is_usual(
         return Finding(
             True, f"Not compared: {len(weeks)} weeks before; {min_weeks} are needed.", metadata
         )
-    middle = float(weeks.median())  # type: ignore[arg-type]
-    spread = max(
-        _MAD_TO_DEVIATION * float((weeks - middle).abs().median()),  # type: ignore[arg-type]
-        middle**0.5,
-        1.0,
-    )
+    middle, spread = _middle_and_spread(weeks)
     off = abs(rows - middle)
     metadata |= {"median": middle, "deviations": round(off / spread, 2), "weeks": len(weeks)}
     if off <= min_share * middle or off <= min_deviations * spread:
@@ -193,6 +196,112 @@ def day_volume_is_usual(
         metadata,
         WARN,
     )
+
+
+def shortest_window_is_whole(
+    by_day: pl.DataFrame,
+    other_by_day: pl.DataFrame,
+    /,
+    *,
+    what: str,
+    reference_date: date,
+    days: int,
+    max_loss: float,
+) -> Finding:
+    """Whether the shortest window has about as many rows as windows of its length had before.
+
+    Usual is the median of the windows of the same length that ended one, two, three weeks earlier
+    and so on, as far as the snapshot goes: each has the same weekdays. Where another source has
+    fallen as well, as over holidays, as much less is expected. A few rows more or less are chance.
+
+    Args:
+        by_day: Rows by day: ``date``, ``rows``; a day without rows may be missing.
+        other_by_day: The same of the other source.
+        what: What the rows are, such as ``sessions``.
+        reference_date: The day after the window.
+        days: Length of the window.
+        max_loss: Share of the expected rows that may be missing.
+    """
+    volume = _window_volume(by_day, reference_date=reference_date, days=days)
+    other = _window_volume(other_by_day, reference_date=reference_date, days=days)
+    metadata: Metadata = {"rows": volume.rows, "earlier_windows": volume.earlier}
+    if volume.earlier < _MIN_EARLIER_WINDOWS:
+        return Finding(
+            True,
+            f"Not compared: {volume.earlier} earlier windows of {days} days in the snapshot;"
+            f" {_MIN_EARLIER_WINDOWS} are needed.",
+            metadata,
+        )
+    expected = volume.usual
+    if other.earlier >= _MIN_EARLIER_WINDOWS and other.usual:
+        expected *= min(1, other.rows / other.usual)
+    missing = expected - volume.rows
+    loss = missing / expected if missing > 0 else 0.0
+    metadata |= {
+        "usual_rows": volume.usual,
+        "expected_rows": round(expected, 1),
+        "missing_share": round(loss, 4),
+    }
+    if loss <= max_loss or missing <= _CHANCE_DEVIATIONS * volume.spread:
+        return Finding(True, metadata=metadata)
+    return Finding(
+        False,
+        f"The {days} days before {reference_date} have {volume.rows} {what}, and {expected:.0f} are"
+        f" expected from the weeks before: {loss:.0%} are missing, with {max_loss:.0%} at most. See"
+        " to what loads the platform's database, then run the date again; if the drop is real,"
+        " raise checks.window_loss_error_share in the policy.",
+        metadata,
+    )
+
+
+def rows_by_day(
+    storage: PartitionedParquetIOManager,
+    what: Literal["sessions", "logins"],
+    partition_key: str,
+) -> pl.DataFrame:
+    """Sessions or logins of a date's snapshot: ``date``, ``rows``; empty where there is none."""
+    asset, column = {
+        "sessions": ("sessions_snapshot", "scheduled_date"),
+        "logins": ("tutor_events_snapshot", "event_date"),
+    }[what]
+    try:
+        rows = partition(storage, asset, partition_key)
+    except FileNotFoundError:
+        return pl.DataFrame(schema={"date": pl.Date, "rows": pl.Int64})
+    if what == "logins":
+        rows = rows.filter(event_type=LOGIN)
+    by_day = rows.group_by(pl.col(column).alias("date")).agg(pl.len().cast(pl.Int64).alias("rows"))
+    return by_day.collect(engine="streaming")
+
+
+class _WindowVolume(NamedTuple):
+    rows: int
+    usual: float
+    spread: float
+    earlier: int
+
+
+def _window_volume(by_day: pl.DataFrame, *, reference_date: date, days: int) -> _WindowVolume:
+    """Rows of a window, and what is usual for one of its length; see the check."""
+    counts = dict(by_day.select("date", "rows").iter_rows())
+    first = min(counts, default=reference_date)
+
+    def total(end: date) -> int:
+        return sum(counts.get(end - timedelta(days=day), 0) for day in range(1, days + 1))
+
+    weeks = range(1, max((reference_date - first).days - days, 0) // 7 + 1)
+    earlier = pl.Series(
+        [total(reference_date - timedelta(weeks=week)) for week in weeks], dtype=pl.Float64
+    )
+    usual, spread = _middle_and_spread(earlier)
+    return _WindowVolume(total(reference_date), usual, spread, len(earlier))
+
+
+def _middle_and_spread(counts: pl.Series) -> tuple[float, float]:
+    """The median, and the median absolute deviation or that of counts by chance if it is more."""
+    middle = float(counts.median() or 0)  # type: ignore[arg-type]
+    deviation = float((counts - middle).abs().median() or 0)  # type: ignore[arg-type]
+    return middle, max(_MAD_TO_DEVIATION * deviation, middle**0.5, 1.0)
 
 
 def newest_date(

@@ -14,6 +14,8 @@ from tutormax_assets.checks.source import (
     day_volume_is_usual,
     few_rows_set_aside,
     newest_date,
+    rows_by_day,
+    shortest_window_is_whole,
     source_is_fresh,
 )
 from tutormax_assets.platform.sources import where_to_look
@@ -35,6 +37,11 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
         spec(
             "events_are_fresh",
             "The newest event is about as new as the reference date.",
+            blocking=True,
+        ),
+        spec(
+            "shortest_window_is_whole",
+            "The shortest window has most of the logins that are usual for it.",
             blocking=True,
         ),
         spec(
@@ -74,8 +81,11 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
                     min_rows=limits.set_aside_min_rows,
                 )
             }
-            if run_options.tutor_ids:
-                found[key] |= dict.fromkeys(("events_are_fresh", "day_volume_is_usual"), NOT_OF_ALL)
+            if io_manager.active_tutors_left_out(key):
+                found[key] |= dict.fromkeys(
+                    ("events_are_fresh", "shortest_window_is_whole", "day_volume_is_usual"),
+                    NOT_OF_ALL,
+                )
                 continue
             newest = newest_date(
                 by_day,
@@ -95,6 +105,14 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
                     look_at=where_to_look(
                         database.source, "tutor_events", instant="event_timestamp"
                     ),
+                ),
+                "shortest_window_is_whole": shortest_window_is_whole(
+                    rows_by_day(io_manager, "logins", key),
+                    rows_by_day(io_manager, "sessions", key),
+                    what="logins",
+                    reference_date=day,
+                    days=policy.windows[0],
+                    max_loss=limits.window_loss_error_share,
                 ),
                 "day_volume_is_usual": day_volume_is_usual(
                     by_day,

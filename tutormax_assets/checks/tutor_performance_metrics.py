@@ -15,11 +15,13 @@ from tutormax_assets.checks import (
     Metadata,
     check_spec,
     first_keys,
+    of_the_date,
     partition,
     report,
 )
 from tutormax_assets.checks.tutor_tiers import every_tutor_has_all_windows
 from tutormax_assets.partitions import midnight
+from tutormax_assets.platform import sources
 from tutormax_assets.platform.adoption import WINDOW_OF_A_POLICY
 from tutormax_assets.platform.metrics_table import count_rows_at_other_times, read_metrics
 from tutormax_assets.platform.tables import METRICS_TABLE
@@ -56,14 +58,11 @@ def tutor_performance_metrics_checks(
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         days = {key: date.fromisoformat(key) for key in context.partition_keys}
-        # Of the tutors asked for, the table can hold those of the roster only.
-        rosters = [partition(io_manager, "tutor_roster", key) for key in days]
-        asked = pl.concat(rosters).select("tutor_id").unique() if run_options.tutor_ids else None
+        retrying = run_options.retrying(context.log)
         table = read_metrics(
             database.engine,
             calculation_dates=[midnight(day, timezone=daily.timezone) for day in days.values()],
-            tutor_ids=() if asked is None else asked.collect()["tutor_id"].to_list(),
-            retrying=run_options.retrying(context.log),
+            retrying=retrying,
             timeouts=database.timeouts,
         )
         others = count_rows_at_other_times(
@@ -75,7 +74,7 @@ def tutor_performance_metrics_checks(
                 )
                 for day in days.values()
             ],
-            retrying=run_options.retrying(context.log),
+            retrying=retrying,
             timeouts=database.timeouts,
         )
         found = {}
@@ -89,26 +88,46 @@ def tutor_performance_metrics_checks(
             # Rows of tutors who are not computed any more stay in the table.
             tutors = pl.concat([computed.select("tutor_id"), roster.select("tutor_id")])
             stored = rows.join(tutors, on="tutor_id", how="semi")
+            # Rows of a tutor who was deleted went with the tutor: asked after the rows were read.
+            missing = sorted({*tutors["tutor_id"]} - {*stored["tutor_id"]})
+            deleted = retrying(sources.unknown_tutors, database.source, missing)
+            computed, roster = (
+                frame.filter(~pl.col("tutor_id").is_in(deleted)) for frame in (computed, roster)
+            )
             query = (
                 f"SELECT * FROM {METRICS_TABLE} WHERE calculation_date"  # noqa: S608 - only shown
                 f" = '{midnight(day, timezone=daily.timezone).isoformat()}'"
             )
             found[key] = {
-                "rows_are_as_computed": rows_are_as_computed(
-                    computed, stored, query=query, at_other_times=at_other_times
-                ),
-                "every_tutor_has_all_windows": every_tutor_has_all_windows(
-                    stored,
-                    roster,
-                    windows=windows,
-                    what_to_do="The summary of the materialization says why a tutor could not be"
-                    f" written; run these again: tutormax run --date {key} --tutors ID,ID. Rows"
-                    " that come twice are of a table without its unique key: tutormax db upgrade.",
-                ),
+                name: of_the_date(check, *frames, tutor_ids=run_options.tutor_ids)
+                for name, check, frames in (
+                    (
+                        "rows_are_as_computed",
+                        partial(rows_are_as_computed, query=query, at_other_times=at_other_times),
+                        (computed, stored),
+                    ),
+                    (
+                        "every_tutor_has_all_windows",
+                        partial(
+                            every_tutor_has_all_windows, windows=windows, what_to_do=_advice(key)
+                        ),
+                        (stored, roster),
+                    ),
+                )
             }
+            for finding in found[key].values():
+                finding.metadata["tutors_deleted_since"] = len(deleted)
         yield from report(context, specs, found)
 
     return checks
+
+
+def _advice(partition_key: str) -> str:
+    return (
+        "The summary of the materialization says why a tutor could not be written; run these again:"
+        f" tutormax run --date {partition_key} --tutors ID,ID. Rows that come twice are of a table"
+        " without its unique key: tutormax db upgrade."
+    )
 
 
 def rows_are_as_computed(

@@ -13,15 +13,16 @@ from tutormax_assets.checks import (
     Finding,
     Metadata,
     check_spec,
-    day_before,
     first_keys,
+    last_saved,
+    of_the_date,
     report,
     rows_and_roster,
     unless_failed,
 )
 from tutormax_assets.metrics.policy import window_name
 from tutormax_assets.metrics.schemas import TIERS
-from tutormax_assets.resources import MetricsPolicy
+from tutormax_assets.resources import MetricsPolicy, RunOptions
 from tutormax_assets.storage import PartitionedParquetIOManager
 
 ASSET = "tutor_tiers"
@@ -49,13 +50,14 @@ def tutor_tiers_checks(
         ),
         spec(
             "tiers_are_steady",
-            "The tutors who are in both days are in about the same tiers as the day before.",
+            "Tutors are in about the same tiers as on the last date before it that is saved.",
         ),
     ]
 
     @dg.multi_asset_check(name=f"{ASSET}_checks", specs=specs, can_subset=True)
     def checks(
         context: dg.AssetCheckExecutionContext,
+        run_options: RunOptions,
         metrics_policy: MetricsPolicy,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
@@ -63,21 +65,29 @@ def tutor_tiers_checks(
         found = {}
         for key in context.partition_keys:
             rows, roster, of_failed_shards = rows_and_roster(io_manager, ASSET, key)
+            of_windows = partial(
+                every_tutor_has_all_windows,
+                windows=windows,
+                what_to_do="Materialize tutor_roster and what follows from it again, in one run,"
+                " for all tutors.",
+            )
+            shrinking = partial(counts_never_shrink, windows=windows)
+            earlier = last_saved(context, io_manager, ASSET, key)
             found[key] = {
                 "every_tutor_has_a_tier": unless_failed(
-                    every_tutor_has_all_windows(
-                        rows,
-                        roster,
-                        windows=windows,
-                        what_to_do="Materialize tutor_roster and what follows from it again, in one"
-                        " run, for all tutors.",
+                    of_the_date(of_windows, rows, roster, tutor_ids=run_options.tutor_ids),
+                    of_failed_shards
+                    or active_tutors_are_computed(
+                        len(roster), io_manager.active_tutors_left_out(key), reference_date=key
                     ),
-                    of_failed_shards,
                 ),
-                "counts_never_shrink": counts_never_shrink(rows, windows=windows),
+                "counts_never_shrink": of_the_date(
+                    shrinking, rows, tutor_ids=run_options.tutor_ids
+                ),
                 "tiers_are_steady": tiers_are_steady(
                     rows,
-                    day_before(io_manager, ASSET, key),
+                    earlier.rows,
+                    since=earlier.since,
                     windows=windows,
                     max_shift=limits.tier_shift,
                     min_tutors=limits.comparison_min_tutors,
@@ -128,6 +138,28 @@ def every_tutor_has_all_windows(
     )
 
 
+def active_tutors_are_computed(
+    computed: int, left_out: int, /, *, reference_date: str
+) -> Finding | None:
+    """What is to be said of a date that only runs of some tutors have computed.
+
+    Args:
+        computed: Tutors of the roster.
+        left_out: Active tutors who are not in the roster.
+        reference_date: The date.
+    """
+    if not left_out:
+        return None
+    return Finding(
+        False,
+        f"{computed} of {computed + left_out} tutors are computed: only runs of some tutors have"
+        " computed this date, which counts as missing until a run of all tutors does:"
+        f" tutormax run --date {reference_date}",
+        {"tutors_of_the_roster": computed, "active_tutors_left_out": left_out},
+        WARN,
+    )
+
+
 def counts_never_shrink(rows: pl.DataFrame, /, *, windows: Sequence[int]) -> Finding:
     """Whether a longer window counts at least what a shorter one does, since it contains it.
 
@@ -174,15 +206,17 @@ def tiers_are_steady(
     windows: Sequence[int],
     max_shift: float,
     min_tutors: int,
+    since: str = "the day before",
 ) -> Finding:
     """Whether the tutors of both days are in about the same tiers as the day before.
 
     Args:
         rows: ``TutorTiers``.
-        before: The same of the day before; null where there is none.
+        before: The same of an earlier date; null where there is none.
         windows: Lengths in days.
         max_shift: Population stability index of a window above which the check warns.
         min_tutors: Tutors that it takes to compare.
+        since: How a sentence calls the earlier date.
     """
     if before is None:
         return Finding(True, "Not compared: the day before has not been computed.")
@@ -238,7 +272,7 @@ def tiers_are_steady(
     said = ", ".join(f"{name} {shift:.2f}" for name, shift in shifted.items())
     return Finding(
         False,
-        f"Tiers have shifted since the day before: the population stability index is {said}, with"
+        f"Tiers have shifted since {since}: the population stability index is {said}, with"
         f" {max_shift:g} expected at most. Unless the policy was changed, look at what the source"
         " checks say and at the null shares; the numbers are saved all the same.",
         {**metadata, "first_tutors_moved": first_keys(moved, "tutor_id", "window")},

@@ -12,15 +12,16 @@ from tutormax_assets.checks import (
     Finding,
     Metadata,
     check_spec,
-    day_before,
     first_keys,
+    last_saved,
+    of_the_date,
     report,
     rows_and_roster,
     unless_failed,
 )
 from tutormax_assets.metrics.policy import window_name
 from tutormax_assets.metrics.schemas import WindowMetrics
-from tutormax_assets.resources import MetricsPolicy
+from tutormax_assets.resources import MetricsPolicy, RunOptions
 from tutormax_assets.storage import PartitionedParquetIOManager
 
 
@@ -44,7 +45,7 @@ def window_metrics_checks(
         ),
         spec(
             "null_shares_are_steady",
-            "No column has lost many values since the day before, of tutors who are in both.",
+            "No column has lost many values since the last date before it that is saved.",
         ),
     ]
 
@@ -55,6 +56,7 @@ def window_metrics_checks(
     )
     def checks(
         context: dg.AssetCheckExecutionContext,
+        run_options: RunOptions,
         metrics_policy: MetricsPolicy,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
@@ -62,14 +64,17 @@ def window_metrics_checks(
         found = {}
         for key in context.partition_keys:
             rows, roster, of_failed_shards = rows_and_roster(io_manager, asset, key)
+            earlier = last_saved(context, io_manager, asset, key)
             found[key] = {
                 "values_in_range": values_in_range(rows, window=window_name(days)),
                 "one_row_per_tutor": unless_failed(
-                    one_row_per_tutor(rows, roster), of_failed_shards
+                    of_the_date(one_row_per_tutor, rows, roster, tutor_ids=run_options.tutor_ids),
+                    of_failed_shards,
                 ),
                 "null_shares_are_steady": null_shares_are_steady(
                     rows,
-                    day_before(io_manager, asset, key),
+                    earlier.rows,
+                    since=earlier.since,
                     max_rise=limits.null_share_rise,
                     min_tutors=limits.comparison_min_tutors,
                 ),
@@ -161,7 +166,13 @@ def one_row_per_tutor(rows: pl.DataFrame, roster: pl.DataFrame, /) -> Finding:
 
 
 def null_shares_are_steady(
-    rows: pl.DataFrame, before: pl.DataFrame | None, /, *, max_rise: float, min_tutors: int
+    rows: pl.DataFrame,
+    before: pl.DataFrame | None,
+    /,
+    *,
+    max_rise: float,
+    min_tutors: int,
+    since: str = "the day before",
 ) -> Finding:
     """Whether no column has lost many of its values since the day before.
 
@@ -170,9 +181,10 @@ def null_shares_are_steady(
 
     Args:
         rows: ``WindowMetrics`` of one window.
-        before: The same of the day before; null where there is none.
+        before: The same of an earlier date; null where there is none.
         max_rise: Rise of a column's share of nulls above which the check warns.
         min_tutors: Tutors that it takes to compare.
+        since: How a sentence calls the earlier date.
     """
     if before is None:
         return Finding(True, "Not compared: the day before has not been computed.")
@@ -206,7 +218,7 @@ def null_shares_are_steady(
     )
     return Finding(
         False,
-        f"Without a value since the day before: {said}; a rise of {max_rise:.0%} is expected at"
+        f"Without a value since {since}: {said}; a rise of {max_rise:.0%} is expected at"
         " most. Compare the rows read and set aside of both days; if the source lost rows, see to"
         " what loads it and run the date again.",
         {**metadata, "null_shares": shares, "first_tutors": first_keys(lost, "tutor_id")},

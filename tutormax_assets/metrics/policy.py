@@ -139,6 +139,9 @@ class CheckLimits(_Part):
     stale_feedback_days: StrictInt = Field(
         default=14, ge=1, description="Days from the newest rated session: warns above."
     )
+    window_loss_error_share: _Share = Field(
+        default=0.5, description="Rows that the shortest window lacks of the usual: fails above."
+    )
     volume_share: _Share = Field(
         default=0.5, description="How far the newest day may be from its weekday's median."
     )

@@ -162,7 +162,7 @@ class LakeView:
     is_received: Literal[False] = False
 
     def tutors(self) -> pl.DataFrame:
-        """``SourceTutors``.
+        """``SourceTutors``: all of them, whichever tutors the view is about.
 
         Raises:
             SourceError: The lake cannot be read, has no tutors, or has one with two statuses.
@@ -181,7 +181,7 @@ class LakeView:
                 f"The lake at {self.lake} cannot be used: table tutors: found more than one status"
                 f" of {len(again)} tutors, such as {again[0]}; expected one row per tutor."
             )
-        return found.filter(pl.col("tutor_id").is_in(self.tutor_ids)) if self.tutor_ids else found
+        return found
 
     def rows(
         self,

@@ -310,6 +310,28 @@ def _cannot_be_read(error: Exception) -> MetricsTableError:
     )
 
 
+class DateCounts(NamedTuple):
+    """What the table holds of a date.
+
+    Attributes:
+        tutors: Number of tutors.
+        rows: Number of rows.
+    """
+
+    tutors: int
+    rows: int
+
+
+def count_rows(engine: sa.Engine, calculation_date: datetime) -> DateCounts:
+    """Count the table's tutors and rows of a date, whoever wrote them."""
+    columns = tutor_performance_metrics.c
+    counts = sa.select(sa.func.count(columns.tutor_id.distinct()), sa.func.count()).where(
+        columns.calculation_date == calculation_date
+    )
+    with engine.connect() as connection:
+        return DateCounts(*connection.execute(counts).one())
+
+
 @contextmanager
 def _reading(engine: sa.Engine, timeouts: Timeouts) -> Iterator[dbapi.Cursor]:
     """A transaction of the driver that hands over many rows at once, as psycopg does not."""

@@ -61,7 +61,6 @@ from tutormax_assets.shards import ALL_TUTORS, TutorRange
 _TUTORS = """
 SELECT t.tutor_id::text, t.status::text
 FROM tutors AS t
-WHERE true {only_tutors}
 """
 
 
@@ -282,7 +281,7 @@ class View:
 
     Attributes:
         source: Where it is read.
-        tutor_ids: Only rows of these tutors; all when empty.
+        tutor_ids: Only sessions and events of these tutors; all when empty.
         read_at: When its transaction began, in UTC.
         snapshot: The transactions that it sees, as PostgreSQL's type ``pg_snapshot`` writes them.
         ids_are_unique: Whether the database sees to it that a session, and a feedback, is there
@@ -302,15 +301,16 @@ class View:
     _name: str | None = None
 
     def tutors(self) -> pl.DataFrame:
-        """``SourceTutors``, as they are there: a view may have an id twice, or none.
+        """``SourceTutors``: all of them, whichever tutors the view is about.
+
+        A view of the platform may have an id twice, or none.
 
         Raises:
             SourceError: The platform cannot be read, has no tutors, or has one with two statuses.
         """
         with self._reading() as cursor:
-            query = _bound(_TUTORS, tutor_ids=self.tutor_ids)
-            tutors = _fetch(cursor, query, SourceTutors)
-            if tutors.is_empty() and self.empty_tables(["tutors"]):
+            tutors = _fetch(cursor, _bound(_TUTORS), SourceTutors)
+            if tutors.is_empty():
                 raise SourceError(
                     f"The platform at {describe(self.source.url)} cannot be used: table tutors:"
                     " found no row, expected at least one tutor. See that TUTORMAX_SOURCE_URL, or"

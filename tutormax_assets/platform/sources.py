@@ -47,7 +47,7 @@ class View(Protocol):
         ...
 
     def tutors(self) -> pl.DataFrame:
-        """``SourceTutors``."""
+        """``SourceTutors``: all of them, whichever tutors the view is about."""
         ...
 
     def rows(

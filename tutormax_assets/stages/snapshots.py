@@ -137,7 +137,7 @@ def read_snapshots(task: SnapshotTask, log: logging.Logger) -> SnapshotReport:
             started = perf_counter()
             good, set_aside = _by_parts(*cleaning[table], folder / table)
             report.clean_seconds[table] = perf_counter() - started
-            report.reasons[table] = {None: _reasons(set_aside)}
+            report.reasons[table] = {None: count_reasons(set_aside)}
             for asset, frame, column in (
                 (snapshot_asset(table), good, DATE_COLUMNS[table]),
                 (set_aside_asset(table), set_aside.lazy(), "date"),
@@ -150,7 +150,7 @@ def read_snapshots(task: SnapshotTask, log: logging.Logger) -> SnapshotReport:
                 of_day = set_aside.filter(
                     within_window("date", reference_date=day, days=task.window_days)
                 )
-                report.reasons[table][day] = _reasons(of_day)
+                report.reasons[table][day] = count_reasons(of_day)
     return report
 
 
@@ -187,8 +187,19 @@ def _by_parts(
     return pl.scan_ipc(folder / "*.ipc"), pl.concat(set_aside)
 
 
-def _reasons(set_aside: pl.DataFrame) -> pl.DataFrame:
+def count_reasons(set_aside: pl.DataFrame) -> pl.DataFrame:
+    """Number of values by ``source_table``, ``column`` and ``reason``."""
     return set_aside.group_by("source_table", "column", "reason").agg(pl.len().alias("values"))
+
+
+def sum_of_reasons(counts: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """The numbers of values in all of these together, sorted."""
+    return (
+        pl.concat(counts)
+        .group_by("source_table", "column", "reason")
+        .agg(pl.col("values").sum())
+        .sort(pl.all())
+    )
 
 
 def added_up(reports: Iterable[SnapshotReport]) -> SnapshotReport:
@@ -204,11 +215,8 @@ def added_up(reports: Iterable[SnapshotReport]) -> SnapshotReport:
         for table, by_day_or_all in report.reasons.items():
             of_table = total.reasons.setdefault(table, {})
             for day_or_all, reasons in by_day_or_all.items():
-                both = pl.concat([of_table.get(day_or_all, reasons.clear()), reasons])
-                of_table[day_or_all] = (
-                    both.group_by("source_table", "column", "reason")
-                    .agg(pl.col("values").sum())
-                    .sort(pl.all())
+                of_table[day_or_all] = sum_of_reasons(
+                    [of_table.get(day_or_all, reasons.clear()), reasons]
                 )
         for table, seconds in report.clean_seconds.items():
             total.clean_seconds[table] = total.clean_seconds.get(table, 0) + seconds

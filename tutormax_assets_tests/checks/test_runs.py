@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import pytest
 import sqlalchemy as sa
 
 from tutormax_assets import sample_platform
+from tutormax_assets.automation.alerts import late_dates
 from tutormax_assets.automation.single_days import RANGE_END_TAG, RANGE_START_TAG
+from tutormax_assets.checks.sessions_snapshot import sessions_by_day
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.instance import dagster_instance
 from tutormax_assets.platform.connection import create_engine
@@ -32,9 +34,15 @@ CHECKS = {
         "tutors_are_known",
         "sessions_are_fresh",
         "feedback_is_fresh",
+        "shortest_window_is_whole",
         "day_volume_is_usual",
     ],
-    "tutor_events_snapshot": ["few_rows_set_aside", "events_are_fresh", "day_volume_is_usual"],
+    "tutor_events_snapshot": [
+        "few_rows_set_aside",
+        "events_are_fresh",
+        "shortest_window_is_whole",
+        "day_volume_is_usual",
+    ],
     "metrics_7day": ["values_in_range", "one_row_per_tutor", "null_shares_are_steady"],
     "metrics_30day": ["values_in_range", "one_row_per_tutor", "null_shares_are_steady"],
     "metrics_90day": ["values_in_range", "one_row_per_tutor", "null_shares_are_steady"],
@@ -411,31 +419,200 @@ def test_an_empty_horizon_is_stale_unless_nothing_was_before(
     assert failed(result)["sessions_snapshot", "sessions_are_fresh", LAST] == severity
 
 
-def test_a_filtered_run_looks_at_its_tutors_only(good: Platform) -> None:
-    good.run(*DAYS[-2:])
+def metadata_of(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
+    """What the materialization or observation of an asset says in a run of one date."""
+    events: list[dg.AssetMaterialization | dg.AssetObservation] = [
+        event.step_materialization_data.materialization
+        for event in result.get_asset_materialization_events()
+    ]
+    events += [
+        event.asset_observation_data.asset_observation
+        for event in result.get_asset_observation_events()
+    ]
+    [found] = [event for event in events if event.asset_key == dg.AssetKey(asset)]
+    return {name: value.value for name, value in found.metadata.items()}
+
+
+PICTURE = {
+    "tutor_roster": ("dagster/partition_row_count",),
+    "tutors_left_out": ("dagster/partition_row_count",),
+    "sessions_snapshot": ("dagster/partition_row_count", "values_set_aside"),
+    "tutor_tiers": ("dagster/partition_row_count",),
+    "tutor_performance_metrics": (
+        "total_tutors",
+        "total_metrics_saved",
+        "dagster/partition_row_count",
+    ),
+}
+"""What materializations say of a whole date, by asset."""
+
+
+def test_a_filtered_run_leaves_the_picture_of_its_day_whole(good: Platform) -> None:
+    good.execute("UPDATE sessions SET late_start_minutes = -1 WHERE session_id LIKE '%77'")
+    whole = run_range(good, LAST, LAST)
+    before = {asset: metadata_of(whole, asset) for asset in PICTURE}
     # Broken and missing rows of others, which the run does not read.
     good.execute("UPDATE sessions SET late_start_minutes = -1 WHERE tutor_id > 'T000010'")
     good.execute("DELETE FROM sessions WHERE scheduled_start >= '2025-10-20Z'")
     two = good.metrics()["tutor_id"].unique().sort()[:2].to_list()
 
-    result = run_range(good, *DAYS[-2:], tutor_ids=two)
+    result = run_range(good, LAST, LAST, tutor_ids=two)
 
     assert result.success
-    assert failed(result) == {}
-    done = evaluations(result)
-    assert set(done) == {(*check, day) for check in ALL for day in DAYS[-2:]}
-    for asset, name in (
-        ("sessions_snapshot", "sessions_are_fresh"),
-        ("sessions_snapshot", "feedback_is_fresh"),
-        ("sessions_snapshot", "day_volume_is_usual"),
-        ("tutor_events_snapshot", "events_are_fresh"),
-        ("tutor_events_snapshot", "day_volume_is_usual"),
+    assert failed(result) == failed(whole)
+    done, of_whole = evaluations(result), evaluations(whole)
+    assert set(done) == set(of_whole)
+    for asset, name, metric in (
+        ("sessions_snapshot", "few_rows_set_aside", "rows_set_aside"),
+        ("metrics_7day", "one_row_per_tutor", "rows"),
+        ("tutor_tiers", "every_tutor_has_a_tier", "tutors_of_the_roster"),
+        ("tutor_performance_metrics", "rows_are_as_computed", "rows_computed"),
     ):
-        assert "some tutors only" in str(done[asset, name, LAST].description)
-    steady = done["tutor_tiers", "tiers_are_steady", LAST]
-    assert steady.description == "Not compared: 2 tutors in both days; 50 are needed."
-    whole = done["tutor_performance_metrics", "rows_are_as_computed", LAST]
-    assert whole.metadata["rows_computed"].value == 6
+        key = (asset, name, LAST)
+        assert done[key].metadata[metric] == of_whole[key].metadata[metric]
+    tutors = before["tutor_performance_metrics"]["total_tutors"]
+    now = {asset: metadata_of(result, asset) for asset in PICTURE}
+    for asset, names in PICTURE.items():
+        if asset == "sessions_snapshot":
+            # Sessions of the two tutors are gone.
+            assert 0 < now[asset][names[0]] < before[asset][names[0]]
+            assert now[asset]["values_set_aside"] > len(now[asset]["set_aside_by_run"].records)
+        else:
+            assert {name: now[asset][name] for name in names} == {
+                name: before[asset][name] for name in names
+            }
+    by_tier = now["tutor_tiers"]["tutors_by_tier"].records
+    assert sum(record.data["7day"] for record in by_tier) == tutors
+    assert now["tutor_performance_metrics"]["tutors_computed"] == f"2 of {tutors}"
+    assert now["tutor_performance_metrics"]["summary"]["total_tutors"] == 2
+
+
+def test_a_filtered_run_does_not_make_a_missing_night_look_done(
+    good: Platform,
+    invoke: Invoke,  # noqa: F811
+) -> None:
+    good.execute("UPDATE tutors SET status = 'active'")
+    good.execute("UPDATE tutors SET status = 'churned' WHERE tutor_id = 'T000003'")
+
+    def is_late() -> bool:
+        day = date.fromisoformat(LAST)
+        with dagster_instance(good.settings) as instance:
+            return late_dates(instance, after=day - timedelta(days=1), up_to=day) == [day]
+
+    inactive = invoke("run", "--date", LAST, "--tutors", "T000003", "--json")
+    assert inactive.exit_code == 1
+    [error] = json.loads(inactive.stdout)["errors"]
+    assert error["error"] == (
+        "None of the tutors is active: T000003. Set include_inactive (`--include-inactive`) to"
+        " compute them."
+    )
+    assert is_late()
+
+    result = run_range(good, LAST, LAST, tutor_ids=["T000001", "T000003"])
+
+    assert result.success
+    table = metadata_of(result, "tutor_performance_metrics")
+    assert (table["tutors_computed"], table["total_tutors"]) == ("1 of 99", 1)
+    assert failed(result) == {("tutor_tiers", "every_tutor_has_a_tier", LAST): "WARN"}
+    said = evaluations(result)["tutor_tiers", "every_tutor_has_a_tier", LAST].description
+    assert str(said).startswith("1 of 99 tutors are computed: only runs of some tutors have")
+    # What is about the platform as a whole is not known.
+    volume = evaluations(result)["sessions_snapshot", "shortest_window_is_whole", LAST]
+    assert "only runs of some tutors" in str(volume.description)
+    assert is_late()
+
+    again = run_range(good, LAST, LAST, tutor_ids=["T000002", "T000003"], include_inactive=True)
+    assert metadata_of(again, "tutor_performance_metrics")["tutors_computed"] == "2 of 100"
+    assert good.partition("tutor_roster", LAST)["tutor_id"].to_list() == [
+        "T000001",
+        "T000002",
+        "T000003",
+    ]
+    assert is_late()
+
+    [summary] = good.run(LAST)
+    assert summary.all_saved
+    assert not is_late()
+    assert good.partition("tutors_left_out", LAST)["tutor_id"].to_list() == ["T000003"]
+
+
+def test_tutors_who_are_deleted_during_a_run_cost_nobody_else(
+    good: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def delete_and_sum(rows: pl.LazyFrame) -> pl.LazyFrame:
+        good.execute("DELETE FROM tutors WHERE tutor_id LIKE 'T00001%'")
+        return sessions_by_day(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tutormax_assets.checks.sessions_snapshot.sessions_by_day", delete_and_sum)
+        [summary] = good.run(LAST)
+
+    assert 0 < summary.failed < 11
+    assert {error["tutor_id"][:6] for error in summary.errors} == {"T00001"}
+    assert all("not in the database's tutors" in error["error"] for error in summary.errors)
+    assert summary.successful == good.metrics()["tutor_id"].n_unique() > 70
+    assert "FAILED" not in statuses(good)
+
+
+def test_a_date_stays_green_after_its_tutors_were_deleted(good: Platform) -> None:
+    good.run(LAST)
+    good.execute("DELETE FROM tutors WHERE tutor_id LIKE 'T00001%'")
+
+    for asset in ("sessions_snapshot", "tutor_performance_metrics"):
+        result = run_checks(good, LAST, asset)
+        assert (result.success, failed(result)) == (True, {})
+    table = evaluations(result)["tutor_performance_metrics", "rows_are_as_computed", LAST]
+    assert table.metadata["tutors_deleted_since"].value in range(1, 11)
+
+
+def test_days_whose_shortest_window_has_lost_most_of_its_events_are_blocked(
+    good: Platform,
+) -> None:
+    good.execute("DELETE FROM tutor_events WHERE event_timestamp >= '2025-10-30Z'")
+
+    result = run_range(good, *DAYS[1:])
+
+    errors = {key for key, severity in failed(result).items() if severity == "ERROR"}
+    lost, stale = "shortest_window_is_whole", "events_are_fresh"
+    assert errors == {
+        *(("tutor_events_snapshot", lost, day) for day in DAYS[1:]),
+        *(("tutor_events_snapshot", stale, day) for day in DAYS[-2:]),
+    }
+    said = evaluations(result)["tutor_events_snapshot", lost, DAYS[1]].description
+    assert str(said).startswith("The 7 days before 2025-11-04 have ")
+    assert saved_days(good) == []
+
+
+def test_shifts_are_judged_against_the_last_date_that_was_saved(good: Platform) -> None:
+    good.run(DAYS[0])
+    good.execute(
+        "CREATE TABLE kept AS SELECT * FROM tutor_events WHERE event_timestamp >= '2025-10-28Z'"
+    )
+    good.execute("DELETE FROM tutor_events WHERE event_timestamp >= '2025-10-28Z'")
+    [blocked] = good.run(DAYS[1])
+    assert not blocked.all_saved
+    good.execute("INSERT INTO tutor_events SELECT * FROM kept")
+    good.execute("DELETE FROM student_feedback")
+
+    [summary] = good.run(DAYS[2])
+
+    assert summary.all_saved
+    assert {name for _, name, day in statuses(good)["FAILED"] if day == DAYS[2]} == {
+        "feedback_is_fresh",
+        "null_shares_are_steady",
+        "tiers_are_steady",
+    }
+    with dagster_instance(good.settings) as instance:
+        [run, *_] = instance.get_runs(limit=1)
+        said = [
+            event.event_log_entry.dagster_event.asset_check_evaluation_data.description  # type: ignore[union-attr]
+            for event in instance.get_records_for_run(
+                run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
+            ).records
+        ]
+    assert any(
+        f"since {DAYS[0]}, the last date before it that is saved:" in str(text) for text in said
+    )
 
 
 def test_a_row_that_something_else_changed_fails_its_day(good: Platform) -> None:

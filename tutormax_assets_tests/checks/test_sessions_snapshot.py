@@ -105,20 +105,24 @@ BY_TUTOR = pl.DataFrame({"tutor_id": ["a", "b"], "rows": [95, 5]})
 
 
 def test_known_tutors_pass() -> None:
-    finding = tutors_are_known(BY_TUTOR, [], error_share=0)
+    known = pl.Series(["b", "a", "c"])
+    finding = tutors_are_known(BY_TUTOR, known, error_share=0)
     assert finding.passed
     assert finding.metadata["sessions_read"] == 100
-    assert tutors_are_known(BY_TUTOR.clear(), [], error_share=0).passed
+    assert tutors_are_known(BY_TUTOR.clear(), known.clear(), error_share=0).passed
+    unknown = tutors_are_known(BY_TUTOR, None, error_share=0)
+    assert unknown.passed
+    assert str(unknown.description).startswith("Not compared: ")
 
 
 @pytest.mark.parametrize(("error_share", "severity"), [(0.05, WARN), (0.04, ERROR)])
 def test_unknown_tutors_fail_where_they_have_many_sessions(
     error_share: float, severity: object
 ) -> None:
-    finding = tutors_are_known(BY_TUTOR, ["b"], error_share=error_share)
+    finding = tutors_are_known(BY_TUTOR, pl.Series(["a"]), error_share=error_share)
 
     assert (finding.passed, finding.severity) == (False, severity)
-    assert str(finding.description).startswith("5 of 100 sessions are of 1 tutors who are not in")
+    assert str(finding.description).startswith("5 of 100 sessions are of 1 tutors who were not in")
     first = finding.metadata["first_tutors"]
     assert isinstance(first, pl.DataFrame)
     assert first["tutor_id"].to_list() == ["b"]

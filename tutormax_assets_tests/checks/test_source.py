@@ -9,9 +9,12 @@ from tutormax_assets.checks import ERROR, FIRST_KEYS, WARN, Finding
 from tutormax_assets.checks.source import (
     day_volume_is_usual,
     few_rows_set_aside,
+    shortest_window_is_whole,
     source_is_fresh,
 )
 from tutormax_assets.metrics.schemas import SetAside
+from tutormax_assets.sample_platform import sample_frames
+from tutormax_assets_tests.conftest import GOLDEN
 
 DAY = date(2025, 11, 7)
 NO_ROWS_READ = {"source_table": pl.String, "date": pl.Date, "rows": pl.Int64}
@@ -230,3 +233,115 @@ def test_too_few_weeks_are_not_compared(counts: dict[int, int]) -> None:
     finding = volume(counts)
     assert finding.passed
     assert str(finding.description).startswith("Not compared: ")
+
+
+def daily(counts: dict[int, int]) -> pl.DataFrame:
+    """Counts by days before the reference date."""
+    return pl.DataFrame(
+        [(DAY - timedelta(days=days), rows) for days, rows in counts.items()],
+        schema={"date": pl.Date, "rows": pl.Int64},
+        orient="row",
+    )
+
+
+def of_window(
+    rows: pl.DataFrame, other: pl.DataFrame, *, day: date = DAY, days: int = 7
+) -> Finding:
+    first = day - timedelta(days=90)
+    within = pl.col("date").is_between(first, day, closed="left")
+    return shortest_window_is_whole(
+        rows.filter(within),
+        other.filter(within),
+        what="logins",
+        reference_date=day,
+        days=days,
+        max_loss=0.5,
+    )
+
+
+# 60 on each weekday, 5 on each day of a weekend: DAY is a Friday.
+USUAL = {days: 5 if days % 7 in (5, 6) else 60 for days in range(1, 91)}
+
+
+@pytest.mark.parametrize(("lost", "passed"), [(2, True), (3, False), (5, False), (7, False)])
+def test_a_window_that_has_lost_most_of_its_rows_fails(lost: int, passed: bool) -> None:
+    left = daily({days: rows for days, rows in USUAL.items() if days > lost})
+
+    finding = of_window(left, daily(USUAL))
+
+    assert finding.passed is passed
+    assert finding.metadata["usual_rows"] == 310
+    if not passed:
+        assert finding.severity is ERROR
+        assert str(finding.description).startswith("The 7 days before 2025-11-07 have ")
+        assert "310 are expected from the weeks before" in str(finding.description)
+        assert "raise checks.window_loss_error_share in the policy" in str(finding.description)
+
+
+def test_rows_that_are_lost_evenly_fail_as_well() -> None:
+    thinned = daily({days: rows // 3 if days <= 7 else rows for days, rows in USUAL.items()})
+    assert not of_window(thinned, daily(USUAL)).passed
+
+
+def test_holidays_take_from_all_sources() -> None:
+    quiet = daily({days: rows // 5 if days <= 14 else rows for days, rows in USUAL.items()})
+    assert of_window(quiet, quiet).passed
+    assert of_window(quiet, daily(USUAL)).passed is False
+
+
+@pytest.mark.parametrize("days", [1, 3, 7, 14, 30])
+def test_a_weekend_is_no_loss_in_a_window_of_any_length(days: int) -> None:
+    for day in range(7):
+        shifted = daily({back: USUAL[(back + day) % 84 + 1] for back in range(1, 91)})
+        assert of_window(shifted, daily({}), days=days).passed
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {},
+        {days: rows for days, rows in USUAL.items() if days <= 27},
+        {days: 1 for days in range(8, 91)},
+        {days: rows * 10 if days <= 7 else rows for days, rows in USUAL.items()},
+    ],
+    ids=["empty", "young", "tiny", "more"],
+)
+def test_little_to_compare_with_and_more_than_usual_pass(counts: dict[int, int]) -> None:
+    assert of_window(daily(counts), daily(USUAL)).passed
+
+
+def by_day(rows: pl.DataFrame, column: str) -> pl.DataFrame:
+    dates = rows.select(pl.col(column).dt.date().alias("date"))
+    return dates.group_by("date").agg(pl.len().cast(pl.Int64).alias("rows"))
+
+
+def volumes(sessions: pl.DataFrame, events: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    logins = events.filter(event_type="login")
+    return by_day(sessions, "scheduled_start"), by_day(logins, "event_timestamp")
+
+
+@pytest.mark.parametrize(
+    ("tutors", "sessions_per_tutor", "seed"), [(1, 60, 1), (7, 30, 2), (40, 25, 3), (300, 30, 4)]
+)
+def test_no_generated_platform_of_any_size_looks_as_if_rows_were_lost(
+    tutors: int, sessions_per_tutor: int, seed: int
+) -> None:
+    frames = sample_frames(
+        tutors=tutors, sessions_per_tutor=sessions_per_tutor, days=120, end=DAY, seed=seed
+    )
+    sessions, logins = volumes(frames["sessions"], frames["tutor_events"])
+    for back in range(0, 60, 3):
+        day = DAY - timedelta(days=back)
+        assert of_window(sessions, logins, day=day).passed
+        assert of_window(logins, sessions, day=day).passed
+
+
+def test_the_golden_rows_do_not_look_as_if_rows_were_lost() -> None:
+    sessions, logins = volumes(
+        *(pl.read_parquet(GOLDEN / f"{name}.parquet") for name in ("sessions", "tutor_events"))
+    )
+    newest: date = sessions["date"].max()  # type: ignore[assignment]
+    for back in range(10):
+        day = newest + timedelta(days=1 - back)
+        assert of_window(sessions, logins, day=day).passed
+        assert of_window(logins, sessions, day=day).passed

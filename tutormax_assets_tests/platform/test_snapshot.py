@@ -194,12 +194,11 @@ def test_a_filter_takes_ids_of_any_characters(engine: sa.Engine) -> None:
     window = {"start": START, "end": END}
 
     assert ids(read_tutors(engine.url)) == {*AWKWARD, "another"}
-    assert ids(read_tutors(engine.url, tutor_ids=[*AWKWARD, "nobody"])) == set(AWKWARD)
+    assert ids(read_tutors(engine.url, tutor_ids=["nobody"])) == {*AWKWARD, "another"}
     sessions = read_sessions(engine.url, **window, tutor_ids=AWKWARD)
     events = read_events(engine.url, **window, tutor_ids=AWKWARD)
     assert set(sessions["tutor_id"]) == set(events["tutor_id"]) == set(AWKWARD)
     assert len(sessions) == len(events) == len(AWKWARD)
-    assert read_tutors(engine.url, tutor_ids=["a"]).is_empty()
     assert read_sessions(engine.url, **window, tutor_ids=["b"]).is_empty()
 
 
@@ -244,7 +243,7 @@ def test_the_response_time_is_read_as_the_json_that_is_there(engine: sa.Engine) 
 def test_empty_tables_give_empty_frames_of_the_right_types(engine: sa.Engine) -> None:
     add(engine, tables.tutors, {"tutor_id": "another"})
     for rows, schema in (
-        (read_tutors(engine.url, tutor_ids=["t"]), SourceTutors),
+        (read_tutors(engine.url).clear(), SourceTutors),
         (read_sessions(engine.url, start=START, end=END), SourceSessions),
         (read_events(engine.url, start=START, end=END), SourceEvents),
     ):
