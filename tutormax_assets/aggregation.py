@@ -116,6 +116,7 @@ class AggregationSummary:
         errors: ``tutor_id`` and ``error`` of each failure; the id is ``SYSTEM`` where the run
             failed as a whole.
         results: One result per tutor.
+        warnings: What the checks say that warned of the date.
         set_aside: ``source_table``, ``column``, ``reason`` and number of the ``values`` that break
             the source contract and were not used.
     """
@@ -129,6 +130,7 @@ class AggregationSummary:
     errors: list[dict[str, str]] = field(default_factory=list)
     results: list[AggregationResult] = field(default_factory=list)
     set_aside: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def success_rate(self) -> float:
@@ -166,6 +168,7 @@ class AggregationSummary:
             "total_runtime_seconds": round(self.total_runtime_seconds, 2),
             "success_rate": self.success_rate,
             "errors": self.errors,
+            "warnings": self.warnings,
             "set_aside": self.set_aside,
         }
 
@@ -528,12 +531,14 @@ def _run_job(
     }
     set_aside = _set_aside(result)
     blocked = _blocked(result)
+    warnings = _warnings(result)
     error = _failure(result) or " ".join(blocked.values()) or None
     summaries = []
     for day in days:
         summary = AggregationSummary(run_date=midnight(day, timezone=settings.timezone))
         summary.total_runtime_seconds = (perf_counter() - started) / len(days)
         summary.set_aside = set_aside.get(day.isoformat(), [])
+        summary.warnings = warnings.get(day.isoformat(), [])
         if day.isoformat() in saved:
             values: Any = saved[day.isoformat()][SUMMARY_METADATA].value
             for name in ("total_tutors", "successful", "failed", "total_metrics_saved", "errors"):
@@ -567,6 +572,15 @@ def _blocked(result: dg.ExecuteInProcessResult) -> dict[str | None, str]:
         if is_blocked_by(evaluation):
             said.setdefault(evaluation.partition, []).append(sentence(evaluation))
     return {key: " ".join(sentences) for key, sentences in said.items()}
+
+
+def _warnings(result: dg.ExecuteInProcessResult) -> dict[str | None, list[str]]:
+    """What the checks say that warned of a date, by partition key."""
+    said: dict[str | None, list[str]] = {}
+    for evaluation in result.get_asset_check_evaluations():
+        if not evaluation.passed and not is_blocked_by(evaluation):
+            said.setdefault(evaluation.partition, []).append(sentence(evaluation))
+    return said
 
 
 def _failure(result: dg.ExecuteInProcessResult) -> str | None:

@@ -10,9 +10,11 @@ from functools import partial
 import typer
 
 from tutormax_assets.cli import alert, db, demo, dev, generate, retention, run, set_aside
+from tutormax_assets.cli.terminal import Commands
 
 app = typer.Typer(
     name="tutormax",
+    cls=Commands,
     help="Nightly tutor performance metrics: computed with Polars, kept in PostgreSQL.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tutormax_assets.cli.terminal import EXIT_FAILED, EXIT_USAGE, fail, output, sentences, settings
+from tutormax_assets.cli.terminal import EXIT_FAILED, EXIT_USAGE, fail, sentences, settings, show
 
 
 def alert(
@@ -27,7 +27,7 @@ def alert(
             )
         if not test:
             for name in names:
-                output.print(name, markup=False, soft_wrap=True)
+                show(name)
             return
         deliveries = deliver(
             Message(
@@ -39,8 +39,6 @@ def alert(
             environment,
         )
     for delivery in deliveries:
-        output.print(
-            f"{delivery.receiver}: {delivery.error or 'arrived'}", markup=False, soft_wrap=True
-        )
+        show(f"{delivery.receiver}: {delivery.error or 'arrived'}")
     if any(delivery.error for delivery in deliveries):
         raise typer.Exit(EXIT_FAILED)

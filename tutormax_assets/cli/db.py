@@ -12,9 +12,9 @@ from tutormax_assets.cli.terminal import (
     fail,
     log_to_stderr,
     messages,
-    output,
     sentences,
     settings,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def init() -> None:
     environment = settings()
     with _engine(environment) as engine:
         schema.initialize(engine, timezone=environment.timezone)
-    output.print("All tables are there, empty. `tutormax generate` fills them with sample rows.")
+    show("All tables are there, empty. `tutormax generate` fills them with sample rows.")
 
 
 @app.command()
@@ -66,7 +66,7 @@ def upgrade(
     with _engine(environment) as engine:
         report = schema.upgrade(engine, timezone=environment.timezone, dry_run=dry_run)
     for line in report.lines():
-        _print(line)
+        show(line)
     if report.obstacles:
         raise typer.Exit(EXIT_FAILED)
 
@@ -80,30 +80,30 @@ def status() -> None:
 
     environment = settings()
     if environment.database_source == "embedded" and not embedded.is_running(environment.home_path):
-        _print(
+        show(
             f"The embedded PostgreSQL under {environment.home_path} is not running"
             f" ({environment.whence})."
         )
-        output.print("`tutormax run` and `tutormax db init` start it.")
+        show("`tutormax run` and `tutormax db init` start it.")
         raise typer.Exit(EXIT_FAILED)
     with ExitStack() as opened:
         opened.enter_context(sentences())
         engine = opened.enter_context(_engine(environment))
-        _print(f"Database: {describe(engine.url)} ({environment.whence})")
+        show(f"Database: {describe(engine.url)} ({environment.whence})")
         source = None
         lake = None if environment.lake_path is None else Lake(environment.lake_path)
         if lake is not None:
-            _print(f"Source tables: {lake} (from TUTORMAX_LAKE)")
+            show(f"Source tables: {lake} (from TUTORMAX_LAKE)")
         elif environment.source_url is not None:
             source = create_engine(source_url(environment))
             opened.callback(source.dispose)
-            _print(f"Source tables: {describe(source.url)} (from TUTORMAX_SOURCE_URL)")
+            show(f"Source tables: {describe(source.url)} (from TUTORMAX_SOURCE_URL)")
         found = schema.status(engine, timezone=environment.timezone, source=source, lake=lake)
     for line in found.lines():
-        _print(line)
+        show(line)
     if not found.ready:
         of_lake = " docs/lake.md says what is expected of the lake." if lake is not None else ""
-        _print(
+        show(
             "Not ready: `tutormax db upgrade` brings tutor_performance_metrics to the expected"
             f" form, `tutormax db roles` prints the rights that are needed.{of_lake}"
         )
@@ -184,11 +184,7 @@ def stop() -> None:
         )
     with sentences():
         stopped = embedded.stop(environment.home_path)
-    output.print("Stopped." if stopped else "It was not running.")
-
-
-def _print(line: str) -> None:
-    output.print(line, markup=False, soft_wrap=True)
+    show("Stopped." if stopped else "It was not running.")
 
 
 @contextmanager

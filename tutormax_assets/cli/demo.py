@@ -19,11 +19,14 @@ from tutormax_assets.cli.terminal import (
     output,
     sentences,
     settings,
+    show,
+    table,
 )
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+_TUTORS = 300
 _DAYS = 120
 _SESSIONS_PER_TUTOR = 50
 _BAD_ROWS = 0.001
@@ -37,7 +40,10 @@ _TIER_COLORS = {
 
 
 def demo(
-    tutors: Annotated[int, typer.Option("--tutors", min=1, help="Tutors of the platform.")] = 300,
+    tutors: Annotated[
+        int | None,
+        typer.Option("--tutors", min=1, help="Tutors of the platform; 300 when left out."),
+    ] = None,
 ) -> None:
     """Run the whole job on a synthetic platform in the embedded PostgreSQL and show the result.
 
@@ -73,7 +79,7 @@ def demo(
             # Nobody is to be told of what is wrong with rows that were made up.
             unheard = environment.model_copy(update={"alerts": None})
             [summary] = with_progress(unheard, [day], RunOptions(), source="tutormax demo")
-            output.print(summary_block(summary))
+            show(summary_block(summary))
             _heading("4. The table after the run")
             _table_state(engine)
             _sample(engine, summary.run_date)
@@ -85,7 +91,7 @@ def demo(
     _what_next(day)
 
 
-def _platform(engine: "sa.Engine", *, tutors: int, day: date, timezone: str) -> None:
+def _platform(engine: "sa.Engine", *, tutors: int | None, day: date, timezone: str) -> None:
     from tutormax_assets import sample_platform
     from tutormax_assets.platform import schema
 
@@ -95,7 +101,7 @@ def _platform(engine: "sa.Engine", *, tutors: int, day: date, timezone: str) -> 
     try:
         rows = sample_platform.generate(
             engine,
-            tutors=tutors,
+            tutors=_TUTORS if tutors is None else tutors,
             sessions_per_tutor=_SESSIONS_PER_TUTOR,
             days=_DAYS,
             end=day,
@@ -103,9 +109,26 @@ def _platform(engine: "sa.Engine", *, tutors: int, day: date, timezone: str) -> 
             bad_rows=_BAD_ROWS,
         )
     except sample_platform.PlatformNotEmptyError:
-        output.print("The platform of an earlier call is there and is used again.")
+        held = _tutors(engine)
+        if tutors not in (None, held):
+            fail(
+                f"--tutors is {tutors}, but the platform of an earlier call has {held:,} tutors and"
+                " is kept. Leave --tutors out to use it, or set TUTORMAX_HOME to a new folder.",
+                code=EXIT_USAGE,
+            )
+        show(f"The platform of an earlier call is used again: {held:,} tutors.")
     else:
-        output.print("\n".join(f"{count:>9,} {table}" for table, count in rows.items()))
+        show("\n".join(f"{count:>9,} {table}" for table, count in rows.items()))
+
+
+def _tutors(engine: "sa.Engine") -> int:
+    import sqlalchemy as sa
+
+    from tutormax_assets.platform import tables
+
+    with engine.connect() as connection:
+        count = sa.select(sa.func.count()).select_from(tables.tutors)
+        return int(connection.execute(count).scalar_one())
 
 
 def _table_state(engine: "sa.Engine") -> None:
@@ -121,9 +144,9 @@ def _table_state(engine: "sa.Engine") -> None:
     )
     with engine.connect() as connection:
         rows, tutors, dates, updated_at = connection.execute(query).one()
-    output.print(f"{metrics.name}: {rows:,} rows of {tutors:,} tutors and {dates} dates")
+    show(f"{metrics.name}: {rows:,} rows of {tutors:,} tutors and {dates} dates")
     if updated_at is not None:
-        output.print(f"Newest change of a row: {updated_at:%Y-%m-%d %H:%M:%S %Z}")
+        show(f"Newest change of a row: {updated_at:%Y-%m-%d %H:%M:%S %Z}")
 
 
 def _sample(engine: "sa.Engine", calculation_date: object) -> None:
@@ -138,13 +161,11 @@ def _sample(engine: "sa.Engine", calculation_date: object) -> None:
         .order_by(metrics.c.tutor_id, sa.func.length(metrics.c.window), metrics.c.window)
         .limit(6)
     )
-    table = Table(title="The first two tutors", title_justify="left")
-    for name in shown:
-        table.add_column(name)
+    block = table("The first two tutors", *shown)
     with engine.connect() as connection:
         for row in connection.execute(query):
-            table.add_row(*("" if value is None else str(value) for value in row))
-    output.print(table)
+            block.add_row(*("" if value is None else str(value) for value in row))
+    show(block)
 
 
 def _tier_distribution(engine: "sa.Engine", calculation_date: object) -> None:
@@ -159,16 +180,16 @@ def _tier_distribution(engine: "sa.Engine", calculation_date: object) -> None:
     )
     with engine.connect() as connection:
         counts = {tier: count for tier, count in connection.execute(query)}
-    table = Table(title="Tiers over 30 days", title_justify="left", show_header=False, box=None)
+    bars = Table(title="Tiers over 30 days", title_justify="left", show_header=False, box=None)
     for tier, color in _TIER_COLORS.items():
         count = counts.get(tier, 0)
         bar = Bar(max(counts.values(), default=1), 0, count, width=40, color=color)
-        table.add_row(tier, bar, str(count))
-    output.print(table)
+        bars.add_row(tier, bar, str(count))
+    show(bars)
 
 
 def _heading(text: str) -> None:
-    output.print(f"\n[bold]{text}[/]")
+    output.print(f"\n{text}", style="bold")
 
 
 def _what_next(day: date) -> None:
@@ -182,4 +203,5 @@ def _what_next(day: date) -> None:
         ("db status", "see where the database is"),
         ("db stop", "stop the embedded server"),
     ):
-        output.print(f"[bold]{called} {command}[/]\n    {purpose}")
+        output.print(f"{called} {command}", style="bold", soft_wrap=True)
+        show(f"    {purpose}")

@@ -6,6 +6,7 @@ from ipaddress import ip_address
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from tutormax_assets.cli.terminal import EXIT_USAGE, fail, messages, sentences, settings
 
@@ -34,9 +35,12 @@ def dev(
     messages.print(f"UI: http://{host}:{port} (Ctrl-C stops it)")
     if not _is_loopback(host):
         messages.print(
-            f"[bold yellow]Warning:[/] the UI has no sign-on, and whoever reaches {host}:{port} can"
-            " start runs and delete their history. Leave it on 127.0.0.1 and put your own sign-on"
-            " in front: see deploy/README.md.",
+            Text.assemble(
+                ("Warning:", "bold yellow"),
+                f" the UI has no sign-on, and whoever reaches {host}:{port} can start runs and"
+                " delete their history. Leave it on 127.0.0.1 and put your own sign-on in front:"
+                " see deploy/README.md.",
+            ),
             soft_wrap=True,
         )
     os.environ["DAGSTER_HOME"] = str(home)

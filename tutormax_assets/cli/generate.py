@@ -4,7 +4,7 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tutormax_assets.cli.arguments import reference_date
 from tutormax_assets.cli.terminal import (
@@ -12,9 +12,9 @@ from tutormax_assets.cli.terminal import (
     EXIT_USAGE,
     fail,
     messages,
-    output,
     sentences,
     settings,
+    show,
 )
 
 
@@ -53,7 +53,15 @@ def generate(
     """
     if append and lake is not None:
         fail("--append and --lake exclude each other: a lake is written once.", code=EXIT_USAGE)
-    with sentences():
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    # The first tutors take seconds on a large platform: until then the bar only moves.
+    with (
+        Progress(
+            *columns, console=messages, transient=True, disable=not messages.is_terminal
+        ) as bar,
+        sentences(),
+    ):
+        task = bar.add_task(f"generating {tutors:,} tutors", total=None)
         from tutormax_assets import sample_lake, sample_platform
         from tutormax_assets.platform.connection import create_engine, database_url
 
@@ -65,25 +73,23 @@ def generate(
             if engine is not None
             else partial(sample_lake.generate_lake, str(lake))
         )
-        with Progress(console=messages, transient=True, disable=not messages.is_terminal) as bar:
-            task = bar.add_task("generating", total=tutors)
-            try:
-                rows = write(
-                    tutors=tutors,
-                    sessions_per_tutor=sessions_per_tutor,
-                    days=days,
-                    end=last,
-                    seed=seed,
-                    bad_rows=bad_rows,
-                    progress=lambda done, total: bar.update(task, completed=done, total=total),
-                )
-            except (
-                sample_platform.PlatformNotEmptyError,
-                sample_platform.PlatformTablesMissingError,
-            ) as error:
-                fail(str(error), code=EXIT_FAILED)
-            finally:
-                if engine is not None:
-                    engine.dispose()
+        try:
+            rows = write(
+                tutors=tutors,
+                sessions_per_tutor=sessions_per_tutor,
+                days=days,
+                end=last,
+                seed=seed,
+                bad_rows=bad_rows,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except (
+            sample_platform.PlatformNotEmptyError,
+            sample_platform.PlatformTablesMissingError,
+        ) as error:
+            fail(str(error), code=EXIT_FAILED)
+        finally:
+            if engine is not None:
+                engine.dispose()
     for table, count in rows.items():
-        output.print(f"{table}: {count:,} rows")
+        show(f"{table}: {count:,} rows")

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from tutormax_assets.cli.arguments import AsJson
 from tutormax_assets.cli.terminal import (
     EXIT_FAILED,
     EXIT_USAGE,
+    Failed,
     fail,
     log_to_stderr,
-    output,
     sentences,
     settings,
+    show,
+    table,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def cleanup(
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
     else:
-        output.print(_cleanup_block(report))
+        show(cleanup_block(report))
     if report.refusals:
         raise typer.Exit(EXIT_FAILED)
 
@@ -105,17 +106,27 @@ def restore(
     log_to_stderr()
     _check_month("--month", month)
     environment = settings()
-    with sentences():
-        from tutormax_assets import aggregation
-        from tutormax_assets.partitions import today
+    restored: list[RestoredDate] = []
+    try:
+        with sentences():
+            from tutormax_assets import aggregation
+            from tutormax_assets.partitions import today
 
-        until = today(timezone=environment.timezone) + timedelta(days=keep_days)
-        restored = list(aggregation.restore(environment, month, until=until, dry_run=dry_run))
+            until = today(timezone=environment.timezone) + timedelta(days=keep_days)
+            for of_date in aggregation.restore(environment, month, until=until, dry_run=dry_run):
+                restored.append(of_date)
+    except Failed as error:
+        # The dates before the one that failed are back in the table.
+        report = _restore_report(month, restored, until=until, dry_run=dry_run)
+        if restored and not as_json:
+            show(_restore_block(report))
+        error.report |= report
+        raise
     report = _restore_report(month, restored, until=until, dry_run=dry_run)
     if as_json:
         typer.echo(json.dumps(report))
     else:
-        output.print(_restore_block(report))
+        show(_restore_block(report))
 
 
 def _check_month(option: str, text: str) -> None:
@@ -128,7 +139,7 @@ def _check_month(option: str, text: str) -> None:
         fail(f"{option} {text!r} is not a month; expected YYYY-MM.", code=EXIT_USAGE)
 
 
-def _cleanup_block(report: "CleanupReport") -> Table:
+def cleanup_block(report: "CleanupReport") -> Table:
     """The report as a person reads it."""
     kept = report.retention
     size = sum(partition.size_bytes for partition in report.partitions) / 1e6
@@ -138,24 +149,24 @@ def _cleanup_block(report: "CleanupReport") -> Table:
         for month in report.months
     }
     went = "would go" if report.dry_run else "went"
-    table = Table(title=f"What {went}", title_justify="left", show_header=False)
-    table.add_row("Metrics before", str(kept.metrics_from))
-    table.add_row("Rows", str(report.rows))
-    table.add_row("Dates", f"{len(days)} ({days[0]} to {days[-1]})" if days else "0")
+    block = table(f"What {went}", unnamed=2)
+    block.add_row("Metrics before", str(kept.metrics_from))
+    block.add_row("Rows", str(report.rows))
+    block.add_row("Dates", f"{len(days)} ({days[0]} to {days[-1]})" if days else "0")
     for month, rows in months.items():
-        table.add_row(f"Rows of {month}", str(rows))
+        block.add_row(f"Rows of {month}", str(rows))
     if report.rows_left:
-        table.add_row("Rows that stay", str(report.rows_left))
+        block.add_row("Rows that stay", str(report.rows_left))
     for name, rows in report.due.rows_referred.items():
-        table.add_row("Rows that stay", Text(f"{rows}, {name} refers to them"))
+        block.add_row("Rows that stay", f"{rows}, {name} refers to them")
     if report.due.rows_undated:
-        table.add_row("Rows that stay", f"{report.due.rows_undated}, timestamps cannot be read")
+        block.add_row("Rows that stay", f"{report.due.rows_undated}, timestamps cannot be read")
     for month, until in report.due.months_restored.items():
-        table.add_row(f"Restored {month}", f"stays until {until}")
-    table.add_row("Archive", Text(kept.archive_path))
-    table.add_row("Parquet before", str(kept.partitions_from))
-    table.add_row("Parquet partitions", f"{len(report.partitions)} ({size:.1f} MB)")
-    return table
+        block.add_row(f"Restored {month}", f"stays until {until}")
+    block.add_row("Archive", kept.archive_path)
+    block.add_row("Parquet before", str(kept.partitions_from))
+    block.add_row("Parquet partitions", f"{len(report.partitions)} ({size:.1f} MB)")
+    return block
 
 
 def _restore_report(
@@ -178,16 +189,15 @@ def _restore_report(
 def _restore_block(report: dict[str, Any]) -> Table:
     """The report as a person reads it."""
     came = "would come back" if report["dry_run"] else "came back"
-    title = f"What {came} of {report['month']}"
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_row("Dates", str(report["dates"]))
-    table.add_row("Rows in the archive", str(report["rows_archived"]))
-    table.add_row("Rows restored", str(report["rows_restored"]))
-    table.add_row("Rows that were there", str(report["rows_kept"]))
-    table.add_row("Stays until", report["stays_until"])
+    block = table(f"What {came} of {report['month']}", unnamed=2)
+    block.add_row("Dates", str(report["dates"]))
+    block.add_row("Rows in the archive", str(report["rows_archived"]))
+    block.add_row("Rows restored", str(report["rows_restored"]))
+    block.add_row("Rows that were there", str(report["rows_kept"]))
+    block.add_row("Stays until", report["stays_until"])
     if unknown := report["unknown_tutors"]:
-        table.add_row("Rows of unknown tutors", str(report["rows_of_unknown_tutors"]))
+        block.add_row("Rows of unknown tutors", str(report["rows_of_unknown_tutors"]))
         shown = ", ".join(unknown[:_SHOWN_TUTORS])
         more = len(unknown) - _SHOWN_TUTORS
-        table.add_row("Unknown tutors", Text(f"{shown}, {more} more" if more > 0 else shown))
-    return table
+        block.add_row("Unknown tutors", f"{shown}, {more} more" if more > 0 else shown)
+    return block

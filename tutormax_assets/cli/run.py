@@ -3,32 +3,41 @@
 import gc
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from tutormax_assets.cli.arguments import AsJson, reference_date
+from tutormax_assets.cli.arguments import (
+    AsJson,
+    command_again,
+    dates_in_words,
+    reference_date,
+)
+from tutormax_assets.cli.retention import cleanup_block
 from tutormax_assets.cli.terminal import (
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_USAGE,
+    Failed,
     fail,
     log_to_stderr,
     messages,
-    output,
     sentences,
     settings,
+    show,
+    table,
 )
 
 logger = logging.getLogger("tutormax_assets")
 
 if TYPE_CHECKING:
     from tutormax_assets.aggregation import AggregationSummary
+    from tutormax_assets.automation.retention import CleanupReport
     from tutormax_assets.resources import RunOptions
     from tutormax_assets.settings import Settings
 
@@ -57,11 +66,14 @@ MaxRetries = Annotated[
 RetryDelay = Annotated[
     float, typer.Option("--retry-delay", min=0, help="Seconds before the first retry; doubles.")
 ]
+_SHOWN_REASONS = 20
+
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Dagster does as well.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
 
 
 def run(
+    context: typer.Context,
     day: Annotated[
         str | None,
         typer.Option("--date", help="Reference date, YYYY-MM-DD; today when left out."),
@@ -89,14 +101,20 @@ def run(
 
     Exit code: 0 all saved, 1 something failed, 2 wrong use.
     """
+    if retention_days is not None and not cleanup:
+        fail(
+            "--retention-days is the age up to which --cleanup keeps metrics; add --cleanup, or"
+            " leave it out.",
+            code=EXIT_USAGE,
+        )
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
-        from tutormax_assets import aggregation
         from tutormax_assets.resources import checked_options
 
+        reference = reference_date("--date", day, environment)
         [summary] = with_progress(
             environment,
-            [reference_date("--date", day, environment)],
+            [reference],
             checked_options(
                 tutor_ids=_tutor_ids(tutors, tutor),
                 include_inactive=include_inactive,
@@ -106,21 +124,41 @@ def run(
             ),
             source="tutormax run",
             quiet=quiet,
+            again=lambda days: command_again(context, day=str(days[0])),
         )
+    if not as_json and not quiet:
+        show(summary_block(summary))
+    report = summary.to_dict()
+    cleaned = None
+    if cleanup:
+        try:
+            cleaned = _clean_up(environment, summary, retention_days)
+        except Failed as error:
+            error.report |= report
+            raise
+        report["cleanup"] = cleaned.to_dict() if cleaned else None
+        if cleaned and not as_json and not quiet:
+            show(cleanup_block(cleaned))
     if as_json:
-        typer.echo(json.dumps(summary.to_dict()))
-    elif not quiet:
-        output.print(summary_block(summary))
-    is_cleaned_up = True
-    if cleanup and summary.successful:
-        with sentences():
-            report = aggregation.cleanup(environment, retention_days=retention_days)
-        is_cleaned_up = not report.refusals
-    if not (summary.all_saved and is_cleaned_up):
+        typer.echo(json.dumps(report))
+    if not summary.all_saved or (cleaned is not None and cleaned.refusals):
         raise typer.Exit(EXIT_FAILED)
 
 
+def _clean_up(
+    environment: "Settings", summary: "AggregationSummary", retention_days: int | None
+) -> "CleanupReport | None":
+    if not summary.successful:
+        logger.warning("Nothing was cleaned up, because nothing was saved.")
+        return None
+    with sentences():
+        from tutormax_assets import aggregation
+
+        return aggregation.cleanup(environment, retention_days=retention_days)
+
+
 def backfill(
+    context: typer.Context,
     first: Annotated[str, typer.Option("--from", help="First reference date, YYYY-MM-DD.")],
     last: Annotated[
         str | None, typer.Option("--to", help="Last reference date; today when left out.")
@@ -161,6 +199,7 @@ def backfill(
             ),
             source="tutormax backfill",
             quiet=quiet,
+            again=lambda days: command_again(context, first=str(days[0]), last=str(days[-1])),
         )
     failed = [summary for summary in summaries if not summary.all_saved]
     if as_json:
@@ -173,7 +212,9 @@ def backfill(
         }
         typer.echo(json.dumps(report))
     elif not quiet:
-        output.print(_backfill_table(summaries))
+        show(_backfill_table(summaries))
+        for line in _reasons(summaries):
+            show(line)
     if failed:
         raise typer.Exit(EXIT_FAILED)
 
@@ -208,8 +249,18 @@ def with_progress(
     *,
     source: str,
     quiet: bool = False,
+    again: Callable[[Sequence[date]], str] | None = None,
 ) -> "list[AggregationSummary]":
-    """Compute reference dates, with a progress bar where a person watches."""
+    """Compute reference dates, with a progress bar where a person watches.
+
+    Args:
+        environment: The settings.
+        days: The dates.
+        options: Options of the run.
+        source: What started the runs, for their tags.
+        quiet: Whether there is no bar.
+        again: The command that computes some of the dates, for who interrupts this one.
+    """
     from tutormax_assets.aggregation import aggregate, steps
     from tutormax_assets.platform.connection import database_url, describe
     from tutormax_assets.resources import load_policy
@@ -219,66 +270,113 @@ def with_progress(
     load_policy(environment)
     if environment.database_source == "embedded":
         logger.info("Database: %s (%s)", describe(url), environment.whence)
-    if quiet or not messages.is_terminal:
-        return aggregate(environment, days, options, source=source)
-    with _progress(total=steps(environment, len(days))):
-        return aggregate(environment, days, options, source=source)
-
-
-@contextmanager
-def _progress(*, total: int) -> Iterator[None]:
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[saved]} of {task.fields[dates]} dates saved, time left"),
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=messages, transient=True) as progress:
-        task = progress.add_task("starting", total=total)
-
-        class StepHandler(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                event = record.__dict__.get("dagster_event")
-                if event is not None and event.is_step_start:
-                    progress.update(task, description=event.step_key)
-                elif event is not None and event.is_step_success:
-                    progress.advance(task)
-
-        handler = StepHandler()
-        logger.addHandler(handler)
+    is_shown = messages.is_terminal and not quiet
+    total = steps(environment, len(days)) if is_shown else None
+    with Progress(*columns, console=messages, transient=True, disable=not is_shown) as bar:
+        watch = _Watch(bar, total=total, dates=len(days))
+        logger.addHandler(watch)
         try:
-            yield
+            return aggregate(environment, days, options, source=source)
+        except KeyboardInterrupt:
+            _interrupted(days, watch.saved, again)
         finally:
-            logger.removeHandler(handler)
+            logger.removeHandler(watch)
+
+
+class _Watch(logging.Handler):
+    """Notes in the log of a run which dates are saved, and moves a progress bar."""
+
+    def __init__(self, bar: Progress, *, total: int | None, dates: int) -> None:
+        super().__init__()
+        self.saved: set[date] = set()
+        self._bar = bar
+        self._task = bar.add_task("starting", total=total, saved=0, dates=dates)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tutormax_assets.platform.tables import METRICS_TABLE
+
+        event = record.__dict__.get("dagster_event")
+        if event is None:
+            return
+        if event.is_step_start:
+            self._bar.update(self._task, description=event.step_key)
+        elif event.is_step_success:
+            self._bar.advance(self._task)
+        elif event.is_step_materialization and event.asset_key.path[-1] == METRICS_TABLE:
+            self.saved.add(date.fromisoformat(event.partition))
+            self._bar.update(self._task, saved=len(self.saved))
+
+
+def _interrupted(
+    days: Sequence[date], saved: set[date], again: Callable[[Sequence[date]], str] | None
+) -> NoReturn:
+    left = [day for day in days if day not in saved]
+    command = again(left) if again is not None and left else None
+    fail(
+        f"It was interrupted. Saved: {dates_in_words(saved) or 'no date'}."
+        f" Not saved: {dates_in_words(left) or 'no date'}."
+        + (f" Continue with: {command}" if command else ""),
+        code=EXIT_INTERRUPTED,
+        saved_dates=sorted(map(str, saved)),
+        unsaved_dates=[str(day) for day in left],
+        command=command,
+    )
 
 
 def summary_block(summary: "AggregationSummary") -> Table:
     """The summary of one reference date as a person reads it."""
-    table = Table(title="Daily aggregation summary", title_justify="left", show_header=False)
-    table.add_row("Run date", str(summary.run_date.date()))
-    table.add_row("Total tutors", str(summary.total_tutors))
-    table.add_row("Successful", str(summary.successful))
-    table.add_row("Failed", str(summary.failed))
-    table.add_row("Metrics saved", str(summary.total_metrics_saved))
-    table.add_row("Success rate", f"{summary.success_rate}%")
-    table.add_row("Values set aside", str(summary.values_set_aside))
-    table.add_row("Runtime", f"{summary.total_runtime_seconds:.2f}s")
+    block = table("Daily aggregation summary", unnamed=2)
+    block.add_row("Run date", str(summary.run_date.date()))
+    block.add_row("Total tutors", str(summary.total_tutors))
+    block.add_row("Successful", str(summary.successful))
+    block.add_row("Failed", str(summary.failed))
+    block.add_row("Metrics saved", str(summary.total_metrics_saved))
+    block.add_row("Success rate", f"{summary.success_rate}%")
+    block.add_row("Values set aside", str(summary.values_set_aside))
+    block.add_row("Runtime", f"{summary.total_runtime_seconds:.2f}s")
+    for warning in summary.warnings:
+        block.add_row("Warning", warning)
     for tutor_id, error in summary.first_errors():
-        table.add_row(Text(f"Error {tutor_id}"), Text(error))
-    return table
+        block.add_row(f"Error {tutor_id}", error)
+    return block
 
 
 def _backfill_table(summaries: "list[AggregationSummary]") -> Table:
-    table = Table(title="Backfill summary", title_justify="left")
-    for column in ("Run date", "Tutors", "Successful", "Failed", "Metrics saved", "Error"):
-        table.add_column(column, justify="left" if column in ("Run date", "Error") else "right")
+    numbers = ("Tutors", "Successful", "Failed", "Metrics saved", "Warnings")
+    block = table("Backfill summary", "Run date", *numbers, right=numbers)
     for summary in summaries:
-        table.add_row(
+        block.add_row(
             str(summary.run_date.date()),
             str(summary.total_tutors),
             str(summary.successful),
             str(summary.failed),
             str(summary.total_metrics_saved),
-            Text(summary.errors[0]["error"] if summary.errors else ""),
+            str(len(summary.warnings)),
         )
-    return table
+    return block
+
+
+def _reasons(summaries: "list[AggregationSummary]") -> Iterator[str]:
+    """Why dates failed: each reason once, with the dates and the number of tutors."""
+    found: dict[str, tuple[set[date], Counter[bool]]] = {}
+    from tutormax_assets.aggregation import SYSTEM
+
+    for summary in summaries:
+        day = summary.run_date.date()
+        for error in summary.errors:
+            # The same check says the same of several dates, but for the date.
+            reason = error["error"].replace(str(day), "the date")
+            days, tutors = found.setdefault(reason, (set(), Counter()))
+            days.add(day)
+            tutors[error["tutor_id"] != SYSTEM] += 1
+    for reason, (days, tutors) in list(found.items())[:_SHOWN_REASONS]:
+        of = f", {tutors[True]} tutors" if tutors[True] else ""
+        yield f"Failed: {dates_in_words(days)}{of}: {reason}"
+    if len(found) > _SHOWN_REASONS:
+        yield f"{len(found) - _SHOWN_REASONS} more reasons are in the log and in --json."

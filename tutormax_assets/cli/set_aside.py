@@ -4,11 +4,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from tutormax_assets.cli.arguments import AsJson, reference_date
-from tutormax_assets.cli.terminal import EXIT_FAILED, fail, output, settings
+from tutormax_assets.cli.terminal import EXIT_FAILED, fail, sentences, settings, show, table
 
 _ASSETS = ("sessions_set_aside", "tutor_events_set_aside")
 
@@ -34,10 +32,11 @@ def set_aside(
     environment = settings()
     key = reference_date("--date", day, environment).isoformat()
     try:
-        rows = pl.concat(
-            scan_partition(partition_path(environment.storage_path, AssetKey(asset), key))
-            for asset in _ASSETS
-        ).collect()
+        with sentences():
+            rows = pl.concat(
+                scan_partition(partition_path(environment.storage_path, AssetKey(asset), key))
+                for asset in _ASSETS
+            ).collect()
     except FileNotFoundError as error:
         fail(str(error), code=EXIT_FAILED)
     shown = rows.sort("source_table", "row_key", "column").head(limit)
@@ -45,14 +44,11 @@ def set_aside(
         report = {"date": key, "values": len(rows), "rows": shown.to_dicts()}
         typer.echo(json.dumps(report, default=str))
         return
-    table = Table(title=f"{len(rows)} values set aside for {key}", title_justify="left")
-    for column in ("row_key", "tutor_id", "date", "value", "reason"):
-        # A key that is cut off or broken in two is of no use.
-        table.add_column(column, no_wrap=column in ("row_key", "tutor_id", "date"))
+    columns = ("row_key", "tutor_id", "date", "value", "reason")
+    block = table(f"{len(rows)} values set aside for {key}", *columns)
     for row in shown.iter_rows(named=True):
-        cells = (row["row_key"], row["tutor_id"], row["date"])
         value = f"{row['source_table']} {row['column']}"
-        table.add_row(*(Text(str(cell)) for cell in (*cells, value, row["reason"])))
-    output.print(table)
+        block.add_row(row["row_key"], str(row["tutor_id"]), str(row["date"]), value, row["reason"])
+    show(block)
     if len(shown) < len(rows):
-        output.print(f"The first {len(shown)} are shown; --limit shows more.")
+        show(f"The first {len(shown)} are shown; --limit shows more.")

@@ -6,13 +6,16 @@ threads. Only what is imported already is used here, until the child is dead.
 """
 
 import ctypes
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from tutormax_assets.cli.terminal import EXIT_FAILED, messages
+from rich.text import Text
+
+from tutormax_assets.cli.terminal import EXIT_FAILED, messages, output
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OF_MEMORY = {
@@ -45,13 +48,17 @@ def in_a_child(command: Callable[[], None]) -> NoReturn:
     if code == 0 or os.read(reading, 1):
         sys.exit(code)
     sentence = _sentence(code, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    messages.print(f"[bold red]Error:[/] {sentence}", soft_wrap=True)
+    messages.print(Text.assemble(("Error:", "bold red"), " ", sentence), soft_wrap=True)
+    if "--json" in sys.argv:
+        output.print(json.dumps({"error": sentence}), soft_wrap=True)
     _put_on_record(child, sentence)
     sys.exit(EXIT_FAILED)
 
 
 def _run(command: Callable[[], None], writing: int) -> NoReturn:
     """Run the command and exit; before that, let the parent know that it need not explain."""
+    # SIGTERM ends a command as Ctrl-C does, before Dagster takes care of both as well.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command()
     except BaseException as error:

@@ -1,30 +1,115 @@
 """What the commands share of the terminal: two consoles, the log, and how errors end a command."""
 
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from tutormax_assets.settings import Settings
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
-output = Console(highlight=False)
+_UNBOUNDED = 1_000_000
+
+
+class _Results(Console):
+    """In a pipe or file, lines are as long as what they hold."""
+
+    # Nobody sets it.
+    @property  # type: ignore[misc]
+    def size(self) -> ConsoleDimensions:
+        found = super().size
+        return found if self.is_terminal else ConsoleDimensions(_UNBOUNDED, found.height)
+
+
+output = _Results(highlight=False, markup=False, emoji=False)
 """Standard output: results."""
 
-messages = Console(stderr=True, highlight=False)
+messages = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """Standard error: log, progress and errors."""
 
 
-def fail(message: str, *, code: int) -> NoReturn:
-    """End the command with a sentence on standard error."""
-    messages.print(f"[bold red]Error:[/] {_escaped(message)}", soft_wrap=True)
-    raise typer.Exit(code)
+class Failed(typer.Exit):
+    """The command ends, and its sentence is on standard error.
+
+    Attributes:
+        report: The sentence as ``error``, and details, as ``--json`` shows them.
+    """
+
+    def __init__(self, code: int, **report: Any) -> None:
+        super().__init__(code)
+        self.report = report
+
+
+class Commands(TyperGroup):
+    """The commands, each of which prints one JSON object with ``--json`` when it fails as well."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        if "--json" not in ctx.args:
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except BaseException as error:
+            if (report := _report(error)) is not None:
+                typer.echo(json.dumps(report))
+            raise
+
+
+def _report(error: BaseException) -> dict[str, Any] | None:
+    """What is said of an error as JSON; none if the command has printed its result."""
+    if isinstance(error, Failed):
+        return error.report
+    if isinstance(error, typer.Exit | SystemExit):
+        return None
+    if isinstance(error, KeyboardInterrupt):
+        return {"error": "It was interrupted."}
+    if isinstance(error, typer.TyperException):
+        return {"error": error.format_message()}
+    return {"error": f"Unexpected {type(error).__name__}; standard error shows its traceback."}
+
+
+def fail(message: str, *, code: int, **details: Any) -> NoReturn:
+    """End the command with a sentence on standard error; with ``--json`` on standard output, too.
+
+    Args:
+        message: The sentence.
+        code: Exit code.
+        details: What the JSON object holds besides the sentence.
+    """
+    messages.print(Text.assemble(("Error:", "bold red"), " ", message), soft_wrap=True)
+    raise Failed(code, error=message, **details)
+
+
+def show(result: str | Table) -> None:
+    """Print a result. Nothing of it is cut: a terminal wraps it, and in a pipe it is unwrapped."""
+    output.print(result, soft_wrap=isinstance(result, str))
+
+
+def table(title: str, *columns: str, right: Collection[str] = (), unnamed: int = 0) -> Table:
+    """An empty table whose cells wrap where they do not fit.
+
+    Args:
+        title: Its title.
+        columns: Names of the columns.
+        right: Those that hold numbers.
+        unnamed: Number of columns, if they have no names.
+    """
+    made = Table(title=Text(title), title_justify="left", show_header=bool(columns))
+    for name in columns or [""] * unnamed:
+        justify = "right" if name in right else "left"
+        made.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    return made
 
 
 @contextmanager
@@ -48,7 +133,7 @@ def sentences() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        fail("It was interrupted. What was saved until then stays.", code=EXIT_FAILED)
+        fail("It was interrupted. What was saved until then stays.", code=EXIT_INTERRUPTED)
     except (SettingsError, PolicyError, OptionsError, UnknownTutorsError) as error:
         fail(str(error), code=EXIT_USAGE)
     except (
@@ -66,6 +151,10 @@ def sentences() -> Iterator[None]:
     except sa.exc.DBAPIError as error:
         who = "PostgreSQL" if isinstance(error.orig, psycopg.Error) else "Dagster's storage"
         fail(f"{who} says: {reason(error)}", code=EXIT_FAILED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}", code=EXIT_FAILED)
 
 
 def settings() -> "Settings":
@@ -93,10 +182,4 @@ class _ConsoleHandler(logging.Handler):
     """Prints above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        messages.print(self.format(record), markup=False, soft_wrap=True)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+        messages.print(self.format(record), soft_wrap=True)

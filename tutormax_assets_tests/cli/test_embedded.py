@@ -70,9 +70,12 @@ def test_the_demo_twice_and_a_run_after_a_kill(home: Path, invoke: Invoke) -> No
     assert_frame_equal(found, rows)
     engine.dispose()
 
+    other = invoke("demo", "--tutors", "21")
+    assert other.exit_code == 2
+    assert "--tutors is 21, but the platform of an earlier call has 20 tutors" in other.stderr
     result = invoke("demo")
     assert result.exit_code == 0
-    assert "The platform of an earlier call is there and is used again." in words(result.stdout)
+    assert "The platform of an earlier call is used again: 20 tutors." in words(result.stdout)
     assert f"{len(rows)} unchanged" in result.stderr
     result = invoke("db", "status")
     assert result.exit_code == 0

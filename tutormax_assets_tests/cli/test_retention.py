@@ -13,6 +13,7 @@ import pytest
 from polars.testing import assert_frame_equal
 from upath import UPath
 
+from tutormax_assets import settings
 from tutormax_assets.partitions import midnight, today
 from tutormax_assets.platform import tables
 from tutormax_assets_tests.cli.conftest import Invoke, tutormax, words
@@ -232,6 +233,7 @@ def test_an_archive_out_of_reach_is_an_error(
     platform: Platform, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = add_metrics(platform, SEPTEMBER)
+    monkeypatch.setitem(settings._FILESYSTEMS, "nowhere", ("json", ""))
     monkeypatch.setenv("TUTORMAX_ARCHIVE", "nowhere://bucket")
 
     for command in (["cleanup"], ["restore", "--month", "2025-09"]):
@@ -255,6 +257,7 @@ def test_a_table_that_was_not_upgraded_is_an_error(platform: Platform, invoke: I
 def test_a_run_whose_cleanup_fails_shows_its_summary_first(
     small_platform: Platform, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(settings._FILESYSTEMS, "nowhere", ("json", ""))
     monkeypatch.setenv("TUTORMAX_ARCHIVE", "nowhere://bucket")
     add_metrics(small_platform, SEPTEMBER)
     arguments = ["run", "--tutors", "T000001", "--include-inactive", "--cleanup", "--json"]
@@ -262,7 +265,9 @@ def test_a_run_whose_cleanup_fails_shows_its_summary_first(
     result = invoke(*arguments)
 
     assert result.exit_code == 1
-    assert json.loads(result.stdout)["successful"] == 1
+    report = json.loads(result.stdout)
+    assert report["successful"] == 1
+    assert result.stderr.endswith(f"Error: {report['error']}\n")
     assert "TUTORMAX_ARCHIVE says where" in words(result.stderr)
 
 

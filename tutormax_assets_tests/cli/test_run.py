@@ -87,7 +87,10 @@ def test_json_is_the_only_thing_on_stdout_and_verbose_says_what_dagster_does(
         "total_metrics_saved": 6,
         "success_rate": 100.0,
         "errors": [],
+        "warnings": summary["warnings"],
     }
+    for warning in summary["warnings"]:
+        assert f"WARNING {warning}" in result.stderr
     assert 'DEBUG Started execution of step "platform_snapshot".' in result.stderr
 
 
@@ -107,18 +110,13 @@ def test_a_quiet_run_that_succeeds_says_nothing_and_cleans_up(
         ),
     )
 
-    result = invoke(
-        "run",
-        "--quiet",
-        "--cleanup",
-        "--retention-days",
-        "30",
-        "--tutors",
-        "T000001",
-        "--include-inactive",
-    )
+    arguments = ["--cleanup", "--retention-days", "30", "--tutors", "T000001", "--include-inactive"]
+
+    result = invoke("run", "--quiet", *arguments)
 
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    cleanup = json.loads(invoke("run", "--quiet", "--json", *arguments).stdout)["cleanup"]
+    assert cleanup["dry_run"] is False
     rows = small_platform.metrics()
     assert set(rows["metric_id"]) & {"2", "40"} == {"2"}
     assert rows["calculation_date"].max() == datetime.combine(
@@ -193,6 +191,7 @@ def test_a_database_that_refuses_ends_in_a_sentence(
         (["run", "--date", "2025-02-30"], "--date '2025-02-30' is not a date; expected YYYY-MM-DD"),
         (["run", "--date", ""], "--date '' is not a date; expected YYYY-MM-DD"),
         (["run", "--verbose", "--quiet"], "--verbose and --quiet exclude each other"),
+        (["run", "--retention-days", "9"], "--retention-days is the age up to which --cleanup kee"),
         (["run", "--tutors", " , "], "--tutors names no tutor; expected ids separated by commas"),
         (
             ["run", "--batch-size", "0"],
@@ -211,6 +210,9 @@ def test_wrong_use_is_said_in_a_sentence_before_anything_starts(
 
     assert (result.exit_code, result.stdout) == (2, "")
     assert expected in words(result.stderr)
+    as_json = invoke(*arguments, "--json")
+    assert as_json.exit_code == 2
+    assert expected in words(json.loads(as_json.stdout)["error"].replace("Invalid value for ", ""))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -269,6 +271,8 @@ def test_a_backfill_reports_as_json_and_by_its_exit_code(
 
     assert result.exit_code == 1
     report = json.loads(result.stdout)
+    shown = invoke("backfill", "--from", DAY, "--to", DAY, "--tutors", "nobody").stdout
+    assert f"Failed: {DAY}: {report['summaries'][0]['errors'][0]['error']}" in shown.splitlines()
     assert {name: report[name] for name in ("from", "to", "dates", "failed_dates")} == {
         "from": DAY,
         "to": DAY,

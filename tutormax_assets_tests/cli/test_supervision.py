@@ -85,13 +85,16 @@ def test_a_run_that_is_terminated_ends_in_a_sentence_and_starts_no_other(
 ) -> None:
     with (
         date_is_taken(own_platform),
-        start("backfill", "--from", "2025-11-06", "--to", DAY) as process,
+        start("backfill", "--from", "2025-11-06", "--to", DAY, "--tutors", "T000001") as process,
     ):
         until_it_waits(process)
         process.terminate()
         _, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 1
-    assert said == "Error: It was interrupted. What was saved until then stays.\n"
+    assert process.returncode == 130
+    assert said == (
+        f"Error: It was interrupted. Saved: no date. Not saved: 2025-11-06 to {DAY}."
+        f" Continue with: tutormax backfill --from 2025-11-06 --to {DAY} --tutors T000001\n"
+    )
     with dagster_instance(own_platform.settings) as instance:
         [run] = instance.get_runs()
     assert run.status is dg.DagsterRunStatus.FAILURE
