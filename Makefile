@@ -7,7 +7,7 @@ LOCKS := requirements.lock requirements-dev.lock requirements-bench.lock deploy/
 OSV_URL ?= https://api.osv.dev/v1/query
 
 .DEFAULT_GOAL := help
-.PHONY: help same-python install demo test e2e chaos bench bench-scale check dev lock audit clean
+.PHONY: help same-python install demo test e2e interop chaos bench bench-scale check dev lock audit clean
 
 help: ## Show these targets.
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -28,6 +28,13 @@ e2e: .venv/installed-dev ## Use the Dagster UI in a real browser; installs Debia
 		apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || { \
 		echo "Chromium is missing and could not be installed. As root: apt-get install chromium" >&2; exit 1; }
 	@$(BIN)/python -m pytest e2e $(PYTEST)
+
+interop: .venv/installed-dev ## Run the job on servers as people run them; installs Debian's PostgreSQL and PgBouncer.
+	@{ ls /usr/lib/postgresql/*/bin/initdb || command -v initdb; } >/dev/null 2>&1 \
+		&& { command -v pgbouncer || ls /usr/sbin/pgbouncer; } >/dev/null 2>&1 || { \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql pgbouncer >/dev/null; } || { \
+		echo "PostgreSQL or PgBouncer is missing and could not be installed. As root: apt-get install postgresql pgbouncer" >&2; exit 1; }
+	@$(BIN)/python -m pytest interop -n 2 $(PYTEST)
 
 chaos: .venv/installed-dev ## Break the product on purpose for about half an hour and show what was lost.
 	@$(BIN)/python -m chaos $(CHAOS)

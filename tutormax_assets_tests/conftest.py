@@ -159,7 +159,7 @@ def template_database(server_url: sa.URL, pytestconfig: pytest.Config) -> str:
 def golden_template(server_url: sa.URL, pytestconfig: pytest.Config, template_database: str) -> str:
     """Name of a database that holds the golden source rows."""
     name = f"{_TEMPLATE}_golden"
-    return _template(server_url, pytestconfig, name, of=template_database, fill=_fill_golden)
+    return _template(server_url, pytestconfig, name, of=template_database, fill=fill_golden)
 
 
 @pytest.fixture(scope="session")
@@ -433,7 +433,7 @@ def _fill_small(engine: sa.Engine) -> None:
     sample_platform.generate(engine, **SMALL_PLATFORM)
 
 
-def _fill_golden(engine: sa.Engine) -> None:
+def fill_golden(engine: sa.Engine) -> None:
     """Copy the golden rows; the columns that they lack are filled with plausible constants."""
     read = partial(pl.read_parquet, memory_map=False)
     sessions = read(GOLDEN / "sessions.parquet")

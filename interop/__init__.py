@@ -1,0 +1,1 @@
+"""The job on servers as people run them: older ones, behind a pooler, with other encodings."""
