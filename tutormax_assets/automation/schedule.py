@@ -6,6 +6,9 @@ from zoneinfo import ZoneInfo
 
 import dagster as dg
 
+SCHEDULE_SUFFIX = "_at_night"
+"""What the name of the schedule has after that of its job."""
+
 SCHEDULE_HOUR = 2
 """Hour of the reference date at which it is computed: the platform's day is closed by then."""
 
@@ -25,7 +28,7 @@ def nightly_schedule(job: Any, *, running: bool) -> Any:
     """
     return dg.build_schedule_from_partitioned_job(
         job,
-        name=f"{job.name}_at_night",
+        name=f"{job.name}{SCHEDULE_SUFFIX}",
         hour_of_day=SCHEDULE_HOUR,
         description=(
             f"Computes the reference date that has just begun, at {SCHEDULE_HOUR:02}:00 in the"
@@ -55,3 +58,10 @@ def newest_due_date(now: datetime, *, timezone: str) -> date:
     local = now.astimezone(ZoneInfo(timezone))
     is_due = local.time() >= time(DEADLINE_HOUR)
     return local.date() if is_due else local.date() - timedelta(days=1)
+
+
+def next_tick(now: datetime, *, timezone: str) -> datetime:
+    """When the schedule is due next."""
+    local = now.astimezone(ZoneInfo(timezone))
+    today = datetime.combine(local.date(), time(SCHEDULE_HOUR), ZoneInfo(timezone))
+    return today if local < today else today + timedelta(days=1)

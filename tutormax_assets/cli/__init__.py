@@ -6,10 +6,11 @@ answers at once.
 
 import sys
 from functools import partial
+from typing import Annotated
 
 import typer
 
-from tutormax_assets.cli import alert, db, demo, dev, generate, retention, run, set_aside
+from tutormax_assets.cli import alert, db, demo, dev, generate, retention, run, set_aside, status
 from tutormax_assets.cli.terminal import Commands
 
 app = typer.Typer(
@@ -20,6 +21,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tutormax {version('tutormax-assets')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None: ...
+
+
 app.command("run")(run.run)
 app.command("backfill")(run.backfill)
 app.command("set-aside")(set_aside.set_aside)
@@ -28,6 +48,7 @@ app.command("restore")(retention.restore)
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("dev")(dev.dev)
+app.command("status")(status.status)
 app.command("alert")(alert.alert)
 app.add_typer(db.app, name="db")
 

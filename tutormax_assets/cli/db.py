@@ -1,5 +1,7 @@
 """``tutormax db``: create, upgrade, look at and stop the database."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -168,6 +170,25 @@ def _schemas() -> dict[str, str]:
                 soft_wrap=True,
             )
             return {}
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def psql(context: typer.Context) -> None:
+    """Open psql on the database; what follows -- is passed to it, such as: psql -- -c 'SELECT 1'.
+
+    It is the one of the PATH, else that of the embedded server.
+    """
+    from tutormax_assets.platform import embedded
+    from tutormax_assets.platform.connection import database_url, psql_environment
+
+    environment = settings()
+    with sentences():
+        url = database_url(environment)
+        program = shutil.which("psql") or str(embedded.psql())
+    # A password among the arguments would show to every user of the machine.
+    os.execve(  # noqa: S606 - no shell
+        program, ["psql", *context.args], {**os.environ, **psql_environment(url)}
+    )
 
 
 @app.command()

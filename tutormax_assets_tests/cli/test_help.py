@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 import typer
@@ -45,6 +46,8 @@ def test_there_are_exactly_these_commands() -> None:
         "db roles",
         "db status",
         "db stop",
+        "db psql",
+        "status",
     }
 
 
@@ -66,6 +69,10 @@ def test_no_command_shows_the_help(invoke: Invoke) -> None:
         result = invoke(*arguments)
         assert result.exit_code == 2
         assert "Usage: tutormax" in result.output
+
+
+def test_the_version_is_that_of_the_package(invoke: Invoke) -> None:
+    assert invoke("--version").stdout == f"tutormax {version('tutormax-assets')}\n"
 
 
 def test_an_unknown_option_is_wrong_use(invoke: Invoke) -> None:
