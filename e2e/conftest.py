@@ -14,7 +14,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 TUTORMAX = str(Path(sys.executable).with_name("tutormax"))
 TODAY = datetime.now(UTC).date()
@@ -86,6 +86,7 @@ def page(browser: Browser) -> Iterator[Page]:
     """A new page."""
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     page.set_default_timeout(30_000)
+    expect.set_options(timeout=30_000)
     yield page
     page.close()
 

@@ -26,11 +26,28 @@ def test_the_asset_graph_shows_every_stage(ui: str, page: Page) -> None:
     shot(page, "asset-graph")
 
 
+def test_a_run_of_the_command_line_is_as_good_as_any(home: Path, ui: str, page: Page) -> None:
+    tutormax(home, "run", "--date", str(day(4)))
+    page.goto(f"{ui}/timeline")
+    expect(page.get_by_text("daily_metrics", exact=True).first).to_be_visible()
+    runs = f"{ui}/{LOCATION}/jobs/daily_metrics/runs"
+    page.goto(runs)
+    succeeded = page.get_by_text("Success", exact=True)
+    expect(succeeded).to_have_count(1)
+    expect(page.get_by_text("tutormax/source: tutormax run")).to_be_visible()
+    run = page.locator("a[href^='/runs/']").first.get_attribute("href")
+    page.goto(f"{ui}{run}")
+    page.get_by_role("button", name="Re-execute all").click()
+    expect(page).not_to_have_url(f"{ui}{run}")
+    page.goto(runs)
+    expect(succeeded).to_have_count(2, timeout=RUN_SECONDS * 1000)
+
+
 def test_today_is_materialized(ui: str, page: Page) -> None:
     open_materialize_dialog(ui, page)
     page.get_by_role("button", name="Latest").first.click()
     page.get_by_role("button", name="Launch 1 run").click()
-    wait_until_materialized(ui, page, partitions=1)
+    wait_until_materialized(ui, page, partitions=2)
     page.goto(f"{ui}/assets/tutor_tiers?view=partitions&partition={day(0)}")
     expect(page.get_by_text("tutors_by_tier").first).to_be_visible()
     page.get_by_text("[Show Markdown]").first.click()
@@ -45,11 +62,11 @@ def test_a_backfill_of_three_days_has_checks_for_each_day(ui: str, page: Page) -
     partitions.fill(f"[{day(3)}...{day(1)}]")
     partitions.press("Enter")
     page.get_by_role("button", name="Launch backfill").click()
-    wait_until_materialized(ui, page, partitions=4)
+    wait_until_materialized(ui, page, partitions=5)
     open_check(ui, page, "sessions_snapshot", "no_duplicate_sessions")
     page.get_by_text("Partitions", exact=True).last.click()
-    # Today from the test before, and the three days.
-    expect(page.get_by_text("Passed (4)")).to_be_visible()
+    # The dates of the tests before, and the three days.
+    expect(page.get_by_text("Passed (5)")).to_be_visible()
     shot(page, "checks-by-day")
 
 
@@ -69,19 +86,13 @@ def test_the_schedule_is_turned_on(ui: str, page: Page) -> None:
     shot(page, "schedule")
 
 
-def test_a_run_of_the_command_line_is_as_good_as_any(home: Path, ui: str, page: Page) -> None:
-    tutormax(home, "run", "--date", str(day(2)))
-    page.goto(f"{ui}/timeline")
-    expect(page.get_by_role("link", name="daily_metrics", exact=True).first).to_be_visible()
-    page.goto(f"{ui}/{LOCATION}/jobs/daily_metrics/runs")
-    run = page.get_by_role("row").filter(has_text="tutormax/source: tutormax run")
-    expect(run.get_by_text("Success")).to_be_visible()
-    shot(page, "command-line-run")
-    run.get_by_role("link").first.click()
-    page.get_by_role("button", name="Re-execute all").click()
-    expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=RUN_SECONDS * 1000)
-    page.goto(f"{ui}/{LOCATION}/jobs/daily_metrics/runs")
-    expect(run.get_by_text("Success")).to_have_count(2)
+def test_all_checks_of_an_asset_are_executed_on_the_newest_date(ui: str, page: Page) -> None:
+    page.goto(f"{ui}/assets/tutor_tiers?view=checks&checkDetail=counts_never_shrink")
+    page.get_by_text("Execution history", exact=True).click()
+    passed = page.get_by_role("row").filter(has_text=str(day(0))).filter(has_text="Passed")
+    expect(passed).to_have_count(1)
+    page.get_by_role("button", name="Execute all").click()
+    expect(passed).to_have_count(2, timeout=RUN_SECONDS * 1000)
 
 
 def open_materialize_dialog(ui: str, page: Page) -> None:

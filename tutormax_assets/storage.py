@@ -84,7 +84,7 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
         if context.instance is not None:
             # A worker that Dagster started comes by here before its first step.
             pool_connections(context.instance)
-        keys = partition_keys(context.run) if context.run else []
+        keys = _reference_dates(context)
         if keys:
             log: Any = context.log
             self._locks = DateLocks(
@@ -189,6 +189,20 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
                     f"{path} was written by another run while this one had lost its connection to"
                     " the platform. What the other run saved stays; run the date again if need be."
                 )
+
+
+def newest_dates(instance: dg.DagsterInstance, asset_keys: Iterable[dg.AssetKey]) -> list[str]:
+    """The newest reference date of each asset that has been materialized, ascending."""
+    of_assets = (instance.get_materialized_partitions(key) for key in asset_keys)
+    return sorted({max(keys) for keys in of_assets if keys})
+
+
+def _reference_dates(context: dg.InitResourceContext) -> list[str]:
+    """The reference dates that a run works on."""
+    if context.run is None or context.instance is None:
+        return []
+    checked = {check.asset_key for check in context.run.asset_check_selection or ()}
+    return partition_keys(context.run) or newest_dates(context.instance, checked)
 
 
 def _failed(partition: Partition) -> dict[str, dg.MetadataValue[Any]]:

@@ -69,6 +69,7 @@ def findings_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Findings:
             found.advice.append(" ".join(advice.split()))
         if evaluation.partition is not None:
             dates.append(evaluation.partition)
+    found.keys = found.keys or sorted({key for dates in dates_of_check.values() for key in dates})
     for line, dates in sorted(dates_of_check.items(), key=lambda item: "(WARN)" in item[0]):
         on = f"{_dates(dates)}, " if dates and len(found.keys) > 1 else ""
         found.checks.append(on + line)
@@ -200,10 +201,13 @@ def _run_failure(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
 
 
 def _job(run: dg.DagsterRun) -> str:
-    if run.asset_selection and run.job_name.startswith("__"):
-        names = sorted(key.to_user_string() for key in run.asset_selection)
-        return f"materialization of {names[0] if len(names) == 1 else f'{len(names)} assets'}"
-    return run.job_name
+    if not run.job_name.startswith("__"):
+        return run.job_name
+    what, assets = "materialization", set(run.asset_selection or ())
+    if not assets:
+        what, assets = "checks", {check.asset_key for check in run.asset_check_selection or ()}
+    names = sorted(key.to_user_string() for key in assets)
+    return f"{what} of {names[0] if len(names) == 1 else f'{len(names)} assets'}"
 
 
 def _dates(keys: Sequence[str]) -> str:

@@ -21,9 +21,10 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (  # n
     AssetCheckEvaluationTargetMaterializationData,
 )
 
+from tutormax_assets.automation.single_days import partition_keys
 from tutormax_assets.parquet import StorageError
 from tutormax_assets.platform.tables import METRICS_TABLE
-from tutormax_assets.storage import PartitionedParquetIOManager
+from tutormax_assets.storage import PartitionedParquetIOManager, newest_dates
 
 # A longer outage changes so much that a comparison says little.
 _LOOK_BACK_DAYS = 7
@@ -85,6 +86,23 @@ def check_spec(
         blocking=blocking,
         partitions_def=daily,
     )
+
+
+def checked_dates(context: dg.AssetCheckExecutionContext, asset: str) -> list[str]:
+    """The reference dates that a run checks: its own, else the newest one of the asset.
+
+    The UI executes the checks of an asset by themselves without naming a date.
+
+    Raises:
+        dagster.Failure: The asset has never been materialized.
+    """
+    keys = partition_keys(context.run) or newest_dates(context.instance, [dg.AssetKey(asset)])
+    if not keys:
+        raise dg.Failure(
+            f"{asset} has no date to check. Materialize a date, then execute its checks again.",
+            allow_retries=False,
+        )
+    return keys
 
 
 def report(
@@ -236,7 +254,7 @@ def last_saved(
     day = date.fromisoformat(partition_key)
     for days in range(1, _LOOK_BACK_DAYS + 1):
         before = (day - timedelta(days=days)).isoformat()
-        if before not in context.partition_keys and _is_unsaved(context.instance, before):
+        if before not in partition_keys(context.run) and _is_unsaved(context.instance, before):
             continue
         since = (
             "the day before" if days == 1 else f"{before}, the last date before it that is saved"

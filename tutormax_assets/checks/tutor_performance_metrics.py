@@ -14,6 +14,7 @@ from tutormax_assets.checks import (
     Finding,
     Metadata,
     check_spec,
+    checked_dates,
     first_keys,
     of_the_date,
     partition,
@@ -57,7 +58,7 @@ def tutor_performance_metrics_checks(
         run_options: RunOptions,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
-        days = {key: date.fromisoformat(key) for key in context.partition_keys}
+        days = {key: date.fromisoformat(key) for key in checked_dates(context, METRICS_TABLE)}
         retrying = run_options.retrying(context.log)
         table = read_metrics(
             database.engine,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date, datetime
 from typing import Any
+from uuid import uuid4
 
 import dagster as dg
 import pytest
@@ -210,9 +211,42 @@ def test_a_run_of_the_command_line_is_left_to_its_process(
 ) -> None:
     BAD[DAY] = "source"
 
-    evaluate(instance, run_of(instance, DAY, **{ATTENDED_TAG: "true"}))
+    run = run_of(instance, DAY, **{ATTENDED_TAG: "true"})
+    evaluate(instance, run)
 
     assert webhook.requests == []
+
+    # Its re-execution in the UI has its tags, but no process that would tell.
+    again = instance.create_run_for_job(
+        SMALL.resolve_job_def(JOB_NAME),
+        tags=run.tags,
+        parent_run_id=run.run_id,
+        root_run_id=run.run_id,
+    )
+    instance.report_run_failed(again)
+    failed = instance.get_run_by_id(again.run_id)
+    assert failed is not None
+    evaluate(instance, failed)
+
+    [request] = webhook.requests
+    assert again.run_id in request["message"]
+
+
+def test_checks_that_were_executed_alone_are_named(
+    instance: dg.DagsterInstance, webhook: WebhookServer
+) -> None:
+    check = dg.AssetCheckKey(dg.AssetKey("sessions"), "they_are_new")
+    run = instance.add_run(
+        dg.DagsterRun(job_name="__ASSET_JOB", run_id=str(uuid4()), asset_check_selection={check})
+    )
+    instance.report_run_failed(run)
+    failed = instance.get_run_by_id(run.run_id)
+    assert failed is not None
+
+    evaluate(instance, failed)
+
+    [request] = webhook.requests
+    assert request["title"] == "tutormax: checks of sessions failed"
 
 
 def test_a_failed_range_says_that_its_dates_follow(

@@ -17,6 +17,7 @@ from tutormax_assets.automation.alerts import late_dates
 from tutormax_assets.automation.single_days import RANGE_END_TAG, RANGE_START_TAG
 from tutormax_assets.checks.sessions_snapshot import sessions_by_day
 from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.failures import step_failure
 from tutormax_assets.instance import dagster_instance
 from tutormax_assets.platform.connection import create_engine
 from tutormax_assets_tests.cli.conftest import Invoke, invoke  # noqa: F401
@@ -102,14 +103,14 @@ def run_range(
 
 
 def run_checks(
-    platform: Platform, day: str, asset: str, *, only: str | None = None
+    platform: Platform, day: str | None, *assets: str, only: str | None = None
 ) -> dg.ExecuteInProcessResult:
-    """The checks of an asset alone, or one of them."""
+    """The checks of some assets alone, or one of them; the UI names no day."""
     job = dg.define_asset_job(
         "checks",
-        dg.AssetSelection.checks(dg.AssetCheckKey(dg.AssetKey(asset), only))
+        dg.AssetSelection.checks(dg.AssetCheckKey(dg.AssetKey(assets[0]), only))
         if only
-        else dg.AssetSelection.checks_for_assets(asset),
+        else dg.AssetSelection.checks_for_assets(*assets),
     )
     definitions = dg.Definitions.merge(
         build_definitions(platform.settings), dg.Definitions(jobs=[job])
@@ -117,8 +118,8 @@ def run_checks(
     with dagster_instance(platform.settings) as instance:
         return definitions.resolve_job_def("checks").execute_in_process(
             instance=instance,
-            # As the UI does it: partition_key= is refused for a job without assets.
-            tags={"dagster/partition": day},
+            # partition_key= is refused for a job without assets.
+            tags={"dagster/partition": day} if day else {},
             run_config={"loggers": {"line": {}}},
             raise_on_error=False,
         )
@@ -649,9 +650,18 @@ def test_a_row_that_something_else_changed_fails_its_day(good: Platform) -> None
 
 
 def test_the_table_is_checked_again_when_asked_for(good: Platform) -> None:
-    good.run(LAST)
     table = "tutor_performance_metrics"
-    assert failed(run_checks(good, LAST, table)) == {}
+    [too_early] = run_checks(good, None, table).get_step_failure_events()
+    assert step_failure(too_early).startswith(f"{table} has no date to check. Materialize")
+
+    good.run(LAST)
+    with dagster_instance(good.settings) as instance:
+        # The newest date is not the one that was materialized last.
+        instance.report_runless_asset_event(dg.AssetMaterialization(table, partition=DAYS[0]))
+    newest = run_checks(good, None, *CHECKS)
+    assert newest.success
+    assert evaluations(newest).keys() == {(*check, LAST) for check in ALL}
+    assert failed(newest) == {}
     # A row of the replaced service, at its own time of the day.
     good.execute(
         f'INSERT INTO {table} (metric_id, tutor_id, calculation_date, "window",'
