@@ -98,6 +98,7 @@ def test_names_arguments_and_defaults_are_those_of_the_replaced_service() -> Non
         "errors",
         "results",
         "set_aside",
+        "warnings",
     ]
 
 

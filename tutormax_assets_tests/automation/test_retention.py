@@ -40,7 +40,7 @@ from tutormax_assets.platform.date_locks import date_lock
 from tutormax_assets.resources import PlatformDatabase
 from tutormax_assets.settings import load_settings
 from tutormax_assets.storage import partition_path
-from tutormax_assets_tests.conftest import Platform, captured_log, store
+from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform, captured_log, store
 
 ASSETS = [dg.AssetKey("sessions_snapshot"), dg.AssetKey("tutor_tiers")]
 KEY = ["tutor_id", "calculation_date", "window"]
@@ -609,12 +609,12 @@ def test_all_assets_that_are_parquet_are_cleaned_up(
     small_platform.run(day)
     rows = small_platform.metrics()
     stored = partitions(small_platform)
-    assert len(stored) == 9
+    assert len(stored) == len(PARQUET_ASSETS)
 
     report = cleanup(small_platform.settings)
 
     assert report.rows_by_date == {date(2025, 11, 7): len(rows)}
-    assert len(report.partitions) == 9
+    assert len(report.partitions) == len(PARQUET_ASSETS)
     assert small_platform.metrics().is_empty()
     assert_frame_equal(archived_rows(small_platform), rows)
     with dagster_instance(small_platform.settings) as instance:

@@ -75,7 +75,8 @@ def test_a_database_of_another_encoding_is_read_and_filtered(
             ([nobody], set()),
         ):
             rows = read(source, tutor_ids=asked, start=START, end=END)
-            for of_table in (rows.tutors, rows.sessions, rows.events):
+            assert set(rows.tutors["tutor_id"]) == tutor_ids
+            for of_table in (rows.sessions, rows.events):
                 assert set(of_table["tutor_id"]) == expected
         assert unknown_tutors(source, [*tutor_ids, nobody]) == [nobody]
 
