@@ -35,7 +35,7 @@ def postmaster_of(home: Path) -> psutil.Process:
 def test_without_a_server_status_and_stop_start_none(home: Path, invoke: Invoke) -> None:
     result = invoke("db", "status")
     assert result.exit_code == 1
-    assert "is not running." in words(result.stdout)
+    assert "is not running (embedded, because neither" in words(result.stdout)
     result = invoke("db", "stop")
     assert (result.exit_code, result.stdout) == (0, "It was not running.\n")
     assert not home.exists()
@@ -79,6 +79,6 @@ def test_the_demo_twice_and_a_run_after_a_kill(home: Path, invoke: Invoke) -> No
     assert f"{len(rows)} unchanged" in result.stderr
     result = invoke("db", "status")
     assert result.exit_code == 0
-    assert "(from embedded)" in words(result.stdout)
+    assert "(embedded, because neither TUTORMAX_DATABASE_URL nor" in words(result.stdout)
     assert invoke("db", "stop").stdout == "Stopped.\n"
     assert not embedded.is_running(home)
