@@ -202,21 +202,24 @@ def test_tutors_who_cannot_be_written_are_in_errors_and_results(small_platform: 
     aggregator = DailyMetricsAggregator(DAY, max_retries=0, retry_delay_seconds=0, batch_size=1)
 
     with dagster_instance(small_platform.settings) as instance:
-        summary = asyncio.run(
-            aggregator.run(tutor_ids=["T000001", "T000002", "T000003"], include_inactive=True)
-        )
+        some = asyncio.run(aggregator.run(tutor_ids=["T000001", "T000002"], include_inactive=True))
+        [run_of_some] = instance.get_runs(limit=1)
+        summary = asyncio.run(aggregator.run(include_inactive=True))
         [run] = instance.get_runs(limit=1)
         checks = instance.get_records_for_run(
             run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
         ).records
 
-    assert (summary.total_tutors, summary.successful, summary.failed) == (3, 2, 1)
-    assert (summary.total_metrics_saved, summary.success_rate) == (6, 66.67)
+    assert (some.successful, some.failed, some.success_rate) == (1, 1, 50.0)
+    assert some.errors == summary.errors
+    assert run_of_some.status is dg.DagsterRunStatus.FAILURE
+    assert (summary.total_tutors, summary.successful, summary.failed) == (30, 29, 1)
+    assert (summary.total_metrics_saved, summary.success_rate) == (87, 96.67)
     [error] = summary.errors
     assert error["tutor_id"] == "T000002"
     assert 'violates check constraint "no_such_tutor"' in error["error"]
     results = {result.tutor_id: result for result in summary.results}
-    assert {key for key, result in results.items() if result.success} == {"T000001", "T000003"}
+    assert {key for key, result in results.items() if not result.success} == {"T000002"}
     assert results["T000002"].error == error["error"]
     assert results["T000002"].metrics_saved == []
     # What the table holds is not what was computed, so the run does not count as a success.

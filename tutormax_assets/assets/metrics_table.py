@@ -103,7 +103,7 @@ def tutor_performance_metrics_asset(
                     if name not in reports
                 ]
                 broken_off[key] = _metadata(reports.values(), [*not_computed, *not_written])
-                yield from _without_output(context.asset_key, written, broken_off | partial)
+                yield from _without_output(context.asset_key, written, broken_off, partial)
                 raise
             metadata = _metadata(reports.values(), not_computed)
             if run_options.tutor_ids:
@@ -125,11 +125,17 @@ def tutor_performance_metrics_asset(
                 context.add_asset_metadata(metadata, partition_key=key)
                 written[key] = metadata
         if failed or partial:
-            yield from _without_output(context.asset_key, written, broken_off | partial)
+            yield from _without_output(context.asset_key, written, broken_off, partial)
         if failed:
             raise ShardsError(failed, of=shards)
         if not partial:
             yield dg.MaterializeResult()
+        elif not_saved := [key for key, metadata in partial.items() if metadata["failed"]]:
+            # Elsewhere the checks of the table find it; without an output they do not run.
+            raise dg.Failure(
+                f"Some tutors of {', '.join(not_saved)} could not be saved. The summary says why.",
+                allow_retries=False,
+            )
 
     return tutor_performance_metrics
 
@@ -201,15 +207,16 @@ def _not_computed(
 def _without_output(
     asset_key: dg.AssetKey,
     written: Mapping[str, Mapping[str, Any]],
-    observed: Mapping[str, Mapping[str, Any]],
+    broken_off: Mapping[str, Mapping[str, Any]],
+    partial: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[dg.AssetMaterialization | dg.AssetObservation]:
     """What a step without an output has saved: the output would have said so.
 
-    A date that was broken off, or that only runs of some tutors have computed, is not materialized:
-    it is observed, if any of it was saved.
+    A date that was broken off is not materialized: it is observed, if any of it was saved. One that
+    only runs of some tutors have computed is observed.
     """
     for key, metadata in written.items():
         yield dg.AssetMaterialization(asset_key, partition=key, metadata=metadata)
-    for key, metadata in observed.items():
-        if metadata["successful"]:
-            yield dg.AssetObservation(asset_key, partition=key, metadata=metadata)
+    saved_in_part = {key: of for key, of in broken_off.items() if of["successful"]}
+    for key, metadata in {**saved_in_part, **partial}.items():
+        yield dg.AssetObservation(asset_key, partition=key, metadata=metadata)
