@@ -39,6 +39,7 @@ def test_the_defaults_are_the_contracts() -> None:
             "stale_warn_days": 3,
             "stale_error_days": 7,
             "stale_feedback_days": 14,
+            "window_loss_error_share": 0.5,
             "volume_share": 0.5,
             "volume_deviations": 5,
             "volume_min_weeks": 4,
