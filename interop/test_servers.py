@@ -94,7 +94,7 @@ GROUNDS = {
 
 @dataclass(frozen=True)
 class Home:
-    """Where the commands are run, and as whom."""
+    """A folder to run the commands in, and the database that they use."""
 
     folder: Path
     port: int

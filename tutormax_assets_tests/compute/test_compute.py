@@ -381,7 +381,6 @@ def test_with_tls_only_who_has_a_certificate_gets_in(
     files = _certificate(tmp_path / "ours")
     strangers = _certificate(tmp_path / "theirs")
     options = ["--tls-ca-file", files["CA_FILE"], "--tls-cert", files["CERT"], "--tls-key"]
-    monkeypatch.setattr("tutormax_assets.compute.dask.ANSWER_SECONDS", 3)
     with closing(DaskCluster(tmp_path, tls=[*options, files["KEY"]])) as cluster:
         cluster.start_scheduler()
         cluster.start_worker()
@@ -391,6 +390,8 @@ def test_with_tls_only_who_has_a_certificate_gets_in(
         assert areas(compute, tasks(2)) == {"0000": 0, "0001": 1}
         compute.close()
 
+        # Nobody answers from here on.
+        monkeypatch.setattr("tutormax_assets.compute.dask.ANSWER_SECONDS", 3)
         for name, file in strangers.items():
             monkeypatch.setenv(f"TUTORMAX_DASK_TLS_{name}", file)
         with pytest.raises(DaskError, match="No connection to the Dask scheduler at tls://"):
