@@ -73,6 +73,12 @@ def test_make_help_lists_every_target_with_a_description() -> None:
         for line in makefile.splitlines()
         if "## " in line and not line.startswith("\t")
     }
-    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert {line.split()[1] for line in said.stdout.splitlines()} == described
     assert "e2e" in described
