@@ -1,4 +1,4 @@
-"""What a tutor whom PostgreSQL refuses adds to the time of a write: ``-m chaos.culprits``."""
+"""What a tutor that PostgreSQL refuses adds to the time of a write: ``-m chaos.culprits``."""
 
 import json
 import logging

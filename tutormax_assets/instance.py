@@ -10,19 +10,10 @@ from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
-
-# A run is shown with its job and can be re-executed only if it names its code location, and the
-# types that name one have no public name.
-from dagster._core.remote_origin import (  # noqa: TID251
-    RegisteredCodeLocationOrigin,
-    RemoteRepositoryOrigin,
-)
 from filelock import FileLock
 
+from tutormax_assets.private_dagster import engines, job_origin
 from tutormax_assets.settings import Settings
-
-_REPOSITORY = "__repository__"
-"""Dagster's name for the definitions of a code location."""
 
 _NO_TIMEOUT = 0
 _RECYCLE_SECONDS = 300
@@ -42,7 +33,7 @@ def dagster_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
         try:
             yield instance
         finally:
-            for engine in _engines(instance):
+            for engine in engines(instance):
                 engine.dispose()
 
 
@@ -84,27 +75,15 @@ def pool_connections(instance: dg.DagsterInstance) -> None:
     Args:
         instance: Left as it is if it is in SQLite or has a pool already.
     """
-    if not any(isinstance(engine.pool, sa.NullPool) for engine in _engines(instance)):
+    if not any(isinstance(engine.pool, sa.NullPool) for engine in engines(instance)):
         return
     instance.optimize_for_webserver(
         statement_timeout=_NO_TIMEOUT,
         pool_recycle=_RECYCLE_SECONDS,
         max_overflow=_MAX_OVERFLOW,
     )
-    for engine in _engines(instance):
+    for engine in engines(instance):
         sa.event.listen(engine, "checkout", _probe)
-
-
-def _engines(instance: dg.DagsterInstance) -> list[sa.Engine]:
-    """The engines of those storages that are in PostgreSQL."""
-    storages = (instance.run_storage, instance.event_log_storage, instance.schedule_storage)
-    # The attribute is private. Dagster neither probes pooled connections nor closes the pool.
-    engines = (getattr(storage, "_engine", None) for storage in storages)
-    return [
-        engine
-        for engine in engines
-        if isinstance(engine, sa.Engine) and engine.dialect.name == "postgresql"
-    ]
 
 
 def _probe(connection: Any, _record: object, _proxy: object) -> None:
@@ -129,10 +108,9 @@ def runs_of_code_location(
         code_location: Its name in the UI.
         job_name: The job that is run.
     """
-    origin = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin(code_location), _REPOSITORY)
     recorder: Any = instance
     recorder.create_run_for_job = partial(
-        instance.create_run_for_job, remote_job_origin=origin.get_job_origin(job_name)
+        instance.create_run_for_job, remote_job_origin=job_origin(code_location, job_name)
     )
     try:
         yield

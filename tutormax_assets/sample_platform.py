@@ -178,7 +178,7 @@ FEEDBACK_DELAY_LOG_SD = 1.4  # one in a hundred arrives after two weeks
 MESSAGE_SHARE = 0.2  # message responses for each session
 AVAILABILITY_CHANGE_SHARE = 0.03  # availability changes for each session
 FADE_DAYS = 28  # over which a churner's sessions become rare
-CIRCLE_STUDENTS = 6  # whom a tutor teaches at a time; after as many sessions, one is replaced
+CIRCLE_STUDENTS = 6  # taught by a tutor at a time; after as many sessions, one is replaced
 
 WEEKDAY_WEIGHTS = (1.1, 1.15, 1.15, 1.1, 0.8, 0.7, 0.5)  # Monday first
 # Sessions start at quarters of these hours, UTC. None begins or ends near midnight, so that a

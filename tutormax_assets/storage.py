@@ -137,7 +137,7 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
         return rows.filter(~pl.col("tutor_id").is_in(only)) if only else None
 
     def active_tutors_left_out(self, partition_key: str) -> int:
-        """Number of active tutors whom no run of a date has computed yet; 0 if not known."""
+        """Number of active tutors that no run of a date has computed yet; 0 if not known."""
         try:
             left_out = self.whole_partition(dg.AssetKey("tutors_left_out"), partition_key)
         except FileNotFoundError:

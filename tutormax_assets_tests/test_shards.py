@@ -249,7 +249,7 @@ def test_a_shard_that_fails_in_any_step_is_named_and_the_others_are_saved(
             assert partition.failed == ({3: "poisoned"} if of_step else {})
             left = rows.filter(partition.shards.number() != 3)
             assert_frame_equal(frame, left if of_step else rows, check_exact=True)
-        said = f"{len(culprits)} tutors have no rows; shard 3: poisoned. Mend the reason"
+        said = f"{len(culprits)} tutors have no rows; shard 3: poisoned. Fix the cause"
         warned = [line for line in log if "check every_tutor_has_a_tier: 1 of 5 shards" in line]
         assert [said in line for line in warned] == [True]
 

@@ -243,7 +243,7 @@ def _general_advice(unwell: Sequence[Findings]) -> str:
     if len(unwell) == 1 and len(unwell[0].keys) > 1:
         return (
             "Nothing yet, if the sensors for the single days of failed ranges are on: each date is"
-            " run by itself, and one message will say which could be computed. Otherwise mend the"
+            " run by itself, and one message will say which could be computed. Otherwise fix the"
             f" cause and run: tutormax backfill --from {dates[0]} --to {dates[-1]}"
         )
     if dates:
@@ -252,6 +252,6 @@ def _general_advice(unwell: Sequence[Findings]) -> str:
         )
     return (
         "What a failed step would have written is as it was before, but for the tutors that it says"
-        " it saved. Mend the cause that the run or the report of its check names, then"
+        " it saved. Fix the cause that the run or the report of its check names, then"
         f" {again}"
     )

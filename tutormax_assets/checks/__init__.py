@@ -14,16 +14,10 @@ from typing import NamedTuple
 import dagster as dg
 import polars as pl
 
-# A plain AssetCheckResult loses its partition in a range. An evaluation keeps it, but the UI counts
-# it only if it points to the partition's newest materialization, and the pointer's type has no
-# public name.
-from dagster._core.definitions.asset_checks.asset_check_evaluation import (  # noqa: TID251
-    AssetCheckEvaluationTargetMaterializationData,
-)
-
 from tutormax_assets.automation.single_days import partition_keys
 from tutormax_assets.parquet import StorageError
 from tutormax_assets.platform.tables import METRICS_TABLE
+from tutormax_assets.private_dagster import TargetMaterialization
 from tutormax_assets.storage import PartitionedParquetIOManager, newest_dates
 
 # A longer outage changes so much that a comparison says little.
@@ -191,7 +185,7 @@ def rows_and_roster(
     finding = Finding(
         False,
         f"{len(stored.failed)} of {len(stored.shards)} shards could not be computed, so"
-        f" {len(left_out)} tutors have no rows; shard {number}: {why.rstrip('.')}. Mend the reason"
+        f" {len(left_out)} tutors have no rows; shard {number}: {why.rstrip('.')}. Fix the cause"
         " and run the date again.",
         {
             "failed_shards": ", ".join(map(str, sorted(stored.failed))),
@@ -281,8 +275,8 @@ def first_keys(rows: pl.DataFrame, *columns: str) -> pl.DataFrame:
 
 def _newest_materializations(
     instance: dg.DagsterInstance, asset_key: dg.AssetKey, partition_keys: list[str]
-) -> dict[str, AssetCheckEvaluationTargetMaterializationData]:
-    newest: dict[str, AssetCheckEvaluationTargetMaterializationData] = {}
+) -> dict[str, TargetMaterialization]:
+    newest: dict[str, TargetMaterialization] = {}
     # One query is enough where the run has just materialized each of them once.
     for wanted in (partition_keys, *([key] for key in partition_keys)):
         if set(wanted) <= newest.keys():
@@ -292,7 +286,7 @@ def _newest_materializations(
         ).records
         for record in reversed(records):
             if record.partition_key is not None:
-                newest[record.partition_key] = AssetCheckEvaluationTargetMaterializationData(
+                newest[record.partition_key] = TargetMaterialization(
                     storage_id=record.storage_id,
                     run_id=record.run_id,
                     timestamp=record.timestamp,

@@ -249,7 +249,7 @@ def no_duplicate_sessions(set_aside: pl.DataFrame, /) -> Finding:
     return Finding(
         False,
         f"{repeated['row_key'].n_unique()} session ids come more than once; one row of each is"
-        " used, and no rating of theirs. sessions has lost its primary key: mend it in the"
+        " used, and no rating of theirs. sessions has lost its primary key: fix it in the"
         " platform.",
         {
             "session_ids": repeated["row_key"].n_unique(),
@@ -302,7 +302,7 @@ def feedback_is_of_the_sessions_tutor(
         False,
         f"{count} of {read} rows of student_feedback name another tutor than their session:"
         f" {count / read:.1%}, with {warn_share:.1%} expected at most. Their ratings are not used."
-        " Mend them in the platform and run the date again.",
+        " Fix them in the platform and run the date again.",
         {
             **metadata,
             "first_rows": first_keys(others, "row_key", "tutor_id"),

@@ -84,7 +84,7 @@ def few_rows_set_aside(
         f" {row['window']} window break the source contract: {row['share']:.1%}, with"
         f" {error_share if failed else warn_share:.1%} expected at most."
         f" {hint}{_see(reference_date)}"
-        " Mend them in the platform and run the date again"
+        " Fix them in the platform and run the date again"
         + (", or raise checks.set_aside_error_share in the policy." if failed else "."),
         {
             **metadata,

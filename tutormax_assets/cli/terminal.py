@@ -114,7 +114,7 @@ def table(title: str, *columns: str, right: Collection[str] = (), unnamed: int =
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """Turn what a user can mend into a sentence: exit 2 for the input, 1 for the surroundings."""
+    """Turn what a user can fix into a sentence: exit 2 for the input, 1 for the surroundings."""
     import psycopg
     import sqlalchemy as sa
 

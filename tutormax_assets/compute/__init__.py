@@ -29,7 +29,7 @@ class ShardsError(Exception):
         super().__init__(
             f"{len(self.errors)} of {of} shards failed: {named}"
             f"{f'; and {more} more, which the log names' if more > 0 else ''}."
-            " The others are kept; mend the reason and run the date again."
+            " The others are kept; fix the cause and run the date again."
         )
 
 

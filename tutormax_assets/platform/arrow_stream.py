@@ -80,7 +80,7 @@ _capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 class _Batch:
-    """A batch whose memory belongs to whom takes it."""
+    """A batch whose memory belongs to whoever takes it."""
 
     def __init__(self, schema: Any, array: Any) -> None:
         self.schema, self.array = schema, array

@@ -13,7 +13,7 @@ from tutormax_assets.settings import Settings, postgres_url
 
 APPLICATION_NAME = "tutormax_assets"
 
-# A peer that is gone without a word is noticed within a minute, in the midst of a read as well.
+# A peer that vanishes silently is noticed within a minute, in the midst of a read as well.
 _LIBPQ_DEFAULTS = {
     "application_name": APPLICATION_NAME,
     "connect_timeout": 10,

@@ -27,7 +27,7 @@ POLL_SECONDS = 0.5
 
 _ALL_DATES = "every reference date"
 
-# The transaction is meant to be idle. A machine that is gone without a word must not keep its dates
+# The transaction is meant to be idle. A machine that vanishes silently must not keep its dates
 # for the two hours after which an operating system looks.
 _LIMITS = {
     "statement_timeout": "0",

@@ -306,7 +306,7 @@ class LakeView:
     ) -> None:
         """Write the rows of ``[start, end)``; those in the folder of another day are refused.
 
-        Where days are those of another timezone, rows would be missed without a word.
+        Where days are those of another timezone, rows would be missed silently.
         """
         instant = pl.col(INSTANTS[table])
         is_misplaced = instant.dt.date() != pl.col(DAY)

@@ -1,9 +1,9 @@
 """Writing ``tutor_performance_metrics``: COPY to a staging table, one upsert per batch of tutors.
 
-What the table holds of the date is read first, and only tutors of whom a row moved are sent. Every
-batch is its own transaction; of many rows, two batches are written at once. A batch that is refused
-because of its rows is split until only the culprits are left out. Two runs of one date at once
-neither collide nor wait for each other in a circle.
+What the table holds of the date is read first, and only tutors with a row that moved are sent.
+Every batch is its own transaction; of many rows, two batches are written at once. A batch that is
+refused because of its rows is split until only the culprits are left out. Two runs of one date at
+once neither collide nor wait for each other in a circle.
 """
 
 from collections import Counter, deque
@@ -191,7 +191,7 @@ def write_metrics(
         engine: The database that holds the table.
         tiers: ``TutorTiers``, all windows of a tutor included.
         calculation_date: The instant that the reference date stands for.
-        batch_size: Tutors per transaction at most, of those of whom a row moved.
+        batch_size: Tutors per transaction at most, of those with a row that moved.
         retrying: Calls the writing of a batch again when its failure may pass.
         timeouts: How long a statement may take, and wait for another session's lock.
         is_wanted: Asked in each transaction whether the run that wants the rows goes on.

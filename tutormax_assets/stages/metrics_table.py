@@ -94,7 +94,7 @@ def write_table(task: WritingTask, log: logging.Logger) -> WritingReport:
 
 
 def not_tried(tutors: pl.LazyFrame, reason: str) -> dict[str, Any]:
-    """The summary of tutors of whom no report came."""
+    """The summary of tutors without a report."""
     return _summary(tutors.select("tutor_id").collect(), [], not_tried=reason)
 
 

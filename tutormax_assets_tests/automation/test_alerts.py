@@ -138,7 +138,7 @@ def test_a_failed_run_is_one_message_whatever_failed_in_it(
         "\n"
         "What to do:\n"
         "- What a failed step would have written is as it was before, but for the tutors that it"
-        " says it saved. Mend the cause that the run or the report of its check names, then"
+        " says it saved. Fix the cause that the run or the report of its check names, then"
         " materialize 2025-11-07 again in the UI or with: tutormax run --date 2025-11-07"
     )
 

@@ -108,7 +108,7 @@ def test_a_shard_that_fails_keeps_no_other_from_being_computed(
     assert found == {"0000": 0, "0003": 9, "0005": 25, "0007": 49}
     assert str(error.value) == (
         "4 of 8 shards failed: 0001: no square of 1; 0002: no square of 2; 0004: no square of 4;"
-        " and 1 more, which the log names. The others are kept; mend the reason and run the date"
+        " and 1 more, which the log names. The others are kept; fix the cause and run the date"
         " again."
     )
     assert list(error.value.errors) == ["0001", "0002", "0004", "0006"]

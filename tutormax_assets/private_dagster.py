@@ -1,0 +1,60 @@
+"""What this package needs of Dagster that has no public name, each with its reason.
+
+Nothing else in the package imports from ``dagster._core`` or touches a private attribute of
+Dagster's.
+"""
+
+from typing import Any
+
+import dagster as dg
+import sqlalchemy as sa
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (  # noqa: TID251
+    AssetCheckEvaluationTargetMaterializationData,
+)
+from dagster._core.remote_origin import (  # noqa: TID251
+    RegisteredCodeLocationOrigin,
+    RemoteJobOrigin,
+    RemoteRepositoryOrigin,
+)
+
+_REPOSITORY = "__repository__"
+"""Dagster's name for the definitions of a code location."""
+
+TargetMaterialization = AssetCheckEvaluationTargetMaterializationData
+"""The materialization that the result of a check is about.
+
+A plain ``dg.AssetCheckResult`` loses its partition in a range. A ``dg.AssetCheckEvaluation`` keeps
+it, but the UI counts it only if it points to the partition's newest materialization.
+"""
+
+
+def job_origin(code_location: str, job_name: str) -> RemoteJobOrigin:
+    """What names a job of a code location on a run's record.
+
+    Without it, the UI shows a run neither in the timeline nor with its job, and cannot re-execute
+    it. ``dagster job execute`` leaves it out as well.
+
+    Args:
+        code_location: Its name in the UI.
+        job_name: The job that is run.
+    """
+    origin = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin(code_location), _REPOSITORY)
+    return origin.get_job_origin(job_name)
+
+
+def engines(instance: dg.DagsterInstance) -> list[sa.Engine]:
+    """The engines of those storages of an instance that are in PostgreSQL.
+
+    Dagster neither probes the connections of a pool before use nor closes the pool.
+    """
+    storages: tuple[Any, ...] = (
+        instance.run_storage,
+        instance.event_log_storage,
+        instance.schedule_storage,
+    )
+    found = (getattr(storage, "_engine", None) for storage in storages)
+    return [
+        engine
+        for engine in found
+        if isinstance(engine, sa.Engine) and engine.dialect.name == "postgresql"
+    ]
