@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -32,6 +32,8 @@ from tutormax_assets.settings import Settings, load_settings
 from tutormax_assets.shards import ALL_IN_ONE, Shards
 
 if TYPE_CHECKING:
+    import dagster as dg
+
     from tutormax_assets.aggregation import AggregationSummary
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -261,6 +263,27 @@ class Platform:
         return scan_partition(UPath(self.storage) / asset / f"{day}.parquet").collect()
 
 
+@cache
+def _opened_dagster_home() -> tempfile.TemporaryDirectory[str]:
+    """A Dagster home with tables, to copy: making them takes most of a second."""
+    from tutormax_assets.instance import dagster_instance
+
+    folder = tempfile.TemporaryDirectory(prefix="tutormax-dagster-")
+    with dagster_instance(Settings(dagster_home=Path(folder.name))):
+        pass
+    return folder
+
+
+@contextmanager
+def instance_of(platform: "Platform") -> Iterator["dg.DagsterInstance"]:
+    """The platform's Dagster instance, its event log kept open as the command line does."""
+    from tutormax_assets.event_log import event_log_kept_open
+    from tutormax_assets.instance import dagster_instance
+
+    with dagster_instance(platform.settings) as instance, event_log_kept_open(instance):
+        yield instance
+
+
 @contextmanager
 def open_platform(
     url: sa.URL, home: Path, *, using: pytest.MonkeyPatch | None = None, **variables: str
@@ -271,6 +294,8 @@ def open_platform(
     the test, so that what the test changes is put back before.
     """
     home.mkdir(parents=True, exist_ok=True)
+    if "DAGSTER_HOME" not in variables and not (home / "dagster").exists():
+        shutil.copytree(_opened_dagster_home().name, home / "dagster", symlinks=True)
     url = url.set(password=PASSWORD)
     with nullcontext(using) if using else pytest.MonkeyPatch.context() as patch:
         _forget_the_developers_environment(patch, home)

@@ -17,9 +17,8 @@ from tutormax_assets.automation.single_days import (
     partition_keys,
 )
 from tutormax_assets.definitions import JOB_NAME, build_definitions
-from tutormax_assets.instance import dagster_instance
 from tutormax_assets.settings import load_settings
-from tutormax_assets_tests.conftest import Platform
+from tutormax_assets_tests.conftest import Platform, instance_of
 
 IN_LOCATION = "single_days_of_failed_ranges"
 ON_COMMAND_LINE = "single_days_of_failed_command_line_ranges"
@@ -65,7 +64,7 @@ def test_one_bad_date_of_a_range_does_not_lose_the_others(small_platform: Platfo
         "resources": {"run_options": {"config": {"batch_size": 7}}},
         "loggers": {"line": {}},
     }
-    with dagster_instance(small_platform.settings) as instance:
+    with instance_of(small_platform) as instance:
         ranged = job.execute_in_process(
             instance=instance, run_config=config, tags=RANGE, raise_on_error=False
         )
@@ -158,7 +157,7 @@ def test_a_range_that_fails_whatever_the_date_is_left_alone(small_platform: Plat
     small_platform.execute("ALTER TABLE sessions RENAME TO gone")
     job = build_definitions(small_platform.settings).resolve_job_def(JOB_NAME)
     options = {"resources": {"run_options": {"config": {"max_retries": 0}}}}
-    with dagster_instance(small_platform.settings) as instance:
+    with instance_of(small_platform) as instance:
         result = job.execute_in_process(
             run_config=options, instance=instance, raise_on_error=False, tags=RANGE
         )
