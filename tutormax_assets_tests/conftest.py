@@ -1,5 +1,6 @@
 """What every test stands on: an environment of its own, and databases of a real PostgreSQL."""
 
+import gc
 import logging
 import os
 import shutil
@@ -104,8 +105,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for the clock begins first, so that the others run meanwhile."""
+    """What waits for the clock begins first, so that the others run meanwhile.
+
+    Tests that share what takes seconds to make are run by one process.
+    """
     items.sort(key=lambda item: item.get_closest_marker("waits") is None)
+    for item in items:
+        if "golden_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("golden"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

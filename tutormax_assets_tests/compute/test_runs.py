@@ -137,25 +137,10 @@ def assert_as_expected(platform: Platform, expected: Stored, table: pl.DataFrame
     )
 
 
-def test_a_cluster_gives_what_one_process_gives(
-    cluster: DaskCluster, platform: Platform, expected: Stored, table: pl.DataFrame
-) -> None:
-    before = {path: path.stat().st_mtime_ns for path in platform.storage.glob("*/*.json")}
-
-    with captured_log() as log:
-        summaries = platform.run(*DAYS)
-
-    assert all(summary.all_saved for summary in summaries)
-    assert_as_expected(platform, expected, table)
-    assert all(path.stat().st_mtime_ns > mtime for path, mtime in before.items())
-    said = "\n".join(log)
-    assert f"Dask scheduler {cluster.address}: 2 workers with 2 threads" in said
-    assert f"{DAYS[1]} shard {SHARDS - 1}: Batch 1/1 of {DAYS[1]} committed" in said
-
-
 def test_a_worker_that_is_killed_in_a_run_costs_time_and_nothing_else(
     cluster: DaskCluster, platform: Platform, expected: Stored, table: pl.DataFrame
 ) -> None:
+    before = {path: path.stat().st_mtime_ns for path in platform.storage.glob("*/*.json")}
     folder = platform.storage / "sessions_snapshot" / f"{DAYS[1]}.parquet"
     files = set(folder.iterdir())
 
@@ -165,12 +150,17 @@ def test_a_worker_that_is_killed_in_a_run_costs_time_and_nothing_else(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    summaries = platform.run(*DAYS)
+    with captured_log() as log:
+        summaries = platform.run(*DAYS)
     killer.join()
 
     assert cluster.workers[0].wait(PATIENCE) == -signal.SIGKILL
     assert all(summary.all_saved for summary in summaries)
     assert_as_expected(platform, expected, table)
+    assert all(path.stat().st_mtime_ns > mtime for path, mtime in before.items())
+    said = "\n".join(log)
+    assert f"Dask scheduler {cluster.address}: 2 workers with 2 threads" in said
+    assert f"{DAYS[1]} shard {SHARDS - 1}: Batch 1/1 of {DAYS[1]} committed" in said
 
 
 def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_saved(
