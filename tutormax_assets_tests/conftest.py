@@ -85,6 +85,10 @@ _DAGSTERS_OWN_WARNINGS = (
     "Specifying a partitions_def on an AssetCheckSpec",
 )
 
+_MEMORY = Path("/dev/shm")
+_ENOUGH_BYTES = 4 << 30
+"""Free memory that holds whatever the tests write: they make and drop hundreds of databases."""
+
 _TEMPLATE = "tutormax_template"
 _SERVER_HOME = pytest.StashKey[Path]()
 
@@ -98,10 +102,22 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         config.stash[_SERVER_HOME] = Path(config.workerinput["server_home"])
         return
+    if "TMPDIR" not in os.environ and _is_fit_for_files(_MEMORY):
+        os.environ["TMPDIR"] = str(_MEMORY)
+        tempfile.tempdir = None
     home = Path(tempfile.mkdtemp(prefix="tutormax-tests-"))
     # When the tests run as root, the server runs as another user, who must pass.
     home.chmod(0o755)
     config.stash[_SERVER_HOME] = home
+
+
+def _is_fit_for_files(folder: Path) -> bool:
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    is_large = found.f_bavail * found.f_frsize >= _ENOUGH_BYTES
+    return is_large and os.access(folder, os.W_OK) and not found.f_flag & os.ST_NOEXEC
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
