@@ -45,9 +45,10 @@ bench: .venv/installed-bench ## Measure the product against other ways to its ro
 bench-scale: .venv/installed-bench ## Measure one process against Dask workers, in about ten minutes.
 	@$(BIN)/python -m benchmarks.scale $(BENCH)
 
-check: .venv/installed-dev ## Lint, format and types.
+check: .venv/installed-dev ## Lint, format, imports between rooms and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
 lock: .venv/installed-dev ## Choose versions anew from pyproject.toml.

@@ -15,8 +15,8 @@ import psycopg
 from psycopg import sql
 
 from benchmarks.answers import TABLE, TWIN
-from tutormax_assets.platform import embedded
-from tutormax_assets.platform.connection import conninfo
+from tutormax_assets.database import embedded
+from tutormax_assets.database.connection import conninfo
 
 TUTORMAX = str(Path(sys.executable).with_name("tutormax"))
 SOURCE_TABLES = ("tutors", "sessions", "student_feedback", "tutor_events")

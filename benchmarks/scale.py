@@ -18,7 +18,7 @@ from benchmarks.contestants import Measured, differing, product
 from benchmarks.platforms import Platform, PlatformError, Size, generated, midnight, opened
 from benchmarks.processes import CommandError
 from benchmarks.stages import StagesError
-from tutormax_assets.shards import TUTORS_OF_A_SHARD
+from tutormax_assets.storage.shards import TUTORS_OF_A_SHARD
 from tutormax_assets_tests.compute.clusters import DaskCluster
 
 DAYS = 90

@@ -13,10 +13,10 @@ import sqlalchemy as sa
 from chaos import oracle
 from chaos.ground import END, Ground, database, ground, ground_on, query, silent_log
 from chaos.report import Report
-from tutormax_assets import sample_platform
-from tutormax_assets.aggregation import aggregate
-from tutormax_assets.platform.tables import METRICS_TABLE, sessions, student_feedback, tutor_events
-from tutormax_assets.resources import RunOptions
+from tutormax_assets.api.runs import aggregate
+from tutormax_assets.database.tables import METRICS_TABLE, sessions, student_feedback, tutor_events
+from tutormax_assets.defs.resources import RunOptions
+from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets.settings import load_settings
 
 TUTORS = 40

@@ -13,12 +13,13 @@ from time import perf_counter
 import polars as pl
 import sqlalchemy as sa
 
+from tutormax_assets.database import embedded
+from tutormax_assets.database.connection import Timeouts, create_engine
+from tutormax_assets.database.faults import retrying
+from tutormax_assets.database.metrics_table import write_metrics
+from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.metrics.schemas import TutorTiers
-from tutormax_assets.platform import embedded, schema
-from tutormax_assets.platform.connection import Timeouts, create_engine
-from tutormax_assets.platform.faults import retrying
-from tutormax_assets.platform.metrics_table import write_metrics
-from tutormax_assets.resources import RunOptions
+from tutormax_assets.schema.status import initialize
 
 BATCH_SIZE: int = RunOptions.model_fields["batch_size"].default
 
@@ -133,7 +134,7 @@ def main() -> None:
         home.chmod(0o755)
         try:
             engine = create_engine(embedded.start(home))
-            schema.initialize(engine, timezone="UTC")
+            initialize(engine, timezone="UTC")
             figures = measure(engine)
             engine.dispose()
         finally:

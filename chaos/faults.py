@@ -24,10 +24,11 @@ from chaos.ground import (
 )
 from chaos.proxy import ALWAYS, Proxy
 from chaos.report import Report
-from tutormax_assets import sample_platform
-from tutormax_assets.aggregation import AggregationSummary, aggregate
-from tutormax_assets.platform.tables import METRICS_TABLE
-from tutormax_assets.resources import RunOptions
+from tutormax_assets.api.runs import aggregate
+from tutormax_assets.api.summary import AggregationSummary
+from tutormax_assets.database.tables import METRICS_TABLE
+from tutormax_assets.defs.resources import RunOptions
+from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets.settings import load_settings
 
 TUTORS = 60

@@ -22,15 +22,11 @@ import sqlalchemy as sa
 from adbc_driver_postgresql import dbapi
 from upath import UPath
 
-from tutormax_assets.log import LOGGER
-from tutormax_assets.parts import scan_partition, stored_partition
-from tutormax_assets.platform import embedded
-from tutormax_assets.platform.connection import conninfo, create_engine
-from tutormax_assets.platform.tables import (
-    METRICS_TABLE,
-    metrics_metadata,
-    source_metadata,
-)
+from tutormax_assets.database import embedded
+from tutormax_assets.database.connection import conninfo, create_engine
+from tutormax_assets.database.tables import METRICS_TABLE, metrics_metadata, source_metadata
+from tutormax_assets.defs.log import LOGGER
+from tutormax_assets.storage.partition import scan_partition, stored_partition
 
 TUTORMAX = str(Path(sys.executable).with_name("tutormax"))
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,12 +34,12 @@ from chaos.ground import (
     silent_log,
 )
 from chaos.report import Report
-from tutormax_assets import sample_platform
-from tutormax_assets.aggregation import aggregate
-from tutormax_assets.parts import delete_files
-from tutormax_assets.platform.tables import METRICS_TABLE
-from tutormax_assets.resources import RunOptions
+from tutormax_assets.api.runs import aggregate
+from tutormax_assets.database.tables import METRICS_TABLE
+from tutormax_assets.defs.resources import RunOptions
+from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets.settings import load_settings
+from tutormax_assets.storage.partition import delete_files
 
 TUTORS = 40
 DATES = [END - timedelta(days=n) for n in (3, 2, 1, 0)]

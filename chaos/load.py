@@ -23,9 +23,9 @@ import sqlalchemy as sa
 from chaos.ground import END, ROOT, Ground, execute, ground, ground_on, query
 from chaos.report import Report, percentile
 from chaos.writers import APPLICATION_NAME, FIRST_NUMBER, Customers, Transaction
-from tutormax_assets import sample_platform
-from tutormax_assets.platform.connection import conninfo
-from tutormax_assets.platform.tables import METRICS_TABLE
+from tutormax_assets.database.connection import conninfo
+from tutormax_assets.database.tables import METRICS_TABLE
+from tutormax_assets.sample import platform as sample_platform
 
 SAMPLE_SECONDS = 0.02
 WINDOW_DAYS = 90

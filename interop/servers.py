@@ -19,7 +19,7 @@ import psycopg
 import sqlalchemy as sa
 from psycopg import sql
 
-from tutormax_assets.platform.connection import conninfo
+from tutormax_assets.database.connection import conninfo
 
 PATIENCE_SECONDS = 30
 ADMIN = "admin"

@@ -19,8 +19,8 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
 from interop.servers import ADMIN, PASSWORD, READER, WRITER, Server, tcp_url
-from tutormax_assets.platform.connection import conninfo, create_engine
-from tutormax_assets.platform.tables import METRICS_KEY, source_metadata
+from tutormax_assets.database.connection import conninfo, create_engine
+from tutormax_assets.database.tables import METRICS_KEY, source_metadata
 from tutormax_assets_tests.conftest import GOLDEN, add, fill_golden, metrics_of
 from tutormax_assets_tests.metrics.test_golden import EXACT, RATES
 

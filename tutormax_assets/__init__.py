@@ -6,12 +6,8 @@ The names below are loaded when they are first used, so that importing the packa
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tutormax_assets.aggregation import (
-        AggregationResult,
-        AggregationSummary,
-        DailyMetricsAggregator,
-        run_daily_aggregation,
-    )
+    from tutormax_assets.api.aggregator import DailyMetricsAggregator, run_daily_aggregation
+    from tutormax_assets.api.summary import AggregationResult, AggregationSummary
 
 __all__ = [
     "AggregationResult",
@@ -23,9 +19,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from tutormax_assets import aggregation
+        from tutormax_assets.api import aggregator
 
-        return getattr(aggregation, name)
+        return getattr(aggregator, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

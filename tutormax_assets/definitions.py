@@ -2,25 +2,25 @@
 
 import dagster as dg
 
-from tutormax_assets.assets.metrics import window_metrics_assets
-from tutormax_assets.assets.metrics_table import tutor_performance_metrics_asset
-from tutormax_assets.assets.platform import platform_tables
-from tutormax_assets.assets.snapshots import platform_snapshot_assets
-from tutormax_assets.assets.tiers import tutor_tiers_asset
-from tutormax_assets.automation.alerts import alert_sensors
-from tutormax_assets.automation.retention import retention_job, retention_sensor
-from tutormax_assets.automation.schedule import nightly_freshness, nightly_schedule
-from tutormax_assets.automation.single_days import single_days_sensors
-from tutormax_assets.checks.sessions_snapshot import sessions_snapshot_checks
-from tutormax_assets.checks.tutor_events_snapshot import tutor_events_snapshot_checks
-from tutormax_assets.checks.tutor_performance_metrics import tutor_performance_metrics_checks
-from tutormax_assets.checks.tutor_tiers import tutor_tiers_checks
-from tutormax_assets.checks.window_metrics import window_metrics_checks
-from tutormax_assets.compute.resource import Compute
-from tutormax_assets.log import line_logger
-from tutormax_assets.resources import MetricsPolicy, PlatformDatabase, RunOptions, load_policy
+from tutormax_assets.defs.assets.metrics import window_metrics_assets
+from tutormax_assets.defs.assets.metrics_table import tutor_performance_metrics_asset
+from tutormax_assets.defs.assets.platform import platform_tables
+from tutormax_assets.defs.assets.snapshots import platform_snapshot_assets
+from tutormax_assets.defs.assets.tiers import tutor_tiers_asset
+from tutormax_assets.defs.automation.alerts import alert_sensors
+from tutormax_assets.defs.automation.retention import retention_job, retention_sensor
+from tutormax_assets.defs.automation.schedule import nightly_freshness, nightly_schedule
+from tutormax_assets.defs.automation.single_days import single_days_sensors
+from tutormax_assets.defs.checks.sessions_snapshot import sessions_snapshot_checks
+from tutormax_assets.defs.checks.tutor_events_snapshot import tutor_events_snapshot_checks
+from tutormax_assets.defs.checks.tutor_performance_metrics import tutor_performance_metrics_checks
+from tutormax_assets.defs.checks.tutor_tiers import tutor_tiers_checks
+from tutormax_assets.defs.checks.window_metrics import window_metrics_checks
+from tutormax_assets.defs.compute_resource import Compute
+from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
+from tutormax_assets.defs.log import line_logger
+from tutormax_assets.defs.resources import MetricsPolicy, PlatformDatabase, RunOptions, load_policy
 from tutormax_assets.settings import Settings, load_settings
-from tutormax_assets.storage import PartitionedParquetIOManager
 
 JOB_NAME = "daily_metrics"
 

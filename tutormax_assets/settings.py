@@ -14,7 +14,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tutormax_assets import environment
-from tutormax_assets.partitions import today
+from tutormax_assets.dates import today
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

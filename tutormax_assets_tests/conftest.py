@@ -24,18 +24,23 @@ from filelock import FileLock
 from psycopg import sql
 from upath import UPath
 
-from tutormax_assets import sample_platform
-from tutormax_assets.parts import list_partition, partition_of, scan_partition, store_parts
-from tutormax_assets.platform import embedded, tables
-from tutormax_assets.platform.connection import conninfo, create_engine
-from tutormax_assets.platform.tables import metrics_metadata, source_metadata
+from tutormax_assets.database import embedded, tables
+from tutormax_assets.database.connection import conninfo, create_engine
+from tutormax_assets.database.tables import metrics_metadata, source_metadata
+from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets.settings import Settings, load_settings
-from tutormax_assets.shards import ALL_IN_ONE, Shards
+from tutormax_assets.storage.partition import (
+    list_partition,
+    partition_of,
+    scan_partition,
+    store_parts,
+)
+from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 
 if TYPE_CHECKING:
     import dagster as dg
 
-    from tutormax_assets.aggregation import AggregationSummary
+    from tutormax_assets.api.summary import AggregationSummary
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -95,6 +100,8 @@ _SERVER_HOME = pytest.StashKey[Path]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """One home for the whole run: made here, and handed on to the workers of pytest-xdist."""
+    # When the tests run as root, the server runs as another user, who must reach what they make.
+    os.umask(0o022)
     for message in _DAGSTERS_OWN_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
     # Apprise imports it where Python still has it.
@@ -106,7 +113,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TMPDIR"] = str(_MEMORY)
         tempfile.tempdir = None
     home = Path(tempfile.mkdtemp(prefix="tutormax-tests-"))
-    # When the tests run as root, the server runs as another user, who must pass.
     home.chmod(0o755)
     config.stash[_SERVER_HOME] = home
 
@@ -269,8 +275,8 @@ class Platform:
 
     def run(self, *days: str, **options: Any) -> "list[AggregationSummary]":
         """Run the job for consecutive reference dates."""
-        from tutormax_assets.aggregation import aggregate
-        from tutormax_assets.resources import RunOptions
+        from tutormax_assets.api.runs import aggregate
+        from tutormax_assets.defs.resources import RunOptions
 
         options = {"max_retries": 0, "retry_delay_seconds": 0, **options}
         return aggregate(
@@ -295,7 +301,7 @@ class Platform:
 @cache
 def _opened_dagster_home() -> tempfile.TemporaryDirectory[str]:
     """A Dagster home with tables, to copy: making them takes most of a second."""
-    from tutormax_assets.instance import dagster_instance
+    from tutormax_assets.runs.instance import dagster_instance
 
     folder = tempfile.TemporaryDirectory(prefix="tutormax-dagster-")
     with dagster_instance(Settings(dagster_home=Path(folder.name))):
@@ -306,8 +312,8 @@ def _opened_dagster_home() -> tempfile.TemporaryDirectory[str]:
 @contextmanager
 def instance_of(platform: "Platform") -> Iterator["dg.DagsterInstance"]:
     """The platform's Dagster instance, its event log kept open as the command line does."""
-    from tutormax_assets.event_log import event_log_kept_open
-    from tutormax_assets.instance import dagster_instance
+    from tutormax_assets.runs.event_log import event_log_kept_open
+    from tutormax_assets.runs.instance import dagster_instance
 
     with dagster_instance(platform.settings) as instance, event_log_kept_open(instance):
         yield instance

@@ -12,9 +12,9 @@ from chaos import bad_input, ground, kills, load, oracle
 from chaos.ground import END, differences
 from chaos.proxy import ALWAYS, Proxy
 from chaos.report import Report, percentile
-from tutormax_assets.parts import delete_files
-from tutormax_assets.platform.connection import create_engine
-from tutormax_assets.platform.tables import METRICS_TABLE
+from tutormax_assets.database.connection import create_engine
+from tutormax_assets.database.tables import METRICS_TABLE
+from tutormax_assets.storage.partition import delete_files
 from tutormax_assets_tests.conftest import Platform
 
 

@@ -13,9 +13,9 @@ import pytest
 import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
-from tutormax_assets.aggregation import AggregationSummary
+from tutormax_assets.api.summary import AggregationSummary
+from tutormax_assets.database import tables
 from tutormax_assets.definitions import JOB_NAME, build_definitions
-from tutormax_assets.platform import tables
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests.conftest import (
     GOLDEN,

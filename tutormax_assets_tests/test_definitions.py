@@ -10,12 +10,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from tutormax_assets.dates import today
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.metrics.policy import PolicyError
-from tutormax_assets.partitions import today
 from tutormax_assets.settings import Settings, SettingsError, load_settings
-from tutormax_assets_tests.checks.test_runs import ALL as ALL_CHECKS
 from tutormax_assets_tests.conftest import PARQUET_ASSETS
+from tutormax_assets_tests.defs.checks.test_runs import ALL as ALL_CHECKS
 
 PLATFORM = {"tutors", "sessions", "student_feedback", "tutor_events"}
 COMPUTED = {*PARQUET_ASSETS, "tutor_performance_metrics"}

@@ -7,13 +7,13 @@ import polars as pl
 import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
-from tutormax_assets.platform.connection import Timeouts
-from tutormax_assets.platform.contract import NEEDED_COLUMNS
-from tutormax_assets.platform.lake import Lake
-from tutormax_assets.platform.snapshot import Source
-from tutormax_assets.platform.sources import where_to_look
-from tutormax_assets.sample_lake import write_lake
-from tutormax_assets.sample_platform import sample_frames
+from tutormax_assets.database.connection import Timeouts
+from tutormax_assets.sample.lake import write_lake
+from tutormax_assets.sample.platform import sample_frames
+from tutormax_assets.source.contract import NEEDED_COLUMNS
+from tutormax_assets.source.lake import Lake
+from tutormax_assets.source.postgres import Source
+from tutormax_assets.source.view import where_to_look
 from tutormax_assets_tests.conftest import (
     GOLDEN,
     PARQUET_ASSETS,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tutormax_assets_tests.automation.conftest import serving
+from tutormax_assets_tests.defs.automation.conftest import serving
 
 ROOT = Path(__file__).parent.parent
 LOCKS = (

@@ -9,9 +9,9 @@ import psycopg
 import sqlalchemy as sa
 from psycopg import sql
 
-from tutormax_assets.platform import schema
-from tutormax_assets.platform.connection import conninfo, create_engine
-from tutormax_assets.platform.roles import grants
+from tutormax_assets.database.connection import conninfo, create_engine
+from tutormax_assets.schema.roles import grants
+from tutormax_assets.schema.status import upgrade
 from tutormax_assets_tests.conftest import new_database
 
 
@@ -59,7 +59,7 @@ def open_users(server_url: sa.URL, *, template: str) -> Iterator[Users]:
             "both": sql.SQL(", ").join(roles.values()),
         }
         engine = create_engine(owner)
-        schema.upgrade(engine, timezone="UTC")
+        upgrade(engine, timezone="UTC")
         engine.dispose()
         with psycopg.connect(conninfo(owner), autocommit=True) as connection:
             connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database))

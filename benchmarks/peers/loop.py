@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from benchmarks.answers import TWIN_NAME
 from benchmarks.peers import WINDOWS, Task, sampled
 from chaos.oracle import tier
-from tutormax_assets.platform import tables
+from tutormax_assets.database import tables
 
 _BATCH = 100
 """Tutors in a transaction, as the replaced service has them."""

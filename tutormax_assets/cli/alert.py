@@ -16,7 +16,7 @@ def alert(
     """
     environment = settings()
     with sentences():
-        from tutormax_assets.automation.receivers import Message, deliver, receiver_names
+        from tutormax_assets.defs.automation.receivers import Message, deliver, receiver_names
 
         names = receiver_names(environment)
         if not names:

@@ -41,12 +41,12 @@ def _name(value: str) -> str:
 @app.command()
 def init() -> None:
     """Create all tables in an empty database, source tables included: for demos and tests."""
-    from tutormax_assets.platform import schema
+    from tutormax_assets.schema.status import initialize
 
     log_to_stderr()
     environment = settings()
     with _engine(environment) as engine:
-        schema.initialize(engine, timezone=environment.timezone)
+        initialize(engine, timezone=environment.timezone)
     show("All tables are there, empty. `tutormax generate` fills them with sample rows.")
 
 
@@ -61,12 +61,12 @@ def upgrade(
     A table that the replaced service filled is adopted: names become values, dates become midnight,
     duplicates are set aside, keys and indexes are added.
     """
-    from tutormax_assets.platform import schema
+    from tutormax_assets.schema.status import upgrade
 
     log_to_stderr()
     environment = settings()
     with _engine(environment) as engine:
-        report = schema.upgrade(engine, timezone=environment.timezone, dry_run=dry_run)
+        report = upgrade(engine, timezone=environment.timezone, dry_run=dry_run)
     for line in report.lines():
         show(line)
     if report.obstacles:
@@ -76,9 +76,10 @@ def upgrade(
 @app.command()
 def status() -> None:
     """Show where the database is, its tables and the state of the migration."""
-    from tutormax_assets.platform import embedded, schema
-    from tutormax_assets.platform.connection import create_engine, describe, source_url
-    from tutormax_assets.platform.lake import Lake
+    from tutormax_assets.database import embedded
+    from tutormax_assets.database.connection import create_engine, describe, source_url
+    from tutormax_assets.schema.status import status
+    from tutormax_assets.source.lake import Lake
 
     environment = settings()
     if environment.database_source == "embedded" and not embedded.is_running(environment.home_path):
@@ -100,7 +101,7 @@ def status() -> None:
             source = create_engine(source_url(environment))
             opened.callback(source.dispose)
             show(f"Source tables: {describe(source.url)} (from TUTORMAX_SOURCE_URL)")
-        found = schema.status(engine, timezone=environment.timezone, source=source, lake=lake)
+        found = status(engine, timezone=environment.timezone, source=source, lake=lake)
     for line in found.lines():
         show(line)
     if not found.ready:
@@ -136,8 +137,8 @@ def roles(
     The owner of the tables gives it to psql, after `tutormax db upgrade`; where both roles exist,
     no other right is needed.
     """
-    from tutormax_assets.platform.roles import grants
-    from tutormax_assets.platform.tables import METRICS_TABLE
+    from tutormax_assets.database.tables import METRICS_TABLE
+    from tutormax_assets.schema.roles import grants
 
     if reader == writer:
         fail(f"--reader and --writer are both {reader!r}; expected two names.", code=EXIT_USAGE)
@@ -151,9 +152,9 @@ def _schemas() -> dict[str, str]:
     """Where the database has its tables; nowhere if it cannot be reached."""
     import sqlalchemy as sa
 
-    from tutormax_assets.platform import embedded
-    from tutormax_assets.platform.faults import reason
-    from tutormax_assets.platform.roles import find_schemas
+    from tutormax_assets.database import embedded
+    from tutormax_assets.database.faults import reason
+    from tutormax_assets.schema.roles import find_schemas
 
     environment = settings()
     if environment.database_source == "embedded" and not embedded.is_running(environment.home_path):
@@ -178,8 +179,8 @@ def psql(context: typer.Context) -> None:
 
     It is the one of the PATH, else that of the embedded server.
     """
-    from tutormax_assets.platform import embedded
-    from tutormax_assets.platform.connection import database_url, psql_environment
+    from tutormax_assets.database import embedded
+    from tutormax_assets.database.connection import database_url, psql_environment
 
     environment = settings()
     with sentences():
@@ -194,7 +195,7 @@ def psql(context: typer.Context) -> None:
 @app.command()
 def stop() -> None:
     """Stop the embedded server."""
-    from tutormax_assets.platform import embedded
+    from tutormax_assets.database import embedded
 
     environment = settings()
     if environment.database_source != "embedded":
@@ -210,11 +211,7 @@ def stop() -> None:
 
 @contextmanager
 def _engine(environment: "Settings") -> "Iterator[sa.Engine]":
-    from tutormax_assets.platform.connection import create_engine, database_url
+    from tutormax_assets.database.connection import engine_of
 
-    with sentences():
-        engine = create_engine(database_url(environment))
-        try:
-            yield engine
-        finally:
-            engine.dispose()
+    with sentences(), engine_of(environment) as engine:
+        yield engine

@@ -64,14 +64,13 @@ def demo(
             code=EXIT_USAGE,
         )
     with sentences():
-        from tutormax_assets.partitions import today
-        from tutormax_assets.platform.connection import create_engine, database_url
-        from tutormax_assets.resources import RunOptions
+        from tutormax_assets.database.connection import engine_of
+        from tutormax_assets.dates import today
+        from tutormax_assets.defs.resources import RunOptions
 
         day = today(timezone=environment.timezone)
         _heading("1. A platform in an embedded PostgreSQL")
-        engine = create_engine(database_url(environment))
-        try:
+        with engine_of(environment) as engine:
             _platform(engine, tutors=tutors, day=day, timezone=environment.timezone)
             _heading("2. The table before the run")
             _table_state(engine)
@@ -84,20 +83,18 @@ def demo(
             _table_state(engine)
             _sample(engine, summary.run_date)
             _tier_distribution(engine, summary.run_date)
-        finally:
-            engine.dispose()
     if not summary.all_saved:
         raise typer.Exit(EXIT_FAILED)
     _what_next(day)
 
 
 def _platform(engine: "sa.Engine", *, tutors: int | None, day: date, timezone: str) -> None:
-    from tutormax_assets import sample_platform
-    from tutormax_assets.platform import schema
+    from tutormax_assets.sample import platform as sample_platform
+    from tutormax_assets.schema.status import initialize, status
 
-    state = schema.status(engine, timezone=timezone)
+    state = status(engine, timezone=timezone)
     if not any(source.present for source in state.sources):
-        schema.initialize(engine, timezone=timezone)
+        initialize(engine, timezone=timezone)
     try:
         rows = sample_platform.generate(
             engine,
@@ -124,7 +121,7 @@ def _platform(engine: "sa.Engine", *, tutors: int | None, day: date, timezone: s
 def _tutors(engine: "sa.Engine") -> int:
     import sqlalchemy as sa
 
-    from tutormax_assets.platform import tables
+    from tutormax_assets.database import tables
 
     with engine.connect() as connection:
         count = sa.select(sa.func.count()).select_from(tables.tutors)
@@ -134,7 +131,7 @@ def _tutors(engine: "sa.Engine") -> int:
 def _table_state(engine: "sa.Engine") -> None:
     import sqlalchemy as sa
 
-    from tutormax_assets.platform.tables import tutor_performance_metrics as metrics
+    from tutormax_assets.database.tables import tutor_performance_metrics as metrics
 
     query = sa.select(
         sa.func.count(),
@@ -152,7 +149,7 @@ def _table_state(engine: "sa.Engine") -> None:
 def _sample(engine: "sa.Engine", calculation_date: object) -> None:
     import sqlalchemy as sa
 
-    from tutormax_assets.platform.tables import tutor_performance_metrics as metrics
+    from tutormax_assets.database.tables import tutor_performance_metrics as metrics
 
     shown = ("tutor_id", "window", "avg_rating", "reschedule_rate", "performance_tier")
     query = (
@@ -171,7 +168,7 @@ def _sample(engine: "sa.Engine", calculation_date: object) -> None:
 def _tier_distribution(engine: "sa.Engine", calculation_date: object) -> None:
     import sqlalchemy as sa
 
-    from tutormax_assets.platform.tables import tutor_performance_metrics as metrics
+    from tutormax_assets.database.tables import tutor_performance_metrics as metrics
 
     query = (
         sa.select(metrics.c.performance_tier, sa.func.count())

@@ -28,9 +28,9 @@ def dev(
     """
     environment = settings()
     with sentences():
-        from tutormax_assets.instance import dagster_home
-        from tutormax_assets.platform.connection import database_url, describe
-        from tutormax_assets.resources import load_policy
+        from tutormax_assets.database.connection import database_url, describe
+        from tutormax_assets.defs.resources import load_policy
+        from tutormax_assets.runs.instance import dagster_home
 
         load_policy(environment)
         home = dagster_home(environment)

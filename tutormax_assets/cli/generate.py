@@ -1,5 +1,6 @@
 """``tutormax generate``: fill the source tables, or a lake, with a synthetic platform."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Annotated
 
@@ -62,34 +63,32 @@ def generate(
         sentences(),
     ):
         task = bar.add_task(f"generating {tutors:,} tutors", total=None)
-        from tutormax_assets import sample_lake, sample_platform
-        from tutormax_assets.platform.connection import create_engine, database_url
+        from tutormax_assets.database.connection import engine_of
+        from tutormax_assets.sample import lake as sample_lake
+        from tutormax_assets.sample import platform as sample_platform
 
         environment = settings()
         last = reference_date("--end", end, environment)
-        engine = create_engine(database_url(environment)) if lake is None else None
-        write = (
-            partial(sample_platform.generate, engine, append=append)
-            if engine is not None
-            else partial(sample_lake.generate_lake, str(lake))
-        )
-        try:
-            rows = write(
-                tutors=tutors,
-                sessions_per_tutor=sessions_per_tutor,
-                days=days,
-                end=last,
-                seed=seed,
-                bad_rows=bad_rows,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+        with engine_of(environment) if lake is None else nullcontext() as engine:
+            write = (
+                partial(sample_platform.generate, engine, append=append)
+                if engine is not None
+                else partial(sample_lake.generate_lake, str(lake))
             )
-        except (
-            sample_platform.PlatformNotEmptyError,
-            sample_platform.PlatformTablesMissingError,
-        ) as error:
-            fail(str(error), code=EXIT_FAILED)
-        finally:
-            if engine is not None:
-                engine.dispose()
+            try:
+                rows = write(
+                    tutors=tutors,
+                    sessions_per_tutor=sessions_per_tutor,
+                    days=days,
+                    end=last,
+                    seed=seed,
+                    bad_rows=bad_rows,
+                    progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+            except (
+                sample_platform.PlatformNotEmptyError,
+                sample_platform.PlatformTablesMissingError,
+            ) as error:
+                fail(str(error), code=EXIT_FAILED)
     for table, count in rows.items():
         show(f"{table}: {count:,} rows")

@@ -22,8 +22,8 @@ from tutormax_assets.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from tutormax_assets.automation.retention import CleanupReport
-    from tutormax_assets.platform.archive import RestoredDate
+    from tutormax_assets.database.archive import RestoredDate
+    from tutormax_assets.defs.automation.retention import CleanupReport
 
 _SHOWN_TUTORS = 10
 _MOST_DAYS = 36_500
@@ -64,9 +64,9 @@ def cleanup(
         _check_month("--release-month", month)
     environment = settings()
     with sentences():
-        from tutormax_assets import aggregation
+        from tutormax_assets.api import retention
 
-        report = aggregation.cleanup(
+        report = retention.cleanup(
             environment,
             retention_days=retention_days,
             released_months=release_month or (),
@@ -109,11 +109,11 @@ def restore(
     restored: list[RestoredDate] = []
     try:
         with sentences():
-            from tutormax_assets import aggregation
-            from tutormax_assets.partitions import today
+            from tutormax_assets.api import retention
+            from tutormax_assets.dates import today
 
             until = today(timezone=environment.timezone) + timedelta(days=keep_days)
-            for of_date in aggregation.restore(environment, month, until=until, dry_run=dry_run):
+            for of_date in retention.restore(environment, month, until=until, dry_run=dry_run):
                 restored.append(of_date)
     except Failed as error:
         # The dates before the one that failed are back in the table.

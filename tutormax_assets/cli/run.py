@@ -12,12 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tutormax_assets.cli.arguments import (
-    AsJson,
-    command_again,
-    dates_in_words,
-    reference_date,
-)
+from tutormax_assets.cli.arguments import AsJson, command_again, dates_in_words, reference_date
 from tutormax_assets.cli.retention import cleanup_block
 from tutormax_assets.cli.terminal import (
     EXIT_FAILED,
@@ -36,9 +31,9 @@ from tutormax_assets.cli.terminal import (
 logger = logging.getLogger("tutormax_assets")
 
 if TYPE_CHECKING:
-    from tutormax_assets.aggregation import AggregationSummary
-    from tutormax_assets.automation.retention import CleanupReport
-    from tutormax_assets.resources import RunOptions
+    from tutormax_assets.api.summary import AggregationSummary
+    from tutormax_assets.defs.automation.retention import CleanupReport
+    from tutormax_assets.defs.resources import RunOptions
     from tutormax_assets.settings import Settings
 
 Tutors = Annotated[
@@ -109,7 +104,7 @@ def run(
         )
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
-        from tutormax_assets.resources import checked_options
+        from tutormax_assets.defs.resources import checked_options
 
         reference = reference_date("--date", day, environment)
         [summary] = with_progress(
@@ -152,9 +147,9 @@ def _clean_up(
         logger.warning("Nothing was cleaned up, because nothing was saved.")
         return None
     with sentences():
-        from tutormax_assets import aggregation
+        from tutormax_assets.api import retention
 
-        return aggregation.cleanup(environment, retention_days=retention_days)
+        return retention.cleanup(environment, retention_days=retention_days)
 
 
 def backfill(
@@ -181,7 +176,7 @@ def backfill(
     """
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
-        from tutormax_assets.resources import checked_options
+        from tutormax_assets.defs.resources import checked_options
 
         start = reference_date("--from", first, environment)
         end = reference_date("--to", last, environment)
@@ -228,7 +223,7 @@ def _prepare(*, verbose: bool, quiet: bool) -> "Settings":
     try:
         environment = settings()
         with sentences():
-            import tutormax_assets.aggregation  # noqa: F401
+            import tutormax_assets.api.runs  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()
@@ -261,9 +256,9 @@ def with_progress(
         quiet: Whether there is no bar.
         again: The command that computes some of the dates, for who interrupts this one.
     """
-    from tutormax_assets.aggregation import aggregate, steps
-    from tutormax_assets.platform.connection import database_url, describe
-    from tutormax_assets.resources import load_policy
+    from tutormax_assets.api.runs import aggregate, steps
+    from tutormax_assets.database.connection import database_url, describe
+    from tutormax_assets.defs.resources import load_policy
 
     # What is wrong with the settings is said before a run is on record.
     url = database_url(environment)
@@ -299,7 +294,7 @@ class _Watch(logging.Handler):
         self._task = bar.add_task("starting", total=total, saved=0, dates=dates)
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tutormax_assets.platform.tables import METRICS_TABLE
+        from tutormax_assets.database.tables import METRICS_TABLE
 
         event = record.__dict__.get("dagster_event")
         if event is None:
@@ -365,7 +360,7 @@ def _backfill_table(summaries: "list[AggregationSummary]") -> Table:
 def _reasons(summaries: "list[AggregationSummary]") -> Iterator[str]:
     """Why dates failed: each reason once, with the dates and the number of tutors."""
     found: dict[str, tuple[set[date], Counter[bool]]] = {}
-    from tutormax_assets.aggregation import SYSTEM
+    from tutormax_assets.api.summary import SYSTEM
 
     for summary in summaries:
         day = summary.run_date.date()

@@ -26,8 +26,8 @@ def set_aside(
     import polars as pl
     from dagster import AssetKey
 
-    from tutormax_assets.parts import scan_partition
-    from tutormax_assets.storage import partition_path
+    from tutormax_assets.defs.io_manager import partition_path
+    from tutormax_assets.storage.partition import scan_partition
 
     environment = settings()
     key = reference_date("--date", day, environment).isoformat()

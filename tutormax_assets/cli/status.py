@@ -12,7 +12,7 @@ from tutormax_assets.cli.terminal import EXIT_FAILED, fail, sentences, settings,
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tutormax_assets.automation.nights import Nights
+    from tutormax_assets.defs.automation.nights import Nights
     from tutormax_assets.settings import Settings
 
 
@@ -35,8 +35,8 @@ def status(
             code=EXIT_FAILED,
         )
     with sentences():
-        from tutormax_assets.automation.nights import last_nights
-        from tutormax_assets.instance import dagster_instance
+        from tutormax_assets.defs.automation.nights import last_nights
+        from tutormax_assets.runs.instance import dagster_instance
 
         with dagster_instance(environment) as instance:
             nights = last_nights(instance, environment, days=days, now=datetime.now(UTC))
@@ -50,7 +50,7 @@ def status(
 
 
 def _database(environment: "Settings") -> str:
-    from tutormax_assets.platform.connection import database_url, describe
+    from tutormax_assets.database.connection import database_url, describe
 
     if environment.database_source == "embedded":
         # It is not started to be described.

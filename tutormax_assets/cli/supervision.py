@@ -100,13 +100,13 @@ def _is_in_foreground() -> bool:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    from tutormax_assets.memory import is_out_of_memory
+    from tutormax_assets.runs.memory import is_out_of_memory
 
     return is_out_of_memory(type(error).__name__, str(error))
 
 
 def _sentence(code: int, peak: int) -> str:
-    from tutormax_assets.memory import out_of_memory
+    from tutormax_assets.runs.memory import out_of_memory
 
     if code > 0:
         found = "The run was given up in the midst, as libraries do that get no memory"
@@ -131,7 +131,7 @@ def _put_on_record(child: int, sentence: str) -> None:
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
-        from tutormax_assets.aggregation import end_killed_process
+        from tutormax_assets.api.runs import end_killed_process
         from tutormax_assets.settings import load_settings
 
         end_killed_process(load_settings(), child, sentence)

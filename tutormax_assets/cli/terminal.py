@@ -119,16 +119,16 @@ def sentences() -> Iterator[None]:
     import sqlalchemy as sa
 
     from tutormax_assets.compute import DaskError, KilledShardError, ShardsError
+    from tutormax_assets.database.archive import ArchiveError
+    from tutormax_assets.database.embedded import EmbeddedServerError
+    from tutormax_assets.database.faults import reason
+    from tutormax_assets.database.metrics_table import MetricsTableError
     from tutormax_assets.metrics.policy import PolicyError
-    from tutormax_assets.parquet import StorageError
-    from tutormax_assets.platform.archive import ArchiveError
-    from tutormax_assets.platform.embedded import EmbeddedServerError
-    from tutormax_assets.platform.faults import reason
-    from tutormax_assets.platform.metrics_table import MetricsTableError
-    from tutormax_assets.platform.schema import SchemaError
-    from tutormax_assets.platform.snapshot import SourceError
-    from tutormax_assets.platform.sources import UnknownTutorsError
+    from tutormax_assets.schema.status import SchemaError
     from tutormax_assets.settings import OptionsError, SettingsError
+    from tutormax_assets.source.postgres import SourceError
+    from tutormax_assets.source.view import UnknownTutorsError
+    from tutormax_assets.storage.files import StorageError
 
     try:
         yield

@@ -7,7 +7,7 @@ report of each. Rows are read and written by whoever computes the shard.
 from collections.abc import Mapping
 from itertools import islice
 
-from tutormax_assets.platform.faults import reason
+from tutormax_assets.database.faults import reason
 
 _NAMED = 3
 

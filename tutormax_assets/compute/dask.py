@@ -25,10 +25,8 @@ import distributed
 from distributed.comm.core import connect
 from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerError
 
-import tutormax_assets
 from tutormax_assets.compute import DaskError, KilledShardError
-from tutormax_assets.log import LOGGER
-from tutormax_assets.platform.faults import reason
+from tutormax_assets.database.faults import reason
 from tutormax_assets.settings import Settings
 
 ANSWER_SECONDS = 10
@@ -59,7 +57,7 @@ class _Submitted(NamedTuple):
 @cache
 def code() -> dict[str, str]:
     """What must be the same wherever a run computes: versions, and this package's source."""
-    folder = Path(tutormax_assets.__file__).parent
+    folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
@@ -86,7 +84,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append((record.levelno, record.getMessage()))
-        logging.getLogger(LOGGER).handle(record)
+        logging.getLogger(__name__).handle(record)
 
 
 def computed(expected: Mapping[str, str], sent: bytes) -> tuple[Any, list[tuple[int, str]]]:
@@ -106,7 +104,7 @@ def computed(expected: Mapping[str, str], sent: bytes) -> tuple[Any, list[tuple[
     if (found := code()) != expected:
         raise OtherCodeError(_difference(found))
     function, task = pickle.loads(sent)  # noqa: S301 - as safe as what Dask itself unpickles
-    log, kept = logging.Logger(LOGGER, logging.INFO), _Lines()
+    log, kept = logging.Logger(__name__, logging.INFO), _Lines()
     log.addHandler(kept)
     return function(task, log), kept.lines
 

@@ -7,13 +7,8 @@ import sqlalchemy as sa
 from benchmarks import contestants, peers, platforms
 from benchmarks.contestants import Measured
 from benchmarks.stages import stages
-from tutormax_assets.platform.connection import conninfo
-from tutormax_assets_tests.conftest import (
-    SMALL_PLATFORM_END,
-    Platform,
-    new_database,
-    open_platform,
-)
+from tutormax_assets.database.connection import conninfo
+from tutormax_assets_tests.conftest import SMALL_PLATFORM_END, Platform, new_database, open_platform
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tutormax_assets.cli import app
-from tutormax_assets.log import LOGGER
-from tutormax_assets.platform.date_locks import DateLocks
-from tutormax_assets.resources import RunOptions
+from tutormax_assets.database.date_locks import DateLocks
+from tutormax_assets.defs.log import LOGGER
+from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets_tests.conftest import Platform
 
 Invoke = Callable[..., Result]

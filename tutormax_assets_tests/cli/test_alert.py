@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tutormax_assets_tests.automation.conftest import TOKEN, WebhookServer, serving
 from tutormax_assets_tests.cli.conftest import Invoke, words
+from tutormax_assets_tests.defs.automation.conftest import TOKEN, WebhookServer, serving
 
 
 def test_a_test_message_arrives(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:

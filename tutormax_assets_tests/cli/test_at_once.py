@@ -7,16 +7,10 @@ from itertools import pairwise
 
 import polars as pl
 
-from tutormax_assets.platform import tables
-from tutormax_assets_tests.cli.conftest import (
-    DAY,
-    SECONDS,
-    date_is_taken,
-    start,
-    until_it_waits,
-)
+from tutormax_assets.database import tables
+from tutormax_assets_tests.api.test_aggregator import newest_runs, span_of_steps
+from tutormax_assets_tests.cli.conftest import DAY, SECONDS, date_is_taken, start, until_it_waits
 from tutormax_assets_tests.conftest import Platform
-from tutormax_assets_tests.test_aggregation import newest_runs, span_of_steps
 
 
 def add_session(platform: Platform, number: int) -> None:

@@ -10,8 +10,8 @@ import psutil
 import pytest
 from polars.testing import assert_frame_equal
 
-from tutormax_assets.platform import embedded
-from tutormax_assets.platform.connection import create_engine
+from tutormax_assets.database import embedded
+from tutormax_assets.database.connection import create_engine
 from tutormax_assets_tests.cli.conftest import Invoke, tutormax, words
 from tutormax_assets_tests.conftest import metrics_of
 

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from tutormax_assets.definitions import build_definitions
-from tutormax_assets.platform.contract import NEEDED_COLUMNS
 from tutormax_assets.settings import load_settings
+from tutormax_assets.source.contract import NEEDED_COLUMNS
 from tutormax_assets_tests.cli.conftest import DAY, Invoke, words
 from tutormax_assets_tests.conftest import Platform
 

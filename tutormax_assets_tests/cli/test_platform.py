@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from tutormax_assets.partitions import today
-from tutormax_assets.platform.connection import describe
+from tutormax_assets.database.connection import describe
+from tutormax_assets.dates import today
 from tutormax_assets_tests.cli.conftest import Invoke, words
 from tutormax_assets_tests.conftest import PASSWORD, Platform, open_platform
 from tutormax_assets_tests.tls import refusing_server

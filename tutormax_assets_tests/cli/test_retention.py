@@ -14,8 +14,8 @@ from polars.testing import assert_frame_equal
 from upath import UPath
 
 from tutormax_assets import settings
-from tutormax_assets.partitions import midnight, today
-from tutormax_assets.platform import tables
+from tutormax_assets.database import tables
+from tutormax_assets.dates import midnight, today
 from tutormax_assets_tests.cli.conftest import Invoke, tutormax, words
 from tutormax_assets_tests.conftest import Platform, store
 
@@ -274,7 +274,7 @@ def test_a_run_whose_cleanup_fails_shows_its_summary_first(
 _KILLED_COMMAND = """
 import os, signal, sys
 from tutormax_assets.cli import app
-from tutormax_assets.platform import archive
+from tutormax_assets.database import archive
 
 def strike(*_):
     os.kill(os.getpid(), signal.SIGKILL)

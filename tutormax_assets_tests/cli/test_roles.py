@@ -9,8 +9,8 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from tutormax_assets.platform.connection import conninfo, create_engine, describe
-from tutormax_assets.platform.tables import source_metadata
+from tutormax_assets.database.connection import conninfo, create_engine, describe
+from tutormax_assets.database.tables import source_metadata
 from tutormax_assets_tests.cli.conftest import Invoke, words
 from tutormax_assets_tests.conftest import (
     PASSWORD,

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from tutormax_assets.partitions import today
-from tutormax_assets.platform import tables
+from tutormax_assets.database import tables
+from tutormax_assets.dates import today
 from tutormax_assets_tests.cli.conftest import Invoke, words
 from tutormax_assets_tests.conftest import PASSWORD, Platform
 

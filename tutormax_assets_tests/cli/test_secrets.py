@@ -10,10 +10,10 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from tutormax_assets.platform.connection import create_engine, database_url
-from tutormax_assets.platform.snapshot import Source, SourceError, unknown_tutors
-from tutormax_assets.resources import PlatformDatabase
+from tutormax_assets.database.connection import create_engine, database_url
+from tutormax_assets.defs.resources import PlatformDatabase
 from tutormax_assets.settings import load_settings
+from tutormax_assets.source.postgres import Source, SourceError, unknown_tutors
 from tutormax_assets_tests.cli.conftest import Invoke
 from tutormax_assets_tests.conftest import Platform
 from tutormax_assets_tests.tls import refusing_server

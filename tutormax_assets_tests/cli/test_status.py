@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tutormax_assets.automation.nights import last_nights
-from tutormax_assets.automation.schedule import next_tick
-from tutormax_assets.instance import dagster_instance
+from tutormax_assets.defs.automation.nights import last_nights
+from tutormax_assets.defs.automation.schedule import next_tick
+from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets_tests.cli.conftest import DAY, Invoke, words
 from tutormax_assets_tests.conftest import PASSWORD, Platform
 

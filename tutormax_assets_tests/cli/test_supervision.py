@@ -8,15 +8,9 @@ from contextlib import ExitStack
 import dagster as dg
 import pytest
 
-from tutormax_assets.instance import dagster_home, dagster_instance
-from tutormax_assets.killed_runs import PROCESS_TAG
-from tutormax_assets_tests.cli.conftest import (
-    DAY,
-    SECONDS,
-    date_is_taken,
-    start,
-    until_it_waits,
-)
+from tutormax_assets.runs.instance import dagster_home, dagster_instance
+from tutormax_assets.runs.killed_runs import PROCESS_TAG
+from tutormax_assets_tests.cli.conftest import DAY, SECONDS, date_is_taken, start, until_it_waits
 from tutormax_assets_tests.conftest import Platform, captured_log
 
 

@@ -132,8 +132,8 @@ def test_dates_that_follow_one_another_are_a_range() -> None:
 
 
 def test_the_reasons_of_a_backfill_are_grouped() -> None:
-    from tutormax_assets.aggregation import SYSTEM, AggregationSummary
-    from tutormax_assets.partitions import midnight
+    from tutormax_assets.api.summary import SYSTEM, AggregationSummary
+    from tutormax_assets.dates import midnight
 
     def summary(day: int, *errors: tuple[str, str]) -> AggregationSummary:
         of_day = [{"tutor_id": tutor, "error": error} for tutor, error in errors]

@@ -17,7 +17,7 @@ import pytest
 import trustme
 
 from tutormax_assets.compute import DaskError, KilledShardError, ShardsError
-from tutormax_assets.compute.resource import Compute
+from tutormax_assets.defs.compute_resource import Compute
 from tutormax_assets_tests.compute.clusters import ROOT, DaskCluster, until
 from tutormax_assets_tests.compute.squares import Square, begun, squared
 

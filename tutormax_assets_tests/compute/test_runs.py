@@ -18,21 +18,26 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 from upath import UPath
 
-from tutormax_assets.compute.resource import Compute
-from tutormax_assets.parquet import StorageError
-from tutormax_assets.partitions import midnight
-from tutormax_assets.parts import list_partition, partition_of, store_parts, stored_partition
-from tutormax_assets.platform.connection import Timeouts
-from tutormax_assets.platform.date_locks import DateLocks, is_held
-from tutormax_assets.platform.faults import retrying
-from tutormax_assets.platform.metrics_table import Target
-from tutormax_assets.shards import ALL_IN_ONE
-from tutormax_assets.stages.metrics_table import (
+from tutormax_assets.compute.tasks.metrics_table import (
     WritingReport,
     WritingTask,
     added_up,
     write_table,
 )
+from tutormax_assets.database.connection import Timeouts
+from tutormax_assets.database.date_locks import DateLocks, is_held
+from tutormax_assets.database.faults import retrying
+from tutormax_assets.database.metrics_table import Target
+from tutormax_assets.dates import midnight
+from tutormax_assets.defs.compute_resource import Compute
+from tutormax_assets.storage.files import StorageError
+from tutormax_assets.storage.partition import (
+    list_partition,
+    partition_of,
+    store_parts,
+    stored_partition,
+)
+from tutormax_assets.storage.shards import ALL_IN_ONE
 from tutormax_assets_tests.compute.clusters import PATIENCE, ROOT, DaskCluster, until
 from tutormax_assets_tests.conftest import (
     PARQUET_ASSETS,
@@ -53,7 +58,7 @@ SHARDS = 4
 
 POISON = """
 import os, signal
-import tutormax_assets.stages.windows as windows
+import tutormax_assets.compute.tasks.windows as windows
 
 compute = windows.window_metrics
 

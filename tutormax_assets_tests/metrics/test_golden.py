@@ -9,12 +9,7 @@ import pytest
 
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import good_events, good_sessions, good_tutors
-from tutormax_assets.metrics.schemas import (
-    SourceEvents,
-    SourceSessions,
-    SourceTutors,
-    TutorTiers,
-)
+from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors, TutorTiers
 from tutormax_assets.metrics.tiers import performance_tiers
 from tutormax_assets.metrics.window import window_metrics
 

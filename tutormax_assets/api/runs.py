@@ -1,0 +1,283 @@
+"""Runs of the job in this process, and their summaries."""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import dagster as dg
+
+from tutormax_assets.api.summary import MOST_ERRORS_SHOWN, SYSTEM, AggregationSummary
+from tutormax_assets.database.tables import METRICS_TABLE
+from tutormax_assets.dates import midnight
+from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.defs.assets import PLATFORM_POOL
+from tutormax_assets.defs.assets.metrics_table import SUMMARY_METADATA
+from tutormax_assets.defs.assets.snapshots import SET_ASIDE_BY_RUN_METADATA, SET_ASIDE_METADATA
+from tutormax_assets.defs.automation.alerts import tell_of_runs
+from tutormax_assets.defs.automation.single_days import (
+    ATTENDED_TAG,
+    RANGE_END_TAG,
+    RANGE_START_TAG,
+    SOURCE_TAG,
+)
+from tutormax_assets.defs.checks import is_blocked_by, sentence
+from tutormax_assets.defs.log import LOGGER
+from tutormax_assets.defs.resources import RunOptions
+from tutormax_assets.runs.event_log import event_log_kept_open
+from tutormax_assets.runs.failures import (
+    error_sentence,
+    is_blocking_check,
+    is_interrupted,
+    is_of_every_date,
+    step_failure,
+)
+from tutormax_assets.runs.instance import (
+    dagster_home,
+    dagster_instance,
+    make_pool,
+    runs_of_code_location,
+)
+from tutormax_assets.runs.killed_runs import PROCESS_TAG, end_killed_runs, this_process
+from tutormax_assets.settings import Settings
+from tutormax_assets.source.postgres import SourceError
+from tutormax_assets.source.view import UnknownTutorsError, source_of, unknown_tutors
+
+_UNKNOWN_TUTOR = "The tutor is not in the platform's tutors. Check the id."
+
+
+logger = logging.getLogger(LOGGER)
+
+# Dagster configures Python's logging anew for each run, and two threads that do so at once can
+# wait for each other for ever. Processes need no such lock.
+_one_run_of_this_process = threading.Lock()
+
+
+def steps(settings: Settings, dates: int) -> int:
+    """Number of steps in which so many consecutive reference dates are computed."""
+    job = build_definitions(settings).resolve_job_def(JOB_NAME)
+    return len(job.nodes) * -(-dates // (settings.max_dates_per_run or dates))
+
+
+def aggregate(
+    settings: Settings, days: Sequence[date], options: RunOptions, *, source: str = "Python API"
+) -> list[AggregationSummary]:
+    """Run the job for consecutive reference dates, many in one run, and log each summary.
+
+    When a run of several dates fails, each of them is run by itself, so that one date that cannot
+    be computed does not lose the others; unless it failed for a reason that has nothing to do with
+    the dates, such as a database that is down.
+
+    The runs that count are told of in one alert, if anything went wrong in any of them. So are
+    earlier ones whose process was killed before it could tell.
+
+    Args:
+        settings: Where everything is.
+        days: Consecutive reference dates, ascending.
+        options: Options of the run. Tutors who are not in the platform's tutors are left out of it
+            and named in the errors of each summary.
+        source: What started the runs, for their tags.
+
+    Returns:
+        One summary per date.
+
+    Raises:
+        UnknownTutorsError: None of the tutors is known; no run is on record.
+        KeyboardInterrupt: Someone stopped the process; what ran until then is on record.
+    """
+    options, unknown = _known_only(settings, options)
+    job = build_definitions(settings).resolve_job_def(JOB_NAME)
+    summaries = []
+    run_ids = []
+    home = dagster_home(settings)
+    with (
+        dagster_instance(settings) as instance,
+        event_log_kept_open(instance),
+        runs_of_code_location(instance, code_location=settings.code_location, job_name=JOB_NAME),
+        this_process(home) as process,
+    ):
+        make_pool(instance, PLATFORM_POOL)
+        tell_of_runs(instance, end_killed_runs(instance, home, logger), settings, logger)
+        # Its failure is dealt with here, so that neither the sensors nor the daemon need to.
+        tags = {ATTENDED_TAG: "true", SOURCE_TAG: source, PROCESS_TAG: process}
+        run = partial(_run_job, job, instance, settings, options=options, tags=tags)
+        try:
+            for chunk in _chunks(days, settings.max_dates_per_run or len(days)):
+                result, done = run(chunk)
+                of_chunk = [result.run_id]
+                if (
+                    len(chunk) > 1
+                    and any(_failed_as_a_whole(summary) for summary in done)
+                    and not is_of_every_date(result.all_events)
+                ):
+                    logger.warning(
+                        "The run of %s to %s failed; running each date by itself",
+                        chunk[0],
+                        chunk[-1],
+                    )
+                    of_days = [run([day]) for day in chunk]
+                    of_chunk = [result.run_id for result, _ in of_days]
+                    done = [summary for _, [summary] in of_days]
+                summaries += done
+                run_ids += of_chunk
+        finally:
+            tell_of_runs(instance, run_ids, settings, logger)
+    for summary in summaries:
+        summary.total_tutors += len(unknown)
+        summary.failed += len(unknown)
+        summary.errors += [{"tutor_id": one, "error": _UNKNOWN_TUTOR} for one in unknown]
+        logger.info("%s", summary)
+        for tutor_id, error in summary.first_errors():
+            logger.error("%s: %s", tutor_id, error)
+    return summaries
+
+
+def _known_only(settings: Settings, options: RunOptions) -> tuple[RunOptions, list[str]]:
+    """The options without tutors who are not in the platform's tutors, and those tutors."""
+    if options.tutor_ids is None:
+        return options, []
+    try:
+        unknown = unknown_tutors(source_of(settings), options.tutor_ids)
+    except SourceError:
+        # The run meets it too: it tries again, and puts it on record.
+        return options, []
+    known = [one for one in dict.fromkeys(options.tutor_ids) if one not in set(unknown)]
+    if not known:
+        shown = ", ".join(map(repr, unknown[:MOST_ERRORS_SHOWN]))
+        more = len(unknown) - MOST_ERRORS_SHOWN
+        raise UnknownTutorsError(
+            f"None of the tutors is in the platform's tutors: {shown}"
+            f"{f' and {more} more' if more > 0 else ''}. Check the ids; on the command line,"
+            " --tutor takes an id with a comma or outer spaces as it is."
+        )
+    return RunOptions(**{**options.model_dump(), "tutor_ids": known}), unknown
+
+
+def end_killed_process(settings: Settings, pid: int, reason: str) -> None:
+    """Put the runs of a process of this host that is gone on record as failed, and alert.
+
+    Args:
+        settings: Where everything is.
+        pid: The process.
+        reason: Why it is gone.
+    """
+    home = dagster_home(settings)
+    with dagster_instance(settings) as instance:
+        ended = end_killed_runs(instance, home, logger, pid=pid, reason=reason)
+        tell_of_runs(instance, ended, settings, logger)
+
+
+def _run_job(
+    job: dg.JobDefinition,
+    instance: dg.DagsterInstance,
+    settings: Settings,
+    days: Sequence[date],
+    *,
+    options: RunOptions,
+    tags: Mapping[str, str],
+) -> tuple[dg.ExecuteInProcessResult, list[AggregationSummary]]:
+    started = perf_counter()
+    keys = [day.isoformat() for day in days]
+    tags = {**tags, "dagster/max_retries": "0"}
+    if len(keys) > 1:
+        tags |= {RANGE_START_TAG: keys[0], RANGE_END_TAG: keys[-1]}
+    with _one_run_of_this_process:
+        result = job.execute_in_process(
+            instance=instance,
+            run_config={
+                "resources": {"run_options": {"config": options.model_dump()}},
+                "loggers": {"line": {}},
+            },
+            raise_on_error=False,
+            partition_key=keys[0] if len(keys) == 1 else None,
+            tags=tags,
+        )
+    if is_interrupted(result.all_events):
+        # Dagster catches what Ctrl-C and SIGTERM raise, to put it on record.
+        raise KeyboardInterrupt
+    saved = {
+        event.partition: event.step_materialization_data.materialization.metadata
+        for event in result.get_asset_materialization_events()
+        if event.asset_key == dg.AssetKey(METRICS_TABLE)
+    } | {
+        # Of a date whose writing was broken off.
+        event.partition: event.asset_observation_data.asset_observation.metadata
+        for event in result.get_asset_observation_events()
+        if event.asset_key == dg.AssetKey(METRICS_TABLE)
+    }
+    set_aside = _set_aside(result)
+    blocked = _blocked(result)
+    warnings = _warnings(result)
+    error = _failure(result) or " ".join(blocked.values()) or None
+    summaries = []
+    for day in days:
+        summary = AggregationSummary(run_date=midnight(day, timezone=settings.timezone))
+        summary.total_runtime_seconds = (perf_counter() - started) / len(days)
+        summary.set_aside = set_aside.get(day.isoformat(), [])
+        summary.warnings = warnings.get(day.isoformat(), [])
+        if day.isoformat() in saved:
+            values: Any = saved[day.isoformat()][SUMMARY_METADATA].value
+            for name in ("total_tutors", "successful", "failed", "total_metrics_saved", "errors"):
+                setattr(summary, name, values[name])
+            # What was saved may be wrong, or not known to be right.
+            said = blocked.get(day.isoformat(), None if blocked else error)
+        else:
+            said = blocked.get(day.isoformat(), error)
+        if said is not None and not summary.errors:
+            summary.errors.append({"tutor_id": SYSTEM, "error": said})
+        summaries.append(summary)
+    return result, summaries
+
+
+def _set_aside(result: dg.ExecuteInProcessResult) -> dict[str | None, list[dict[str, Any]]]:
+    """What each snapshot says that it could not use, by partition key."""
+    reasons: dict[str | None, list[dict[str, Any]]] = {}
+    for event in result.get_asset_materialization_events():
+        metadata = event.step_materialization_data.materialization.metadata
+        found = metadata.get(SET_ASIDE_BY_RUN_METADATA, metadata.get(SET_ASIDE_METADATA))
+        if isinstance(found, dg.TableMetadataValue):
+            of_table = [dict(record.data) for record in found.records]
+            reasons.setdefault(event.partition, []).extend(of_table)
+    return reasons
+
+
+def _blocked(result: dg.ExecuteInProcessResult) -> dict[str | None, str]:
+    """What the checks say that blocked a date, by partition key."""
+    said: dict[str | None, list[str]] = {}
+    for evaluation in result.get_asset_check_evaluations():
+        if is_blocked_by(evaluation):
+            said.setdefault(evaluation.partition, []).append(sentence(evaluation))
+    return {key: " ".join(sentences) for key, sentences in said.items()}
+
+
+def _warnings(result: dg.ExecuteInProcessResult) -> dict[str | None, list[str]]:
+    """What the checks say that warned of a date, by partition key."""
+    said: dict[str | None, list[str]] = {}
+    for evaluation in result.get_asset_check_evaluations():
+        if not evaluation.passed and not is_blocked_by(evaluation):
+            said.setdefault(evaluation.partition, []).append(sentence(evaluation))
+    return said
+
+
+def _failure(result: dg.ExecuteInProcessResult) -> str | None:
+    if result.success:
+        return None
+    failures = result.get_step_failure_events()
+    for event in failures:
+        if not is_blocking_check(event):
+            return step_failure(event)
+    if failures:
+        return None
+    error = result.get_run_failure_event().job_failure_data.error
+    return "the run failed before its first step" if error is None else error_sentence(error)
+
+
+def _failed_as_a_whole(summary: AggregationSummary) -> bool:
+    return any(error["tutor_id"] == SYSTEM for error in summary.errors)
+
+
+def _chunks(days: Sequence[date], size: int) -> Iterator[Sequence[date]]:
+    return (days[start : start + size] for start in range(0, len(days), size))

@@ -1,0 +1,224 @@
+"""Reading the platform: what is good and what is set aside, sliced by reference date."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import polars as pl
+import tenacity
+from upath import UPath
+
+from tutormax_assets.database.faults import may_pass, retrying
+from tutormax_assets.metrics import quality
+from tutormax_assets.metrics.policy import Policy
+from tutormax_assets.metrics.window import within_window
+from tutormax_assets.settings import load_settings
+from tutormax_assets.source.postgres import SnapshotGoneError, Table
+from tutormax_assets.source.view import View
+from tutormax_assets.storage.partition import StoredParts, store_parts
+from tutormax_assets.storage.shards import Shards, TutorRange
+from tutormax_assets.storage.spool import spool_folder
+
+
+@dataclass(frozen=True)
+class SnapshotTask:
+    """Shards to read.
+
+    Attributes:
+        view: The platform at the instant of the run.
+        tutor_range: The tutors of the shards.
+        shards: How they are divided.
+        first_shard: The number that the first of the shards has in the partitions.
+        paths: The partitions to store, by asset and reference date.
+        start: First instant.
+        end: First instant after the last one.
+        window_days: Days before a reference date that are in its partitions.
+        timezone: In which a date begins.
+        policy: Says which values are good.
+        max_retries: How often a view that was received is read again.
+        retry_delay_seconds: Seconds before the first retry.
+    """
+
+    view: View
+    tutor_range: TutorRange
+    shards: Shards
+    first_shard: int
+    paths: Mapping[str, Mapping[date, UPath]]
+    start: datetime
+    end: datetime
+    window_days: int
+    timezone: str
+    policy: Policy
+    max_retries: int
+    retry_delay_seconds: float
+
+
+@dataclass
+class SnapshotReport:
+    """What was read and stored of some shards.
+
+    Attributes:
+        stored: By asset and reference date.
+        count: Number of rows that were read, by source table.
+        reasons: Number of values that were set aside, as ``source_table``, ``column``, ``reason``
+            and ``values``, by table; of each reference date, and of all under ``None``.
+        read_seconds: How long the reading took.
+        clean_seconds: How long the cleaning took, by table.
+        failed: Why other shards could not be read, by number.
+    """
+
+    stored: dict[str, dict[date, list[StoredParts]]] = field(default_factory=dict)
+    count: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, dict[date | None, pl.DataFrame]] = field(default_factory=dict)
+    read_seconds: float = 0
+    clean_seconds: dict[str, float] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+def snapshot_asset(table: Table) -> str:
+    """The asset that holds the good rows of a table."""
+    return f"{table}_snapshot"
+
+
+def set_aside_asset(table: Table) -> str:
+    """The asset that says what of a table was not used."""
+    return f"{table}_set_aside"
+
+
+def read_snapshots(task: SnapshotTask, log: logging.Logger) -> SnapshotReport:
+    """Read shards of the platform and store what is good of them and what was set aside.
+
+    Raises:
+        SourceError: The platform cannot be read.
+        StorageError: The storage cannot be written.
+    """
+    tables: list[Table] = [
+        table
+        for table in DATE_COLUMNS
+        if {snapshot_asset(table), set_aside_asset(table)} & task.paths.keys()
+    ]
+    report = SnapshotReport()
+    with spool_folder(load_settings().home_path) as folder:
+        attempt = retrying(
+            max_retries=task.max_retries if task.view.is_received else 0,
+            retry_delay_seconds=task.retry_delay_seconds,
+            log=log,
+        ).copy(retry=tenacity.retry_if_exception(_may_pass_here))
+        rows = attempt(
+            task.view.rows,
+            folder / "source",
+            tables=tables,
+            start=task.start,
+            end=task.end,
+            tutor_range=task.tutor_range,
+        )
+        report.count |= rows.count
+        report.read_seconds = rows.seconds
+        cleaning: Mapping[Table, tuple[Iterable[pl.LazyFrame], _Clean]] = {
+            "sessions": (
+                rows.sessions,
+                partial(
+                    quality.good_sessions,
+                    policy=task.policy,
+                    timezone=task.timezone,
+                    ids_are_unique=task.view.ids_are_unique,
+                ),
+            ),
+            "tutor_events": (
+                rows.events,
+                partial(quality.good_events, timezone=task.timezone),
+            ),
+        }
+        for table in tables:
+            started = perf_counter()
+            good, set_aside = _by_parts(*cleaning[table], folder / table)
+            report.clean_seconds[table] = perf_counter() - started
+            report.reasons[table] = {None: count_reasons(set_aside)}
+            for asset, frame, column in (
+                (snapshot_asset(table), good, DATE_COLUMNS[table]),
+                (set_aside_asset(table), set_aside.lazy(), "date"),
+            ):
+                paths = task.paths.get(asset, {})
+                report.stored[asset] = {
+                    day: [parts] for day, parts in _stored(task, frame, column, paths)
+                }
+            for day in {*task.paths.get(snapshot_asset(table), {})}:
+                of_day = set_aside.filter(
+                    within_window("date", reference_date=day, days=task.window_days)
+                )
+                report.reasons[table][day] = count_reasons(of_day)
+    return report
+
+
+def _may_pass_here(error: BaseException) -> bool:
+    # Where the run's snapshot is gone, it is the run that has to begin anew.
+    return may_pass(error) and not isinstance(error, SnapshotGoneError)
+
+
+_Clean = Callable[[pl.LazyFrame], tuple[pl.LazyFrame, pl.LazyFrame]]
+
+DATE_COLUMNS: Mapping[Table, str] = {"sessions": "scheduled_date", "tutor_events": "event_date"}
+"""The local date of a row that was read, by table."""
+
+
+def _stored(
+    task: SnapshotTask, rows: pl.LazyFrame, column: str, paths: Mapping[date, UPath]
+) -> Iterator[tuple[date, StoredParts]]:
+    for day, path in paths.items():
+        of_day = rows.filter(within_window(column, reference_date=day, days=task.window_days))
+        yield day, store_parts(path, of_day, shards=task.shards, first=task.first_shard)
+
+
+def _by_parts(
+    parts: Iterable[pl.LazyFrame], clean: _Clean, folder: Path
+) -> tuple[pl.LazyFrame, pl.DataFrame]:
+    """The good rows, which wait in a folder, and what was set aside."""
+    folder.mkdir()
+    set_aside = []
+    for number, part in enumerate(parts):
+        # What is good and what is set aside would each join the part anew.
+        good, aside = pl.collect_all(clean(part.collect().lazy()))
+        good.write_ipc(folder / f"{number}.ipc")
+        set_aside.append(aside)
+    return pl.scan_ipc(folder / "*.ipc"), pl.concat(set_aside)
+
+
+def count_reasons(set_aside: pl.DataFrame) -> pl.DataFrame:
+    """Number of values by ``source_table``, ``column`` and ``reason``."""
+    return set_aside.group_by("source_table", "column", "reason").agg(pl.len().alias("values"))
+
+
+def sum_of_reasons(counts: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """The numbers of values in all of these together, sorted."""
+    return (
+        pl.concat(counts)
+        .group_by("source_table", "column", "reason")
+        .agg(pl.col("values").sum())
+        .sort(pl.all())
+    )
+
+
+def added_up(reports: Iterable[SnapshotReport]) -> SnapshotReport:
+    """What was read and stored of all shards."""
+    total = SnapshotReport()
+    for report in reports:
+        for asset, by_day in report.stored.items():
+            of_asset = total.stored.setdefault(asset, {})
+            for day, stored in by_day.items():
+                of_asset.setdefault(day, []).extend(stored)
+        for name, number in report.count.items():
+            total.count[name] = total.count.get(name, 0) + number
+        for table, by_day_or_all in report.reasons.items():
+            of_table = total.reasons.setdefault(table, {})
+            for day_or_all, reasons in by_day_or_all.items():
+                of_table[day_or_all] = sum_of_reasons(
+                    [of_table.get(day_or_all, reasons.clear()), reasons]
+                )
+        for table, seconds in report.clean_seconds.items():
+            total.clean_seconds[table] = total.clean_seconds.get(table, 0) + seconds
+        total.read_seconds += report.read_seconds
+    return total

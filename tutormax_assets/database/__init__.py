@@ -1,0 +1,1 @@
+"""The metrics database: connections, faults, the table and its locks, archive, embedded server."""

@@ -1,0 +1,1 @@
+"""What Dagster sees: assets, checks, automation, resources, the IO manager."""

@@ -1,0 +1,369 @@
+"""Checks of ``sessions_snapshot``: what the platform's sessions and feedback are like."""
+
+from collections.abc import Iterator
+from datetime import date, timedelta
+from functools import partial
+
+import dagster as dg
+import polars as pl
+
+from tutormax_assets.defs.assets import PLATFORM_POOL
+from tutormax_assets.defs.checks import (
+    ERROR,
+    WARN,
+    Finding,
+    Metadata,
+    check_spec,
+    checked_dates,
+    first_keys,
+    partition,
+    report,
+)
+from tutormax_assets.defs.checks.source import (
+    NOT_OF_ALL,
+    day_volume_is_usual,
+    few_rows_set_aside,
+    newest_date,
+    rows_by_day,
+    shortest_window_is_whole,
+    source_is_fresh,
+)
+from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
+from tutormax_assets.defs.resources import MetricsPolicy, PlatformDatabase, RunOptions
+from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
+from tutormax_assets.source.view import where_to_look
+
+ASSET = "sessions_snapshot"
+
+_HINTS = {
+    "engagement_score": "Most of them have an engagement_score outside 0 to 1: if the platform"
+    " scores sessions from 0 to 100, set session_score_scale = 100 in the policy. "
+}
+
+
+def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChecksDefinition:
+    """Build the checks of ``sessions_snapshot``."""
+    spec = partial(check_spec, asset=ASSET, daily=daily)
+    specs = [
+        spec(
+            "few_rows_set_aside",
+            "Most sessions and feedback of each window keep the source contract.",
+            blocking=True,
+        ),
+        spec("no_duplicate_sessions", "A session id is there once."),
+        spec(
+            "engagement_scores_fill_their_scale",
+            "Session engagement scores are on the scale that the policy names.",
+        ),
+        spec("feedback_is_of_the_sessions_tutor", "Feedback names the tutor of its session."),
+        spec("tutors_are_known", "The tutor of a session is in tutors.", blocking=True),
+        spec(
+            "sessions_are_fresh",
+            "The newest session is about as new as the reference date.",
+            blocking=True,
+        ),
+        spec("feedback_is_fresh", "Sessions of the last weeks have feedback."),
+        spec(
+            "shortest_window_is_whole",
+            "The shortest window has most of the sessions that are usual for it.",
+            blocking=True,
+        ),
+        spec(
+            "day_volume_is_usual",
+            "The newest day has about as many sessions as that weekday in the weeks before.",
+        ),
+    ]
+
+    @dg.multi_asset_check(name=f"{ASSET}_checks", specs=specs, can_subset=True, pool=PLATFORM_POOL)
+    def checks(
+        context: dg.AssetCheckExecutionContext,
+        database: PlatformDatabase,
+        run_options: RunOptions,
+        metrics_policy: MetricsPolicy,
+        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+    ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+        policy, limits = metrics_policy.policy, metrics_policy.policy.checks
+        retrying = run_options.retrying(context.log)
+        days = {key: date.fromisoformat(key) for key in checked_dates(context, ASSET)}
+        summed = {}
+        for key in days:
+            sessions = partition(io_manager, ASSET, key)
+            summed[key] = pl.collect_all(
+                [
+                    sessions_by_day(sessions),
+                    sessions.group_by("tutor_id").len("rows"),
+                    partition(io_manager, "sessions_set_aside", key),
+                ],
+                engine="streaming",
+            )
+        found: dict[str, dict[str, Finding]] = {}
+        for key, day in days.items():
+            by_day, by_tutor, set_aside = summed.pop(key)
+            found[key] = {
+                "few_rows_set_aside": few_rows_set_aside(
+                    rows_read(by_day, set_aside),
+                    set_aside,
+                    reference_date=day,
+                    windows=policy.windows,
+                    warn_share=limits.set_aside_warn_share,
+                    error_share=limits.set_aside_error_share,
+                    min_rows=limits.set_aside_min_rows,
+                    hints=_HINTS if policy.session_score_scale == 1 else None,
+                ),
+                "engagement_scores_fill_their_scale": engagement_scores_fill_their_scale(
+                    by_day["highest_score"].max(),  # type: ignore[arg-type]
+                    scale=policy.session_score_scale,
+                ),
+                "no_duplicate_sessions": no_duplicate_sessions(set_aside),
+                "feedback_is_of_the_sessions_tutor": feedback_is_of_the_sessions_tutor(
+                    set_aside,
+                    rated=int(by_day["rated"].sum()),
+                    warn_share=limits.other_tutor_feedback_share,
+                ),
+                "tutors_are_known": tutors_are_known(
+                    by_tutor,
+                    tutors_when_read(io_manager, key),
+                    error_share=limits.unknown_tutors_error_share,
+                ),
+            }
+            if io_manager.active_tutors_left_out(key):
+                found[key] |= dict.fromkeys(
+                    (
+                        "sessions_are_fresh",
+                        "feedback_is_fresh",
+                        "shortest_window_is_whole",
+                        "day_volume_is_usual",
+                    ),
+                    NOT_OF_ALL,
+                )
+                continue
+            newest = newest_date(
+                by_day,
+                database.source,
+                "sessions",
+                reference_date=day,
+                retrying=retrying,
+                timezone=daily.timezone,
+            )
+            found[key] |= {
+                "sessions_are_fresh": source_is_fresh(
+                    newest,
+                    what="sessions",
+                    reference_date=day,
+                    warn_days=limits.stale_warn_days,
+                    error_days=limits.stale_error_days,
+                    look_at=where_to_look(database.source, "sessions", instant="scheduled_start"),
+                ),
+                "feedback_is_fresh": source_is_fresh(
+                    by_day.filter(pl.col("rated") > 0)["date"].max(),  # type: ignore[arg-type]
+                    what="rated sessions",
+                    reference_date=day,
+                    warn_days=limits.stale_feedback_days,
+                    since=day - timedelta(days=policy.horizon_days),
+                    look_at=where_to_look(
+                        database.source, "student_feedback", instant="submitted_at"
+                    ),
+                ),
+                "shortest_window_is_whole": shortest_window_is_whole(
+                    by_day,
+                    rows_by_day(io_manager, "logins", key),
+                    what="sessions",
+                    reference_date=day,
+                    days=policy.windows[0],
+                    max_loss=limits.window_loss_error_share,
+                ),
+                "day_volume_is_usual": day_volume_is_usual(
+                    by_day,
+                    what="sessions",
+                    reference_date=day,
+                    min_share=limits.volume_share,
+                    min_deviations=limits.volume_deviations,
+                    min_weeks=limits.volume_min_weeks,
+                ),
+            }
+        yield from report(context, specs, found)
+
+    return checks
+
+
+def sessions_by_day(sessions: pl.LazyFrame, /) -> pl.LazyFrame:
+    """Sessions by day: ``date``, ``rows``, ``rated``, ``highest_score``, sorted by date.
+
+    Args:
+        sessions: ``SessionsSnapshot``.
+    """
+    return (
+        sessions.group_by(pl.col("scheduled_date").alias("date"))
+        .agg(
+            pl.len().cast(pl.Int64).alias("rows"),
+            pl.col("overall_rating").count().cast(pl.Int64).alias("rated"),
+            pl.col("engagement_score").max().alias("highest_score"),
+        )
+        .sort("date")
+    )
+
+
+def rows_read(by_day: pl.DataFrame, set_aside: pl.DataFrame, /) -> pl.DataFrame:
+    """Rows that were read by table and day: what can be used, and what is in no snapshot.
+
+    Args:
+        by_day: As ``sessions_by_day`` gives them.
+        set_aside: ``SetAside``.
+
+    Returns:
+        ``source_table``, ``date``, ``rows``.
+    """
+    # A session with a broken value is in the snapshot; one that is there twice is in it once.
+    repeated = set_aside.filter(
+        pl.col("source_table") == "sessions", pl.col("reason") == DUPLICATE
+    ).select("source_table", "date", pl.lit(1, pl.Int64).alias("rows"))
+    # Feedback that is set aside leaves no rating there.
+    unrated = (
+        set_aside.filter(pl.col("source_table") == "student_feedback")
+        .unique("row_key")
+        .select("source_table", "date", pl.lit(1, pl.Int64).alias("rows"))
+    )
+    return pl.concat(
+        [
+            by_day.select(pl.lit("sessions").alias("source_table"), "date", "rows"),
+            by_day.select(
+                pl.lit("student_feedback").alias("source_table"),
+                "date",
+                pl.col("rated").alias("rows"),
+            ),
+            repeated,
+            unrated,
+        ]
+    )
+
+
+def no_duplicate_sessions(set_aside: pl.DataFrame, /) -> Finding:
+    """Whether each session id was read once.
+
+    Args:
+        set_aside: ``SetAside``.
+    """
+    repeated = set_aside.filter(pl.col("source_table") == "sessions", pl.col("reason") == DUPLICATE)
+    if repeated.is_empty():
+        return Finding(True)
+    return Finding(
+        False,
+        f"{repeated['row_key'].n_unique()} session ids come more than once; one row of each is"
+        " used, and no rating of theirs. sessions has lost its primary key: fix it in the"
+        " platform.",
+        {
+            "session_ids": repeated["row_key"].n_unique(),
+            "first_rows": first_keys(repeated, "row_key", "tutor_id"),
+            "see_the_rest": "SELECT session_id, count(*) FROM sessions"
+            " GROUP BY session_id HAVING count(*) > 1",
+        },
+        WARN,
+    )
+
+
+def engagement_scores_fill_their_scale(highest: float | None, /, *, scale: int) -> Finding:
+    """Whether session engagement scores are on the policy's scale, and not on a smaller one.
+
+    Scores above the scale break the source contract, which ``few_rows_set_aside`` finds.
+
+    Args:
+        highest: The highest score; null where no session has one.
+        scale: Upper end of the policy's scale, 1 or 100.
+    """
+    if highest is None or scale == 1 or highest > 1:
+        return Finding(True)
+    return Finding(
+        False,
+        f"No session has an engagement_score above 1, and session_score_scale is {scale}. If the"
+        " platform scores sessions from 0 to 1, set session_score_scale = 1 in the policy and run"
+        " the date again: until then the session part of engagement_score is near 0.",
+        severity=WARN,
+    )
+
+
+def feedback_is_of_the_sessions_tutor(
+    set_aside: pl.DataFrame, /, *, rated: int, warn_share: float
+) -> Finding:
+    """Whether almost all feedback names the tutor of its session.
+
+    Args:
+        set_aside: ``SetAside``.
+        rated: Sessions whose feedback is used.
+        warn_share: Share of the feedback above which the check warns.
+    """
+    feedback = set_aside.filter(pl.col("source_table") == "student_feedback")
+    others = feedback.filter(pl.col("reason") == NOT_THE_SESSIONS_TUTOR)
+    count = others["row_key"].n_unique()
+    read = rated + feedback["row_key"].n_unique()
+    metadata: Metadata = {"of_another_tutor": count, "feedback_read": read}
+    if count <= warn_share * read:
+        return Finding(True, metadata=metadata)
+    return Finding(
+        False,
+        f"{count} of {read} rows of student_feedback name another tutor than their session:"
+        f" {count / read:.1%}, with {warn_share:.1%} expected at most. Their ratings are not used."
+        " Fix them in the platform and run the date again.",
+        {
+            **metadata,
+            "first_rows": first_keys(others, "row_key", "tutor_id"),
+            "see_the_rest": "SELECT f.feedback_id, f.tutor_id, s.session_id, s.tutor_id FROM"
+            " student_feedback AS f JOIN sessions AS s USING (session_id)"
+            " WHERE f.tutor_id IS DISTINCT FROM s.tutor_id",
+        },
+        WARN,
+    )
+
+
+def tutors_when_read(storage: PartitionedParquetIOManager, partition_key: str) -> pl.Series | None:
+    """All tutors of the platform at the instant at which its sessions were read, if known."""
+    try:
+        tutors = [
+            partition(storage, asset, partition_key).select("tutor_id")
+            for asset in ("tutor_roster", "tutors_left_out")
+        ]
+    except FileNotFoundError:
+        return None
+    return pl.concat(tutors).collect().to_series()
+
+
+def tutors_are_known(
+    by_tutor: pl.DataFrame, tutors: pl.Series | None, /, *, error_share: float
+) -> Finding:
+    """Whether the tutors of the sessions were in the platform's tutors.
+
+    Both are as of one instant: a tutor who was deleted later is no fault of the date.
+
+    Args:
+        by_tutor: Sessions by tutor: ``tutor_id``, ``rows``.
+        tutors: The ids in ``tutors`` when the sessions were read; null if that is not known.
+        error_share: Share of the sessions above which the check fails: then tutors are missing,
+            and the metrics of those who are there are not the whole.
+    """
+    if tutors is None:
+        return Finding(
+            True,
+            "Not compared: tutors_left_out is not there for this date. Run the date again to"
+            " compare it.",
+        )
+    unknown = by_tutor.filter(~pl.col("tutor_id").is_in(tutors.implode()))
+    sessions, read = int(unknown["rows"].sum()), int(by_tutor["rows"].sum())
+    metadata: Metadata = {
+        "unknown_tutors": len(unknown),
+        "their_sessions": sessions,
+        "sessions_read": read,
+    }
+    if unknown.is_empty():
+        return Finding(True, metadata=metadata)
+    return Finding(
+        False,
+        f"{sessions} of {read} sessions are of {len(unknown)} tutors who were not in tutors when"
+        " both were read; they count for nobody. See to what loads the platform's database, then"
+        " run the date again.",
+        {
+            **metadata,
+            "first_tutors": first_keys(unknown, "tutor_id"),
+            "see_the_rest": "SELECT s.tutor_id, count(*) FROM sessions AS s WHERE NOT EXISTS"
+            " (SELECT FROM tutors AS t WHERE t.tutor_id = s.tutor_id) GROUP BY s.tutor_id",
+        },
+        ERROR if sessions > error_share * read else WARN,
+    )

@@ -1,0 +1,298 @@
+"""Checks of ``tutor_tiers``: all windows side by side, and against the day before."""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+
+import dagster as dg
+import polars as pl
+
+from tutormax_assets.defs.checks import (
+    WARN,
+    Finding,
+    Metadata,
+    check_spec,
+    checked_dates,
+    first_keys,
+    last_saved,
+    of_the_date,
+    report,
+    rows_and_roster,
+    unless_failed,
+)
+from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
+from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
+from tutormax_assets.metrics.policy import window_name
+from tutormax_assets.metrics.schemas import TIERS
+
+ASSET = "tutor_tiers"
+COUNTS = ("sessions_completed", "no_show_count")
+
+# Stands for the tutors of a tier that nobody is in, whose logarithm there is none of.
+_HALF_A_TUTOR = 0.5
+
+
+def tutor_tiers_checks(
+    daily: dg.DailyPartitionsDefinition, *, windows: Sequence[int]
+) -> dg.AssetChecksDefinition:
+    """Build the checks of ``tutor_tiers``."""
+    spec = partial(check_spec, asset=ASSET, daily=daily)
+    specs = [
+        spec(
+            "every_tutor_has_a_tier",
+            "Every tutor of the roster has one row with a tier for every window.",
+            blocking=True,
+        ),
+        spec(
+            "counts_never_shrink",
+            "A longer window counts at least what a shorter one does.",
+            blocking=True,
+        ),
+        spec(
+            "tiers_are_steady",
+            "Tutors are in about the same tiers as on the last date before it that is saved.",
+        ),
+    ]
+
+    @dg.multi_asset_check(name=f"{ASSET}_checks", specs=specs, can_subset=True)
+    def checks(
+        context: dg.AssetCheckExecutionContext,
+        run_options: RunOptions,
+        metrics_policy: MetricsPolicy,
+        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+    ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+        limits = metrics_policy.policy.checks
+        found = {}
+        for key in checked_dates(context, ASSET):
+            rows, roster, of_failed_shards = rows_and_roster(io_manager, ASSET, key)
+            of_windows = partial(
+                every_tutor_has_all_windows,
+                windows=windows,
+                what_to_do="Materialize tutor_roster and what follows from it again, in one run,"
+                " for all tutors.",
+            )
+            shrinking = partial(counts_never_shrink, windows=windows)
+            earlier = last_saved(context, io_manager, ASSET, key)
+            found[key] = {
+                "every_tutor_has_a_tier": unless_failed(
+                    of_the_date(of_windows, rows, roster, tutor_ids=run_options.tutor_ids),
+                    of_failed_shards
+                    or active_tutors_are_computed(
+                        len(roster), io_manager.active_tutors_left_out(key), reference_date=key
+                    ),
+                ),
+                "counts_never_shrink": of_the_date(
+                    shrinking, rows, tutor_ids=run_options.tutor_ids
+                ),
+                "tiers_are_steady": tiers_are_steady(
+                    rows,
+                    earlier.rows,
+                    since=earlier.since,
+                    windows=windows,
+                    max_shift=limits.tier_shift,
+                    min_tutors=limits.comparison_min_tutors,
+                ),
+            }
+        yield from report(context, specs, found)
+
+    return checks
+
+
+def every_tutor_has_all_windows(
+    rows: pl.DataFrame, roster: pl.DataFrame, /, *, windows: Sequence[int], what_to_do: str
+) -> Finding:
+    """Whether every tutor of the roster has one row with a tier for every window.
+
+    Args:
+        rows: ``tutor_id``, ``window``, ``performance_tier``; other tutors may be among them.
+        roster: ``TutorRoster``.
+        windows: Lengths in days.
+        what_to_do: The advice where one has not.
+    """
+    with_tier = rows.filter(pl.col("performance_tier").is_not_null())
+    expected = roster.select("tutor_id").join(
+        pl.DataFrame({"window": [window_name(days) for days in windows]}), how="cross"
+    )
+    missing = expected.join(with_tier, on=["tutor_id", "window"], how="anti")
+    repeated = with_tier.join(roster, on="tutor_id", how="semi").filter(
+        pl.struct("tutor_id", "window").is_duplicated()
+    )
+    tutors = {*missing["tutor_id"], *repeated["tutor_id"]}
+    metadata: Metadata = {"tutors_of_the_roster": len(roster), "windows": len(windows)}
+    if not tutors:
+        return Finding(True, metadata=metadata)
+    return Finding(
+        False,
+        f"{len(tutors)} of {len(roster)} tutors of the roster do not have exactly one row with a"
+        f" tier for each of {len(windows)} windows. {what_to_do}",
+        {
+            **metadata,
+            "rows_missing": len(missing),
+            "rows_repeated": len(repeated),
+            "first_tutors": first_keys(
+                pl.concat(frame.select("tutor_id", "window") for frame in (missing, repeated)),
+                "tutor_id",
+                "window",
+            ),
+        },
+    )
+
+
+def active_tutors_are_computed(
+    computed: int, left_out: int, /, *, reference_date: str
+) -> Finding | None:
+    """What is to be said of a date that only runs of some tutors have computed.
+
+    Args:
+        computed: Tutors of the roster.
+        left_out: Active tutors who are not in the roster.
+        reference_date: The date.
+    """
+    if not left_out:
+        return None
+    return Finding(
+        False,
+        f"{computed} of {computed + left_out} tutors are computed: only runs of some tutors have"
+        " computed this date, which counts as missing until a run of all tutors does:"
+        f" tutormax run --date {reference_date}",
+        {"tutors_of_the_roster": computed, "active_tutors_left_out": left_out},
+        WARN,
+    )
+
+
+def counts_never_shrink(rows: pl.DataFrame, /, *, windows: Sequence[int]) -> Finding:
+    """Whether a longer window counts at least what a shorter one does, since it contains it.
+
+    Args:
+        rows: ``TutorTiers``.
+        windows: Lengths in days, shortest first.
+    """
+    by_window = [
+        rows.filter(pl.col("window") == window_name(days)).select("tutor_id", "window", *COUNTS)
+        for days in windows
+    ]
+    shrinking = pl.concat(
+        [
+            rows.select("tutor_id", "window").clear(),
+            *(
+                longer.join(shorter, on="tutor_id", suffix="_shorter")
+                .filter(
+                    pl.any_horizontal(pl.col(name) < pl.col(f"{name}_shorter") for name in COUNTS)
+                )
+                .select("tutor_id", "window")
+                for shorter, longer in pairwise(by_window)
+            ),
+        ]
+    )
+    if shrinking.is_empty():
+        return Finding(True)
+    return Finding(
+        False,
+        f"{shrinking['tutor_id'].n_unique()} tutors have fewer sessions or no-shows in a window"
+        " than in a shorter one, which it contains. The windows were not computed from the same"
+        " rows: materialize metrics_* and tutor_tiers again, in one run, for all tutors.",
+        {
+            "tutors": shrinking["tutor_id"].n_unique(),
+            "first_tutors": first_keys(shrinking, "tutor_id", "window"),
+        },
+    )
+
+
+def tiers_are_steady(
+    rows: pl.DataFrame,
+    before: pl.DataFrame | None,
+    /,
+    *,
+    windows: Sequence[int],
+    max_shift: float,
+    min_tutors: int,
+    since: str = "the day before",
+) -> Finding:
+    """Whether the tutors of both days are in about the same tiers as the day before.
+
+    Args:
+        rows: ``TutorTiers``.
+        before: The same of an earlier date; null where there is none.
+        windows: Lengths in days.
+        max_shift: Population stability index of a window above which the check warns.
+        min_tutors: Tutors that it takes to compare.
+        since: How a sentence calls the earlier date.
+    """
+    if before is None:
+        return Finding(True, "Not compared: the day before has not been computed.")
+    key = ["tutor_id", "window"]
+    counts = pl.concat(
+        frame.join(other, on=key, how="semi")
+        .group_by("window", pl.col("performance_tier").cast(pl.String).alias("tier"))
+        .len()
+        .with_columns(pl.lit(day).alias("day"))
+        for day, frame, other in (("now", rows, before), ("before", before, rows))
+    )
+    found = {(day, window, tier): count for window, tier, count, day in counts.iter_rows()}
+    names = [window_name(days) for days in windows]
+    distributions = pl.DataFrame(
+        [
+            (name, tier, found.get(("before", name, tier), 0), found.get(("now", name, tier), 0))
+            for name in names
+            for tier in TIERS
+        ],
+        schema={
+            "window": pl.String,
+            "tier": pl.String,
+            "tutors_before": pl.Int64,
+            "tutors_now": pl.Int64,
+        },
+        orient="row",
+    )
+    sizes = dict(distributions.group_by("window").agg(pl.col("tutors_now").sum()).iter_rows())
+    shifts = {
+        name: population_stability_index(part["tutors_before"], part["tutors_now"])
+        for name in names
+        if sizes[name] >= min_tutors
+        for part in [distributions.filter(pl.col("window") == name)]
+    }
+    if not shifts:
+        return Finding(
+            True,
+            f"Not compared: {max(sizes.values(), default=0)} tutors in both days; {min_tutors} are"
+            " needed.",
+        )
+    metadata: Metadata = {
+        "distributions": distributions,
+        **{f"stability_index_{name}": round(shift, 4) for name, shift in shifts.items()},
+    }
+    shifted = {name: shift for name, shift in shifts.items() if shift > max_shift}
+    if not shifted:
+        return Finding(True, metadata=metadata)
+    moved = rows.join(before, on=key, suffix="_before").filter(
+        pl.col("window").is_in(list(shifted)),
+        pl.col("performance_tier").cast(pl.String)
+        != pl.col("performance_tier_before").cast(pl.String),
+    )
+    said = ", ".join(f"{name} {shift:.2f}" for name, shift in shifted.items())
+    return Finding(
+        False,
+        f"Tiers have shifted since {since}: the population stability index is {said}, with"
+        f" {max_shift:g} expected at most. Unless the policy was changed, look at what the source"
+        " checks say and at the null shares; the numbers are saved all the same.",
+        {**metadata, "first_tutors_moved": first_keys(moved, "tutor_id", "window")},
+        WARN,
+    )
+
+
+def population_stability_index(before: pl.Series, now: pl.Series, /) -> float:
+    """How far two distributions over the same groups are apart: sum of (q - p) ln(q / p).
+
+    0 where they are equal; by custom, little up to 0.1 and much from 0.25 on. Source: N. Siddiqi,
+    Credit Risk Scorecards, 2006.
+
+    Args:
+        before: Number of members by group.
+        now: The same later; an empty group counts as half a member in both.
+    """
+    then, later = (
+        [max(count, _HALF_A_TUTOR) / max(counts.sum(), 1) for count in counts]
+        for counts in (before, now)
+    )
+    return math.fsum((q - p) * math.log(q / p) for p, q in zip(then, later, strict=True))

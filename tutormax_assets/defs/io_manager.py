@@ -1,0 +1,290 @@
+"""The Parquet partitions of the assets, and the IO manager that hands them from step to step.
+
+A run has its reference dates to itself, from before its first step to its end. One that is filtered
+to some tutors reads only those tutors and replaces only their rows. Rows do not pass through the IO
+manager: who computes a shard stores it, and the manager lists what was stored.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from time import perf_counter
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import sqlalchemy as sa
+from pydantic import PrivateAttr
+from upath import UPath
+
+from tutormax_assets.database.date_locks import DateLocks, date_lock
+from tutormax_assets.defs.automation.single_days import partition_keys
+from tutormax_assets.defs.resources import PlatformDatabase, RunOptions
+from tutormax_assets.runs.instance import pool_connections
+from tutormax_assets.storage.files import StorageError, entries, make_private_folder
+from tutormax_assets.storage.partition import (
+    Partition,
+    delete_files,
+    is_listed,
+    list_partition,
+    listing_state,
+    merged,
+    stored_partition,
+)
+
+PartitionsByDate = dict[str, Partition]
+"""Partitions by their key, which is the reference date in ISO form."""
+
+
+@dataclass(frozen=True)
+class StoredPartition:
+    """A partition of an asset, as it lies in the storage."""
+
+    asset_key: dg.AssetKey
+    partition_key: str
+    path: UPath
+    size_bytes: int
+
+
+class PartitionedParquetIOManager(dg.ConfigurableIOManager):
+    """Keeps each partition of an asset as the folder ``<base_path>/<asset>/<partition>.parquet``.
+
+    It locks the reference dates of the run, since every step needs it: those that write Parquet,
+    and the one that writes the metrics table for its input. Dagster makes it ready before the first
+    step, when the run has no place in a pool yet that the run which is waited for may need. Where
+    an executor makes each step a process, the dates are locked for a step at a time.
+    """
+
+    base_path: str
+    files_group: str | None = None
+    run_options: dg.ResourceDependency[RunOptions]
+    database: dg.ResourceDependency[PlatformDatabase]
+    _locks: DateLocks | None = PrivateAttr(default=None)
+    _written: dict[UPath, tuple[int, float, int] | None] = PrivateAttr(default_factory=dict)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Wait until no other run computes a reference date of this run, and keep others waiting.
+
+        Raises:
+            StorageError: The storage cannot be reached.
+            MetricsTableError: The database cannot be reached.
+        """
+        try:
+            self._set_up(context)
+        except Exception as error:
+            # The run's page shows what Dagster makes of a resource that fails.
+            log: Any = context.log
+            log.error(str(error))
+            raise
+
+    def _set_up(self, context: dg.InitResourceContext) -> None:
+        make_private_folder(self.base_path, group=self.files_group)
+        if context.instance is not None:
+            # A worker that Dagster started comes by here before its first step.
+            pool_connections(context.instance)
+        keys = _reference_dates(context)
+        if keys:
+            log: Any = context.log
+            self._locks = DateLocks(
+                self.database.engine, keys, retrying=self.run_options.retrying(log), log=log
+            )
+            self._locks.take()
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """Let the next run of these dates begin."""
+        if self._locks is not None:
+            self._locks.release()
+
+    @property
+    def holder(self) -> int | None:
+        """Who has the reference dates for the run, as ``DateLocks.holder`` says."""
+        return None if self._locks is None else self._locks.holder
+
+    def load_input(self, context: dg.InputContext) -> PartitionsByDate:
+        """The partitions that the run reads, restricted to the tutors it is filtered to."""
+        self._renew_locks()
+        return self.partitions(context.asset_key, context.asset_partition_keys)
+
+    def partitions(self, asset_key: dg.AssetKey, partition_keys: Iterable[str]) -> PartitionsByDate:
+        """Partitions of an asset, restricted to the tutors that the run is filtered to.
+
+        Raises:
+            FileNotFoundError: A partition has not been materialized.
+        """
+        only = tuple(self.run_options.tutor_ids or ())
+        return {
+            key: stored_partition(self.path(asset_key, key), tutor_ids=only)
+            for key in partition_keys
+        }
+
+    def whole_partition(self, asset_key: dg.AssetKey, partition_key: str) -> Partition:
+        """A partition of an asset with all of its tutors, whichever the run is filtered to.
+
+        Raises:
+            FileNotFoundError: The partition has not been materialized.
+        """
+        return stored_partition(self.path(asset_key, partition_key))
+
+    def rows_of_others(self, asset_key: dg.AssetKey, partition_key: str) -> pl.LazyFrame | None:
+        """The stored rows of tutors that a filtered run leaves as they are, if there are any."""
+        only = self.run_options.tutor_ids
+        try:
+            rows = self.whole_partition(asset_key, partition_key).rows().scan()
+        except FileNotFoundError:
+            return None
+        return rows.filter(~pl.col("tutor_id").is_in(only)) if only else None
+
+    def active_tutors_left_out(self, partition_key: str) -> int:
+        """Number of active tutors that no run of a date has computed yet; 0 if not known."""
+        try:
+            left_out = self.whole_partition(dg.AssetKey("tutors_left_out"), partition_key)
+        except FileNotFoundError:
+            # An earlier version computed the date.
+            return 0
+        return left_out.rows().scan().filter(status="active").collect().height
+
+    def active_tutors_of_others(self, partition_key: str) -> int:
+        """Number of other tutors than the run's: in a date's roster, or not computed yet."""
+        others = self.rows_of_others(dg.AssetKey("tutor_roster"), partition_key)
+        in_roster = 0 if others is None else others.collect().height
+        return in_roster + self.active_tutors_left_out(partition_key)
+
+    def path(self, asset_key: dg.AssetKey, partition_key: str) -> UPath:
+        """The folder of a partition."""
+        return partition_path(self.base_path, asset_key, partition_key)
+
+    def handle_output(self, context: dg.OutputContext, obj: PartitionsByDate) -> None:
+        """List what was stored of each partition."""
+        for key in context.asset_partition_keys:
+            partition = obj[key]
+            started = perf_counter()
+            self._renew_locks()
+            if self.run_options.tutor_ids:
+                partition = merged(partition, only=self.run_options.tutor_ids)
+            list_partition(partition)
+            self._written[partition.path] = listing_state(partition.path)
+            seconds = partition.seconds + perf_counter() - started
+            # Output metadata would be the same for every day of a range.
+            context.step_context.add_asset_metadata(
+                {
+                    "path": dg.MetadataValue.path(str(partition.path)),
+                    "shards": len(partition.parts),
+                    **_failed(partition),
+                    "size_bytes": sum(part.size_bytes for part in partition.parts),
+                    "dagster/partition_row_count": sum(part.rows for part in partition.parts),
+                    "write_seconds": round(seconds, 3),
+                },
+                asset_key=context.asset_key,
+                partition_key=key,
+            )
+
+    def _renew_locks(self) -> None:
+        if self._locks is None or not self._locks.renew():
+            return
+        for path, state in self._written.items():
+            if listing_state(path) != state:
+                raise StorageError(
+                    f"{path} was written by another run while this one had lost its connection to"
+                    " the platform. What the other run saved stays; run the date again if need be."
+                )
+
+
+def newest_dates(instance: dg.DagsterInstance, asset_keys: Iterable[dg.AssetKey]) -> list[str]:
+    """The newest reference date of each asset that has been materialized, ascending."""
+    of_assets = (instance.get_materialized_partitions(key) for key in asset_keys)
+    return sorted({max(keys) for keys in of_assets if keys})
+
+
+def _reference_dates(context: dg.InitResourceContext) -> list[str]:
+    """The reference dates that a run works on."""
+    if context.run is None or context.instance is None:
+        return []
+    checked = {check.asset_key for check in context.run.asset_check_selection or ()}
+    return partition_keys(context.run) or newest_dates(context.instance, checked)
+
+
+def _failed(partition: Partition) -> dict[str, dg.MetadataValue[Any]]:
+    """Which shards have no rows, where there are such."""
+    if not partition.failed:
+        return {}
+    why = {str(number): partition.failed[number] for number in sorted(partition.failed)}
+    return {"failed_shards": dg.MetadataValue.json(why)}
+
+
+def partition_path(base_path: str, asset_key: dg.AssetKey, partition_key: str) -> UPath:
+    """The folder of a partition of an asset."""
+    return UPath(base_path).joinpath(*asset_key.path, f"{partition_key}.parquet")
+
+
+def partitions_before(
+    base_path: str, asset_keys: Collection[dg.AssetKey], before: date
+) -> list[StoredPartition]:
+    """The stored partitions whose reference date lies before a day.
+
+    Those of these assets, and those of windows that the policy does not have any more.
+
+    Returns:
+        The oldest first, and those of one date in the order of the assets.
+
+    Raises:
+        StorageError: The storage cannot be reached.
+    """
+    found = []
+    try:
+        for asset_key in sorted({*asset_keys, *_window_assets(base_path)}):
+            for entry in entries(UPath(base_path).joinpath(*asset_key.path)):
+                key = entry.stem
+                if entry.suffix != ".parquet" or not _is_date(key) or key >= before.isoformat():
+                    continue
+                path = partition_path(base_path, asset_key, key)
+                if asset_key not in asset_keys and not is_listed(path):
+                    continue
+                with suppress(FileNotFoundError):  # Another cleanup was faster.
+                    size = sum(part.stat().st_size for part in entries(path))
+                    found.append(StoredPartition(asset_key, key, path, size))
+    # What a filesystem raises depends on which one it is.
+    except Exception as error:
+        raise StorageError(
+            f"The Parquet partitions at {base_path} cannot be listed: {error}."
+            " TUTORMAX_STORAGE says where they are; check that it is reachable."
+        ) from error
+    return sorted(found, key=lambda partition: partition.partition_key)
+
+
+def delete_partition(engine: sa.Engine, partition: StoredPartition) -> bool:
+    """Delete a partition unless a run computes its date; one that is gone already is fine.
+
+    It does not wait for the run, which may in turn need the place in the pool that who waits has.
+
+    Returns:
+        Whether it is gone.
+
+    Raises:
+        StorageError: It cannot be deleted.
+    """
+    with date_lock(engine, partition.partition_key) as is_mine:
+        if not is_mine:
+            return False
+        try:
+            delete_files(partition.path)
+        except Exception as error:
+            raise StorageError(
+                f"{partition.path} cannot be deleted: {error}."
+                " Check the rights of the user that runs this."
+            ) from error
+    return True
+
+
+def _window_assets(base_path: str) -> list[dg.AssetKey]:
+    """The folders that are named as the assets of windows are."""
+    found = (entry.name for entry in entries(UPath(base_path)))
+    return [dg.AssetKey(name) for name in found if re.fullmatch(r"metrics_\d+day", name)]
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -1,0 +1,166 @@
+"""What a run is given: its options, the platform's database and the metrics policy."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import sqlalchemy as sa
+import tenacity
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
+
+from tutormax_assets.database.connection import Timeouts, create_engine, database_url
+from tutormax_assets.database.faults import retrying
+from tutormax_assets.metrics.policy import Policy, PolicyError
+from tutormax_assets.settings import OptionsError, Settings, SettingsError, load_settings
+from tutormax_assets.source.view import AnySource, source_of
+
+
+class RunOptions(dg.ConfigurableResource[None]):
+    """Options of one run, set in the Launchpad or by the CLI; the defaults need nothing."""
+
+    tutor_ids: list[str] | None = Field(
+        default=None,
+        description=(
+            "Refresh only these tutors and leave the others' rows as they are; all when null."
+        ),
+    )
+    include_inactive: bool = Field(
+        default=False, description="Compute tutors of any status, not only active ones."
+    )
+    batch_size: int = Field(
+        default=1_000, ge=1, description="Tutors that are written in one transaction."
+    )
+    max_retries: int = Field(
+        default=3, ge=0, description="How often reading or writing is tried again if that may help."
+    )
+    retry_delay_seconds: float = Field(
+        default=5,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds before the first retry; doubles with each further one.",
+    )
+
+    @field_validator("tutor_ids")
+    @classmethod
+    def _names_tutors(cls, tutor_ids: list[str] | None) -> list[str] | None:
+        if tutor_ids is not None and not tutor_ids:
+            raise ValueError("found no id, expected at least one, or null for all tutors")
+        for tutor_id in tutor_ids or ():
+            # Neither a database nor a log takes a surrogate, as bytes that are not UTF-8 become.
+            if not tutor_id or re.search("[\0\ud800-\udfff]", tutor_id):
+                raise ValueError(f"found the id {tutor_id!a}, expected text that is not empty")
+        return tutor_ids
+
+    def retrying(self, log: logging.Logger) -> tenacity.Retrying:
+        """Calls a function again, as often as the options say, when its failure may pass."""
+        return retrying(
+            max_retries=self.max_retries, retry_delay_seconds=self.retry_delay_seconds, log=log
+        )
+
+
+def checked_options(**values: Any) -> RunOptions:
+    """The options of a run.
+
+    Raises:
+        OptionsError: One of them is unusable.
+    """
+    if isinstance(values.get("tutor_ids"), str):
+        raise OptionsError("tutor_ids is a single text; expected a list of ids.")
+    try:
+        return RunOptions(**values)
+    except ValidationError as error:
+        found = [
+            f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}"
+            for one in error.errors(include_input=False)
+        ]
+        raise OptionsError(f"{'; '.join(found)}.") from None
+
+
+class PlatformDatabase(dg.ConfigurableResource[None]):
+    """The platform's PostgreSQL, as the environment of the process says.
+
+    It has no settings of its own, so that no password shows in the UI. The embedded server is
+    started when a run first needs it.
+    """
+
+    _url: sa.URL | None = PrivateAttr(default=None)
+    _source: AnySource | None = PrivateAttr(default=None)
+    _engine: sa.Engine | None = PrivateAttr(default=None)
+
+    @property
+    def url(self) -> sa.URL:
+        """Where the database is that holds the metrics."""
+        if self._url is None:
+            self._url = database_url(load_settings())
+        return self._url
+
+    @property
+    def source(self) -> AnySource:
+        """Where the source tables are read."""
+        if self._source is None:
+            self._source = source_of(load_settings())
+        return self._source
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """How long a statement may take and wait."""
+        return Timeouts.of(load_settings())
+
+    @property
+    def engine(self) -> sa.Engine:
+        """The connection pool of the database that holds the metrics."""
+        if self._engine is None:
+            self._engine = create_engine(self.url)
+        return self._engine
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """Close the pool when the run ends."""
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+
+
+class MetricsPolicy(dg.ConfigurableResource[None]):
+    """Thresholds, weights and limits: the contract's, the TOML file's, then the run's overrides."""
+
+    overrides: dict[str, Any] = Field(
+        default={},
+        description=(
+            "Settings to replace for this run, as in the TOML file, such as"
+            " {late_limit_minutes: 5} or {thresholds: {avg_rating: {green: 4.7, red: 3.5}}}."
+        ),
+    )
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of this run.
+
+        Raises:
+            PolicyError: It contradicts itself, or the run overrides the windows.
+        """
+        if "windows" in self.overrides:
+            raise PolicyError(
+                "windows cannot be set for one run, because each window is an asset;"
+                " set them in the TOML file that TUTORMAX_POLICY names"
+            )
+        return load_policy(load_settings()).with_overrides(self.overrides)
+
+
+def load_policy(settings: Settings) -> Policy:
+    """The contract's policy with the overrides of the TOML file that the settings name.
+
+    Raises:
+        SettingsError: The file cannot be read.
+        PolicyError: The file's policy is malformed or contradicts itself.
+    """
+    if settings.policy is None:
+        return Policy()
+    try:
+        text = Path(settings.policy).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"TUTORMAX_POLICY names {settings.policy}, which cannot be read: {error.strerror}"
+        ) from None
+    return Policy.from_toml(text)

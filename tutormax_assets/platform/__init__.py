@@ -1,1 +1,0 @@
-"""The tutoring platform's PostgreSQL: tables, connection, snapshot, metrics table."""

@@ -1,0 +1,1 @@
+"""The Dagster instance and the runs on it."""

@@ -1,0 +1,1 @@
+"""A generated platform, in PostgreSQL or as a lake."""

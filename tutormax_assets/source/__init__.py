@@ -1,0 +1,1 @@
+"""Reading the platform, from PostgreSQL or from a lake of Parquet."""

@@ -1,0 +1,184 @@
+"""The source contract: the tables and columns that are read, their types, and the rights to them.
+
+Names are declared here and types in ``tables``; the checks of a database and of a lake, and the
+grants of the reading role, follow from both.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import polars as pl
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+from tutormax_assets.database.tables import source_metadata
+
+NEEDED_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "tutors": ("tutor_id", "status"),
+    "sessions": (
+        "session_id",
+        "tutor_id",
+        "session_number",
+        "scheduled_start",
+        "actual_start",
+        "tutor_initiated_reschedule",
+        "no_show",
+        "late_start_minutes",
+        "engagement_score",
+        "learning_objectives_met",
+    ),
+    "student_feedback": ("feedback_id", "session_id", "tutor_id", "overall_rating"),
+    "tutor_events": ("event_id", "tutor_id", "event_type", "event_timestamp", "metadata"),
+}
+"""The columns that a snapshot reads, by table."""
+
+# The first one is the contract's; of the others every value is one of its values, too.
+_ACCEPTED_TYPES: Mapping[type, tuple[str, ...]] = {
+    sa.String: ("character varying", "text", "character"),
+    sa.Integer: ("integer", "smallint", "bigint"),
+    sa.Float: ("double precision", "real", "numeric"),
+    sa.Boolean: ("boolean",),
+    sa.DateTime: ("timestamp with time zone",),
+    JSONB: ("jsonb", "json"),
+}
+
+# A domain counts as the type that it is over, through further domains. Tables are found as a query
+# would find them.
+FOUND_COLUMNS = f"""
+SELECT
+    t.name AS table_name,
+    a.attname::text AS column_name,
+    format_type(y.oid, NULL) AS type,
+    y.typtype = 'e' AS is_enum,
+    a.attnum IS NOT NULL AND has_column_privilege(t.oid, a.attnum, 'SELECT') AS readable
+FROM (
+    SELECT name, to_regclass(name)::oid AS oid
+    FROM unnest(ARRAY[{", ".join(f"'{name}'" for name in NEEDED_COLUMNS)}]) AS name
+) AS t
+LEFT JOIN pg_attribute AS a
+    ON a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped
+LEFT JOIN LATERAL (
+    WITH RECURSIVE types AS (
+        SELECT oid, typtype, typbasetype FROM pg_type WHERE oid = a.atttypid
+        UNION ALL
+        SELECT b.oid, b.typtype, b.typbasetype
+        FROM types JOIN pg_type AS b ON b.oid = types.typbasetype
+    )
+    SELECT oid, typtype FROM types WHERE typbasetype = 0
+) AS y ON true
+WHERE t.oid IS NOT NULL
+"""  # noqa: S608 - constants only
+"""Query of the columns that the source tables have, for ``breaches``."""
+
+
+@dataclass(frozen=True)
+class FoundColumn:
+    """A row of ``FOUND_COLUMNS``; without a column name, of a table that has none."""
+
+    table_name: str
+    column_name: str | None
+    type: str | None
+    is_enum: bool | None
+    readable: bool
+
+
+def breaches(found: list[FoundColumn]) -> Iterator[tuple[str, str]]:
+    """What is missing, of another type, or not to be read.
+
+    Args:
+        found: The rows of ``FOUND_COLUMNS``.
+
+    Yields:
+        Table, and a clause that names it, the column, what was found and what was expected.
+    """
+    tables = {row.table_name for row in found}
+    columns = {(row.table_name, row.column_name): row for row in found}
+    for table, needed in NEEDED_COLUMNS.items():
+        if table not in tables:
+            yield (
+                table,
+                f"table {table}: found no such table, or no right to look into its schema;"
+                f" expected one with the columns {', '.join(needed)}",
+            )
+            continue
+        for column in needed:
+            accepted = accepted_types(table, column)
+            there = columns.get((table, column))
+            name = f"table {table}, column {column}"
+            if there is None:
+                yield table, f"{name}: found no such column, expected {accepted[0]}"
+            elif there.type not in accepted and not (there.is_enum and accepted[0] == _TEXT):
+                yield table, f"{name}: found type {there.type}, expected {accepted[0]}"
+            elif not there.readable:
+                yield table, f"{name}: found no right to read it, expected SELECT"
+
+
+def accepted_types(table: str, column: str) -> tuple[str, ...]:
+    """The PostgreSQL types that a column may have, the contract's own first."""
+    declared = source_metadata.tables[table].c[column].type
+    return next(names for kind, names in _ACCEPTED_TYPES.items() if isinstance(declared, kind))
+
+
+_TEXT = _ACCEPTED_TYPES[sa.String][0]
+
+RESPONSE_TIME = "response_time_minutes"
+"""What is read of the metadata of an event; in a lake it may be a column of its own."""
+
+
+def lake_breaches(table: str, found: Mapping[str, Mapping[str, pl.DataType]]) -> Iterator[str]:
+    """What is missing in the Parquet files of a dataset, or of another type.
+
+    A column without any value, which has no type then, is of any. ``metadata`` may be missing where
+    there is a column ``response_time_minutes``, which is a number.
+
+    Args:
+        table: Name of the dataset.
+        found: The columns of each file, as Polars reads them, by the file's path.
+
+    Yields:
+        For each column, a clause that names table, column, the first file of those that break the
+        contract, what was found there and what was expected.
+    """
+    for column in NEEDED_COLUMNS[table]:
+        declared = type(source_metadata.tables[table].c[column].type)
+        expected, accepts = _ACCEPTED_IN_PARQUET[declared]
+        for path, columns in found.items():
+            name, dtype = column, columns.get(column)
+            if declared is JSONB and dtype is None and RESPONSE_TIME in columns:
+                name, dtype, expected, accepts = (
+                    RESPONSE_TIME,
+                    columns[RESPONSE_TIME],
+                    "a number",
+                    lambda dtype: dtype.is_numeric(),
+                )
+            if dtype is not None and (dtype == pl.Null or accepts(dtype)):
+                continue
+            what = "no such column" if dtype is None else f"type {dtype}"
+            yield f"table {table}, column {name}: found {what} in {path}, expected {expected}"
+            break
+
+
+def _is_text(dtype: pl.DataType) -> bool:
+    return dtype in (pl.String, pl.Categorical, pl.Enum)
+
+
+def _is_metadata(dtype: pl.DataType) -> bool:
+    if not isinstance(dtype, pl.Struct):
+        return _is_text(dtype)
+    time = pl.Schema(dtype).get(RESPONSE_TIME, pl.Null())
+    return time.is_numeric() or time == pl.Null
+
+
+# What a column may be in Parquet, by what it is declared as: how that is called, and as Polars
+# reads it. Whole numbers are clamped and instants converted.
+_ACCEPTED_IN_PARQUET: Mapping[type, tuple[str, Callable[[pl.DataType], bool]]] = {
+    sa.String: ("text", _is_text),
+    sa.Integer: ("an integer", lambda dtype: dtype.is_integer()),
+    sa.Float: ("a floating-point number or a decimal", lambda d: d.is_float() or d.is_decimal()),
+    sa.Boolean: ("a boolean", lambda dtype: dtype == pl.Boolean),
+    sa.DateTime: (
+        "a timestamp with a timezone",
+        lambda dtype: isinstance(dtype, pl.Datetime) and dtype.time_zone is not None,
+    ),
+    JSONB: (f"JSON text, or a struct with a number {RESPONSE_TIME}", _is_metadata),
+}

@@ -1,0 +1,1 @@
+"""Parquet: files, a partition and its listing, shards of tutors, what is spooled on the way."""

@@ -1,0 +1,348 @@
+"""A stored partition: a folder of Parquet files, one for each shard of tutors.
+
+Which files it has says its listing beside the folder, which is written last and atomically: a
+reader sees the old partition or the new one, and a shard that was stored twice counts once.
+"""
+
+import io
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import IO, NamedTuple
+from uuid import uuid4
+
+import polars as pl
+from pydantic import BaseModel, ValidationError
+from upath import UPath
+
+from tutormax_assets.storage.files import (
+    StorageError,
+    entries,
+    read_text,
+    write_parquet_parts,
+    write_text,
+)
+from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
+
+
+class Part(BaseModel, frozen=True):
+    """The file of a shard.
+
+    Attributes:
+        name: Its name in the partition's folder.
+        rows: How many rows it holds.
+        size_bytes: Its size.
+    """
+
+    name: str
+    rows: int
+    size_bytes: int
+
+
+class _Listing(BaseModel):
+    bounds: tuple[str, ...]
+    parts: tuple[Part, ...]
+    failed: dict[int, str] = {}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where rows with a ``tutor_id`` are.
+
+    Attributes:
+        files: Parquet files.
+        count: Number of rows that the files hold.
+        tutor_ids: Only rows of these tutors are meant; all when empty.
+    """
+
+    files: tuple[UPath, ...]
+    count: int
+    tutor_ids: tuple[str, ...] = ()
+
+    def scan(self) -> pl.LazyFrame:
+        """The rows."""
+        if all(isinstance(file, Path) for file in self.files):
+            rows = pl.scan_parquet([str(file) for file in self.files], glob=False)
+        else:
+            contents: list[IO[bytes]] = [io.BytesIO(file.read_bytes()) for file in self.files]
+            rows = pl.scan_parquet(contents)
+        if not self.tutor_ids:
+            return rows
+        return rows.filter(pl.col("tutor_id").is_in(self.tutor_ids))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition.
+
+    Attributes:
+        path: The folder.
+        shards: How its tutors are divided.
+        parts: The file of each shard.
+        tutor_ids: Only rows of these tutors are meant; all when empty.
+        failed: Why a shard has no rows, by its number, of those that could not be computed.
+        seconds: How long the storing took.
+    """
+
+    path: UPath
+    shards: Shards
+    parts: tuple[Part, ...]
+    tutor_ids: tuple[str, ...] = ()
+    failed: Mapping[int, str] = field(default_factory=dict, hash=False)
+    seconds: float = field(default=0, compare=False)
+
+    def rows(self, number: int | None = None) -> Rows:
+        """The rows of a shard, or of all of them."""
+        parts = self.parts if number is None else self.parts[number : number + 1]
+        if self.tutor_ids:
+            parts = tuple(parts[of] for of in sorted(self.shards.numbers_of(self.tutor_ids)))
+        files = tuple(self.path / part.name for part in parts)
+        return Rows(files, sum(part.rows for part in parts), self.tutor_ids)
+
+
+class Division(NamedTuple):
+    """How the tutors of some partitions are divided.
+
+    Attributes:
+        shards: In the same way in all of them.
+        numbers: The shards to compute; one without a number stands for all rows.
+        failed: Why others cannot be computed, by number.
+    """
+
+    shards: Shards
+    numbers: list[int | None]
+    failed: Mapping[int, str]
+
+
+def division(partitions: Sequence[Partition]) -> Division:
+    """How to compute something from partitions of the same date, shard by shard.
+
+    Where there is only one shard, only some tutors are meant, or the partitions are divided in
+    different ways, all is computed at once.
+
+    Raises:
+        StorageError: They are divided in different ways, and lack shards that failed.
+    """
+    first, *others = partitions
+    failed = {number: why for one in partitions for number, why in one.failed.items()}
+    is_shared = all(other.shards == first.shards for other in others)
+    if failed and not is_shared:
+        lacking = ", ".join(sorted(str(one.path) for one in partitions if one.failed))
+        raise StorageError(
+            f"Shards of {lacking} failed, and what is computed with it is divided in another way."
+            " Run the date again, from the platform on."
+        )
+    if first.tutor_ids or not is_shared or len(first.shards) == 1:
+        return Division(ALL_IN_ONE, [None], {})
+    return Division(first.shards, [n for n in range(len(first.shards)) if n not in failed], failed)
+
+
+@dataclass(frozen=True)
+class StoredParts:
+    """Files of neighbouring shards.
+
+    Attributes:
+        parts: The files.
+        first: The number of the first of the shards.
+        seconds: How long the storing took.
+    """
+
+    parts: tuple[Part, ...]
+    first: int
+    seconds: float
+
+
+def partition_of(
+    path: UPath,
+    shards: Shards,
+    stored: Iterable[StoredParts],
+    *,
+    failed: Mapping[int, str] | None = None,
+    no_rows: pl.DataFrame | None = None,
+) -> Partition:
+    """A partition of the files of its shards.
+
+    Args:
+        path: Its folder.
+        shards: How its tutors are divided.
+        stored: The files.
+        failed: Why other shards have none, by number.
+        no_rows: What is stored of those.
+
+    Raises:
+        StorageError: The storage cannot be written.
+    """
+    failed = failed or {}
+    empty = pl.DataFrame() if no_rows is None else no_rows
+    stored = [*stored, *(store_parts(path, empty.lazy(), first=number) for number in failed)]
+    parts = tuple(part for one in sorted(stored, key=lambda one: one.first) for part in one.parts)
+    seconds = sum(one.seconds for one in stored)
+    return Partition(path, shards, parts, failed=failed, seconds=seconds)
+
+
+def store_parts(
+    path: UPath, rows: pl.LazyFrame, *, shards: Shards = ALL_IN_ONE, first: int = 0
+) -> StoredParts:
+    """Compute rows and store them as new files, which are read once the partition is listed.
+
+    Args:
+        path: Folder of the partition.
+        rows: Rows with ``tutor_id``.
+        shards: How their tutors are divided.
+        first: The number that the first of these shards has in the partition.
+
+    Raises:
+        StorageError: The storage cannot be written.
+    """
+    started = perf_counter()
+    numbers = range(first, first + len(shards))
+    names = [f"{number:04}-{uuid4().hex[:12]}.parquet" for number in numbers]
+    try:
+        if isinstance(path, Path) and path.is_file():
+            # A partition that is one file, as other tools and versions write it, is replaced.
+            path.unlink()
+        files = write_parquet_parts(path, rows, shards.number(), names)
+    # Polars passes on what the system says as an error of its own.
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise _cannot_be_written(path, error) from error
+    parts = tuple(
+        Part(name=name, rows=file.rows, size_bytes=file.size_bytes)
+        for name, file in zip(names, files, strict=True)
+    )
+    return StoredParts(parts, first, perf_counter() - started)
+
+
+def scan_partition(path: UPath) -> pl.LazyFrame:
+    """The rows of a partition.
+
+    Raises:
+        FileNotFoundError: The partition has not been materialized.
+        StorageError: Its listing is damaged.
+    """
+    return stored_partition(path).rows().scan()
+
+
+def stored_partition(path: UPath, *, tutor_ids: tuple[str, ...] = ()) -> Partition:
+    """A partition as it is listed.
+
+    Raises:
+        FileNotFoundError: The partition has not been materialized.
+        StorageError: Its listing is damaged.
+    """
+    text = read_text(_listing_path(path))
+    if text is None:
+        raise FileNotFoundError(
+            f"There is no partition at {path}."
+            f" Materialize {path.parent.name} for {path.stem} first."
+        )
+    try:
+        listing = _Listing.model_validate_json(text)
+    except ValidationError as error:
+        raise StorageError(
+            f"{_listing_path(path)} does not list the files of a partition: found"
+            f" {error.error_count()} errors. Materialize {path.parent.name} for {path.stem} again."
+        ) from error
+    # The rows of the tutors that a run is about are its own.
+    failed = {} if tutor_ids else listing.failed
+    return Partition(path, Shards(listing.bounds), listing.parts, tutor_ids, failed)
+
+
+def merged(partition: Partition, *, only: Sequence[str]) -> Partition:
+    """The rows of some tutors in a partition, with those that are stored of the others.
+
+    Raises:
+        StorageError: The storage cannot be written.
+    """
+    try:
+        stored = stored_partition(partition.path)
+    except FileNotFoundError:
+        return partition
+    parts = list(stored.parts)
+    for number in sorted(stored.shards.numbers_of(only)):
+        others = stored.rows(number).scan().filter(~pl.col("tutor_id").is_in(only))
+        rows = (
+            partition.rows()
+            .scan()
+            .filter(pl.col("tutor_id").is_in(only), stored.shards.number() == number)
+        )
+        stored_again = store_parts(partition.path, pl.concat([others, rows]), first=number)
+        [parts[number]] = stored_again.parts
+    return replace(stored, parts=tuple(parts), seconds=partition.seconds)
+
+
+def list_partition(partition: Partition) -> None:
+    """Make the files of a partition those that are read, and delete the others.
+
+    Raises:
+        StorageError: The storage cannot be written, or not all files are there.
+    """
+    missing = {part.name for part in partition.parts} - {
+        entry.name for entry in entries(partition.path)
+    }
+    if missing:
+        raise StorageError(
+            f"{partition.path} lacks {len(missing)} of {len(partition.parts)} files that were"
+            " stored, as where workers have a folder of their own: let TUTORMAX_STORAGE be one"
+            " that all of them share, then run the date again."
+        )
+    listing = _Listing(
+        bounds=partition.shards.bounds, parts=partition.parts, failed=dict(partition.failed)
+    )
+    try:
+        write_text(_listing_path(partition.path), listing.model_dump_json())
+        _delete_unlisted(partition.path, [part.name for part in partition.parts])
+    except OSError as error:
+        raise _cannot_be_written(partition.path, error) from error
+
+
+def delete_files(path: UPath) -> None:
+    """Delete a partition; one that is gone already is fine."""
+    _listing_path(path).unlink(missing_ok=True)
+    _delete_unlisted(path, ())
+    with suppress(FileNotFoundError):
+        # An object store has no folders, unless it plays them.
+        if path.exists():
+            path.rmdir()
+
+
+def is_listed(path: UPath) -> bool:
+    """Whether there is a partition, and not a folder that something else made."""
+    try:
+        stored_partition(path)
+    except (FileNotFoundError, StorageError):
+        return False
+    return True
+
+
+def listing_state(path: UPath) -> tuple[int, float, int] | None:
+    """What changes whenever the partition is listed anew; none without a listing."""
+    listing = _listing_path(path)
+    if not listing.exists():
+        return None
+    found = listing.stat()
+    return found.st_ino, found.st_mtime, found.st_size
+
+
+def _delete_unlisted(path: UPath, names: Iterable[str]) -> None:
+    """Delete what the listing does not know: older files, and what somebody left behind."""
+    for entry in entries(path):
+        if entry.name in names:
+            continue
+        if isinstance(entry, Path) and entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _cannot_be_written(path: UPath, error: Exception) -> StorageError:
+    return StorageError(
+        f"{path} cannot be written: {error}. TUTORMAX_STORAGE says where it is; check that it"
+        " can be reached and has space."
+    )
+
+
+def _listing_path(path: UPath) -> UPath:
+    return path.with_suffix(".json")
