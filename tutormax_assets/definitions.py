@@ -16,10 +16,15 @@ from tutormax_assets.defs.checks.tutor_events_snapshot import tutor_events_snaps
 from tutormax_assets.defs.checks.tutor_performance_metrics import tutor_performance_metrics_checks
 from tutormax_assets.defs.checks.tutor_tiers import tutor_tiers_checks
 from tutormax_assets.defs.checks.window_metrics import window_metrics_checks
-from tutormax_assets.defs.compute_resource import Compute
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
+from tutormax_assets.defs.io_manager import date_locks_resource, parquet_io_manager
 from tutormax_assets.defs.log import line_logger
-from tutormax_assets.defs.resources import MetricsPolicy, PlatformDatabase, RunOptions, load_policy
+from tutormax_assets.defs.resources import (
+    MetricsPolicy,
+    RunOptions,
+    compute_resource,
+    load_policy,
+    platform_database_resource,
+)
 from tutormax_assets.settings import Settings, load_settings
 
 JOB_NAME = "daily_metrics"
@@ -63,8 +68,6 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         tutor_tiers_checks(daily, windows=policy.windows),
         tutor_performance_metrics_checks(daily, windows=policy.windows),
     ]
-    database = PlatformDatabase()
-    run_options = RunOptions.configure_at_launch()
     daily_metrics = dg.define_asset_job(
         JOB_NAME,
         selection=dg.AssetSelection.assets(*assets),
@@ -81,20 +84,18 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         schedules=[nightly_schedule(daily_metrics, running=settings.automation)],
         sensors=[
             *single_days_sensors(daily_metrics, assets, running=settings.automation),
-            *alert_sensors(timezone=settings.timezone, running=settings.automation),
+            *alert_sensors(settings),
             retention_sensor(settings, parquet_assets, running=settings.automation),
         ],
         resources={
-            "database": database,
-            "compute": Compute(),
-            "run_options": run_options,
-            "metrics_policy": MetricsPolicy.configure_at_launch(),
-            "io_manager": PartitionedParquetIOManager(
-                base_path=settings.storage_path,
-                files_group=settings.files_group,
-                run_options=run_options,
-                database=database,
+            "database": platform_database_resource(settings),
+            "compute": compute_resource(settings),
+            "run_options": RunOptions.configure_at_launch(),
+            "metrics_policy": MetricsPolicy.configure_at_launch(
+                base=dg.ResourceDefinition.hardcoded_resource(policy)
             ),
+            "date_locks": date_locks_resource(settings),
+            "io_manager": parquet_io_manager(settings),
         },
         loggers={"line": line_logger},
         # Stages take fractions of a second; a process each would cost seconds.

@@ -26,8 +26,10 @@ from distributed.comm.core import connect
 from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerError
 
 from tutormax_assets.compute import DaskError, KilledShardError
+from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.faults import reason
-from tutormax_assets.settings import Settings
+from tutormax_assets.settings import Settings, load_settings
+from tutormax_assets.source.platform import PlatformDatabase
 
 ANSWER_SECONDS = 10
 """How long the scheduler, or a worker that is asked for its code, may take to answer."""
@@ -100,13 +102,21 @@ def computed(expected: Mapping[str, str], sent: bytes) -> tuple[Any, list[tuple[
 
     Raises:
         OtherCodeError: The code here is not the expected one.
+        SettingsError: The worker's environment does not make sense.
     """
     if (found := code()) != expected:
         raise OtherCodeError(_difference(found))
     function, task = pickle.loads(sent)  # noqa: S301 - as safe as what Dask itself unpickles
     log, kept = logging.Logger(__name__, logging.INFO), _Lines()
     log.addHandler(kept)
-    return function(task, log), kept.lines
+    settings, database = _of_this_worker()
+    return function(task, TaskContext(database, settings.home_path, log)), kept.lines
+
+
+@cache
+def _of_this_worker() -> tuple[Settings, PlatformDatabase]:
+    settings = load_settings()
+    return settings, PlatformDatabase(settings)
 
 
 class Cluster:
@@ -160,7 +170,7 @@ class Cluster:
 
     def reports(
         self,
-        function: Callable[[Task, logging.Logger], Report],
+        function: Callable[[Task, TaskContext], Report],
         tasks: Mapping[str, Task],
         errors: dict[str, BaseException],
         *,

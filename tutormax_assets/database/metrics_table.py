@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cache
 from itertools import islice
 from threading import Event
 from typing import Any, NamedTuple, cast
@@ -28,8 +27,6 @@ from sqlalchemy.dialects import postgresql
 from tutormax_assets.database.connection import (
     Timeouts,
     conninfo,
-    create_engine,
-    database_url,
     limit_transaction,
     lock_for_transaction,
     transaction_limits,
@@ -42,7 +39,6 @@ from tutormax_assets.database.tables import (
     tutors,
 )
 from tutormax_assets.metrics.schemas import TutorTiers
-from tutormax_assets.settings import load_settings
 
 _VALUES = tuple(
     name
@@ -136,33 +132,6 @@ class Batch:
     def saved(self) -> int:
         """Rows of the batch that the table holds now."""
         return self.inserted + self.updated + self.unchanged
-
-
-@dataclass(frozen=True)
-class Target:
-    """The database that holds the table, and how long a statement may take there.
-
-    In another process it is what the environment there says: no password travels.
-    """
-
-    engine: sa.Engine
-    timeouts: Timeouts
-
-    @classmethod
-    def of_environment(cls) -> "Target":
-        """The database of this process, with one pool for as long as the process lives.
-
-        Raises:
-            SettingsError: The environment does not make sense.
-        """
-        settings = load_settings()
-        return cls(_engine(database_url(settings)), Timeouts.of(settings))
-
-    def __reduce__(self) -> tuple[Callable[[], "Target"], tuple[()]]:
-        return Target.of_environment, ()
-
-
-_engine = cache(create_engine)
 
 
 class _Written(NamedTuple):

@@ -6,7 +6,7 @@ manager: who computes a shard stores it, and the manager lists what was stored.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -16,13 +16,13 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import sqlalchemy as sa
-from pydantic import PrivateAttr
 from upath import UPath
 
 from tutormax_assets.database.date_locks import DateLocks, date_lock
 from tutormax_assets.defs.automation.single_days import partition_keys
-from tutormax_assets.defs.resources import PlatformDatabase, RunOptions
+from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.runs.instance import pool_connections
+from tutormax_assets.settings import Settings
 from tutormax_assets.storage.files import StorageError, entries, make_private_folder
 from tutormax_assets.storage.partition import (
     Partition,
@@ -48,59 +48,28 @@ class StoredPartition:
     size_bytes: int
 
 
-class PartitionedParquetIOManager(dg.ConfigurableIOManager):
+class PartitionedParquetIOManager(dg.IOManager):
     """Keeps each partition of an asset as the folder ``<base_path>/<asset>/<partition>.parquet``.
 
-    It locks the reference dates of the run, since every step needs it: those that write Parquet,
-    and the one that writes the metrics table for its input. Dagster makes it ready before the first
-    step, when the run has no place in a pool yet that the run which is waited for may need. Where
-    an executor makes each step a process, the dates are locked for a step at a time.
+    Every step needs it: those that write Parquet, and the one that writes the metrics table for its
+    input. So it renews the locks of the run's reference dates, and looks for another run's files
+    when they were lost for a while.
     """
 
-    base_path: str
-    files_group: str | None = None
-    run_options: dg.ResourceDependency[RunOptions]
-    database: dg.ResourceDependency[PlatformDatabase]
-    _locks: DateLocks | None = PrivateAttr(default=None)
-    _written: dict[UPath, tuple[int, float, int] | None] = PrivateAttr(default_factory=dict)
+    def __init__(
+        self, base_path: str, *, run_options: RunOptions, locks: DateLocks | None = None
+    ) -> None:
+        """Say where the partitions are.
 
-    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Wait until no other run computes a reference date of this run, and keep others waiting.
-
-        Raises:
-            StorageError: The storage cannot be reached.
-            MetricsTableError: The database cannot be reached.
+        Args:
+            base_path: Folder or URL.
+            run_options: Name the tutors that the run is filtered to.
+            locks: The locks that the run has on its reference dates.
         """
-        try:
-            self._set_up(context)
-        except Exception as error:
-            # The run's page shows what Dagster makes of a resource that fails.
-            log: Any = context.log
-            log.error(str(error))
-            raise
-
-    def _set_up(self, context: dg.InitResourceContext) -> None:
-        make_private_folder(self.base_path, group=self.files_group)
-        if context.instance is not None:
-            # A worker that Dagster started comes by here before its first step.
-            pool_connections(context.instance)
-        keys = _reference_dates(context)
-        if keys:
-            log: Any = context.log
-            self._locks = DateLocks(
-                self.database.engine, keys, retrying=self.run_options.retrying(log), log=log
-            )
-            self._locks.take()
-
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        """Let the next run of these dates begin."""
-        if self._locks is not None:
-            self._locks.release()
-
-    @property
-    def holder(self) -> int | None:
-        """Who has the reference dates for the run, as ``DateLocks.holder`` says."""
-        return None if self._locks is None else self._locks.holder
+        self.base_path = base_path
+        self.run_options = run_options
+        self._locks = locks
+        self._written: dict[UPath, tuple[int, float, int] | None] = {}
 
     def load_input(self, context: dg.InputContext) -> PartitionsByDate:
         """The partitions that the run reads, restricted to the tutors it is filtered to."""
@@ -189,6 +158,60 @@ class PartitionedParquetIOManager(dg.ConfigurableIOManager):
                     f"{path} was written by another run while this one had lost its connection to"
                     " the platform. What the other run saved stays; run the date again if need be."
                 )
+
+
+def parquet_io_manager(settings: Settings) -> dg.IOManagerDefinition:
+    """The IO manager of the Parquet partitions that the settings name."""
+
+    @dg.io_manager(
+        required_resource_keys={"run_options", "date_locks"}, description="Parquet partitions."
+    )
+    def io_manager(context: dg.InitResourceContext) -> PartitionedParquetIOManager:
+        return PartitionedParquetIOManager(
+            settings.storage_path,
+            run_options=context.resources.run_options,
+            locks=context.resources.date_locks,
+        )
+
+    return io_manager
+
+
+def date_locks_resource(settings: Settings) -> dg.ResourceDefinition:
+    """The locks that a run has on its reference dates, from before its first step to its end.
+
+    Dagster makes it ready when the run has no place in a pool yet that the run which is waited for
+    may need. Where an executor makes each step a process, the dates are locked for a step at a
+    time.
+    """
+
+    @dg.resource(
+        required_resource_keys={"run_options", "database"},
+        description="Keeps other runs of the same reference dates waiting.",
+    )
+    def date_locks(context: dg.InitResourceContext) -> Iterator[DateLocks]:
+        log: Any = context.log
+        try:
+            make_private_folder(settings.storage_path, group=settings.files_group)
+            if context.instance is not None:
+                # A worker that Dagster started comes by here before its first step.
+                pool_connections(context.instance)
+            locks = DateLocks(
+                context.resources.database.engine,
+                _reference_dates(context),
+                retrying=context.resources.run_options.retrying(log),
+                log=log,
+            )
+            locks.take()
+        except Exception as error:
+            # The run's page shows what Dagster makes of a resource that fails.
+            log.error(str(error))
+            raise
+        try:
+            yield locks
+        finally:
+            locks.release()
+
+    return date_locks
 
 
 def newest_dates(instance: dg.DagsterInstance, asset_keys: Iterable[dg.AssetKey]) -> list[str]:

@@ -2,19 +2,20 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import sqlalchemy as sa
 import tenacity
-from pydantic import Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
-from tutormax_assets.database.connection import Timeouts, create_engine, database_url
+from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.database.faults import retrying
 from tutormax_assets.metrics.policy import Policy, PolicyError
-from tutormax_assets.settings import OptionsError, Settings, SettingsError, load_settings
-from tutormax_assets.source.view import AnySource, source_of
+from tutormax_assets.settings import OptionsError, Settings, SettingsError
+from tutormax_assets.source.platform import PlatformDatabase
 
 
 class RunOptions(dg.ConfigurableResource[None]):
@@ -78,53 +79,35 @@ def checked_options(**values: Any) -> RunOptions:
         raise OptionsError(f"{'; '.join(found)}.") from None
 
 
-class PlatformDatabase(dg.ConfigurableResource[None]):
-    """The platform's PostgreSQL, as the environment of the process says.
+def platform_database_resource(settings: Settings) -> dg.ResourceDefinition:
+    """The platform's database of a run, without a config: no password shows in the UI."""
 
-    It has no settings of its own, so that no password shows in the UI. The embedded server is
-    started when a run first needs it.
-    """
+    @dg.resource(description="The platform's PostgreSQL, as the environment names it.")
+    def database(_: dg.InitResourceContext) -> Iterator[PlatformDatabase]:
+        with closing(PlatformDatabase(settings)) as opened:
+            yield opened
 
-    _url: sa.URL | None = PrivateAttr(default=None)
-    _source: AnySource | None = PrivateAttr(default=None)
-    _engine: sa.Engine | None = PrivateAttr(default=None)
+    return database
 
-    @property
-    def url(self) -> sa.URL:
-        """Where the database is that holds the metrics."""
-        if self._url is None:
-            self._url = database_url(load_settings())
-        return self._url
 
-    @property
-    def source(self) -> AnySource:
-        """Where the source tables are read."""
-        if self._source is None:
-            self._source = source_of(load_settings())
-        return self._source
+def compute_resource(settings: Settings) -> dg.ResourceDefinition:
+    """Where the shards of a run are computed, without a config: steps are the same for both."""
 
-    @property
-    def timeouts(self) -> Timeouts:
-        """How long a statement may take and wait."""
-        return Timeouts.of(load_settings())
+    @dg.resource(
+        required_resource_keys={"database"},
+        description="Computes shards of tutors in the run's process or on a Dask cluster.",
+    )
+    def compute(context: dg.InitResourceContext) -> Iterator[Compute]:
+        with closing(Compute(settings, context.resources.database)) as opened:
+            yield opened
 
-    @property
-    def engine(self) -> sa.Engine:
-        """The connection pool of the database that holds the metrics."""
-        if self._engine is None:
-            self._engine = create_engine(self.url)
-        return self._engine
-
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        """Close the pool when the run ends."""
-        if self._engine is not None:
-            self._engine.dispose()
-            self._engine = None
+    return compute
 
 
 class MetricsPolicy(dg.ConfigurableResource[None]):
     """Thresholds, weights and limits: the contract's, the TOML file's, then the run's overrides."""
 
+    base: dg.ResourceDependency[Policy]
     overrides: dict[str, Any] = Field(
         default={},
         description=(
@@ -145,7 +128,7 @@ class MetricsPolicy(dg.ConfigurableResource[None]):
                 "windows cannot be set for one run, because each window is an asset;"
                 " set them in the TOML file that TUTORMAX_POLICY names"
             )
-        return load_policy(load_settings()).with_overrides(self.overrides)
+        return self.base.with_overrides(self.overrides)
 
 
 def load_policy(settings: Settings) -> Policy:

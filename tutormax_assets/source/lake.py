@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import dataframely as dy
@@ -35,7 +35,6 @@ from tutormax_assets.metrics.schemas import (
     SourceSessions,
     SourceTutors,
 )
-from tutormax_assets.settings import SettingsError, load_settings
 from tutormax_assets.source.contract import NEEDED_COLUMNS, RESPONSE_TIME, lake_breaches
 from tutormax_assets.source.postgres import (
     ROWS_OF_A_PART,
@@ -93,27 +92,9 @@ class LakeChangedError(SourceError, PassingError):
 
 @dataclass(frozen=True)
 class Lake:
-    """Where the lake is.
-
-    In another process it is what the environment there says: no password travels.
-    """
+    """Where the lake is."""
 
     path: str
-
-    @classmethod
-    def of_environment(cls) -> Self:
-        """The lake of this process.
-
-        Raises:
-            SettingsError: The environment does not make sense, or names no lake.
-        """
-        path = load_settings().lake_path
-        if path is None:
-            raise SettingsError("TUTORMAX_SOURCE is postgres here; expected parquet, as elsewhere")
-        return cls(path)
-
-    def __reduce__(self) -> tuple[Callable[[], "Lake"], tuple[()]]:
-        return Lake.of_environment, ()
 
     def __str__(self) -> str:
         """The lake as a person may see it: no user, no password, no options."""
@@ -141,7 +122,7 @@ class LakeFile(NamedTuple):
 
 @dataclass(frozen=True)
 class LakeView:
-    """The lake as it was listed, which other processes that it is sent to go by, too.
+    """The lake as it was listed.
 
     Attributes:
         lake: Where it is.
@@ -160,6 +141,10 @@ class LakeView:
     files: Mapping[str, Sequence[LakeFile]]
     ids_are_unique: Literal[False] = False
     is_received: Literal[False] = False
+
+    def share(self) -> "SharedLakeView":
+        """The view for other processes, which go by the same listing."""
+        return SharedLakeView(self.tutor_ids, self.read_at, self.snapshot, self.files)
 
     def tutors(self) -> pl.DataFrame:
         """``SourceTutors``: all of them, whichever tutors the view is about.
@@ -332,6 +317,20 @@ class LakeView:
                 [opened] = _opened(self.lake, table, [file], Path(folder))
                 rows = _scan(opened.location).select(pl.len())
                 yield bool(rows.collect().item())
+
+
+@dataclass(frozen=True)
+class SharedLakeView:
+    """A view for another process, which says itself where the lake is: no password travels."""
+
+    tutor_ids: tuple[str, ...]
+    read_at: datetime
+    snapshot: str
+    files: Mapping[str, Sequence[LakeFile]]
+
+    def open(self, lake: Lake) -> LakeView:
+        """The view in this process."""
+        return LakeView(lake, self.tutor_ids, self.read_at, self.snapshot, self.files)
 
 
 def open_view(lake: Lake, *, tutor_ids: Sequence[str] = ()) -> LakeView:

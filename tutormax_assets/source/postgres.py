@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, LiteralString, Self
+from typing import Literal, LiteralString
 
 import dataframely as dy
 import polars as pl
@@ -36,7 +36,6 @@ from tutormax_assets.database.connection import (
     Timeouts,
     conninfo,
     describe,
-    source_url,
     transaction_limits,
 )
 from tutormax_assets.database.faults import PassingError, of_stream, reason, sqlstate
@@ -48,7 +47,6 @@ from tutormax_assets.metrics.schemas import (
     SourceSessions,
     SourceTutors,
 )
-from tutormax_assets.settings import load_settings
 from tutormax_assets.source.arrow_stream import ArrowStreamError, batches
 from tutormax_assets.source.contract import FOUND_COLUMNS, NEEDED_COLUMNS, FoundColumn, breaches
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
@@ -229,26 +227,10 @@ class SnapshotGoneError(SourceError, PassingError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where the platform is read, and how long a statement may take there.
-
-    In another process it is what the environment there says: no password travels.
-    """
+    """Where the platform is read, and how long a statement may take there."""
 
     url: sa.URL
     timeouts: Timeouts = field(default_factory=Timeouts)
-
-    @classmethod
-    def of_environment(cls) -> Self:
-        """The source of this process.
-
-        Raises:
-            SettingsError: The environment does not make sense.
-        """
-        settings = load_settings()
-        return cls(source_url(settings), Timeouts.of(settings))
-
-    def __reduce__(self) -> tuple[Callable[[], "Source"], tuple[()]]:
-        return Source.of_environment, ()
 
 
 @dataclass(frozen=True)
@@ -272,7 +254,7 @@ class PlatformRows:
 class View:
     """The platform at one instant, for as long as the block of ``open_view`` lasts.
 
-    Other processes that it is sent to see the same instant, by a connection of their own.
+    Other processes see the same instant through ``share``, by a connection of their own.
 
     Attributes:
         source: Where it is read.
@@ -393,14 +375,55 @@ class View:
         """Whether it came from another process; a reading that failed may be tried again then."""
         return self._cursor is None
 
-    def __getstate__(self) -> dict[str, Any]:
-        name = self._name
-        if name is None:
-            with self._reading() as cursor:
-                # It is meant to be idle for as long as others read.
-                cursor.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
-                name = _fetch(cursor, _SHARED, _Shared).item()
-        return {**self.__dict__, "_cursor": None, "_name": name}
+    def share(self) -> "SharedView":
+        """The view for other processes, for as long as this one is open.
+
+        Raises:
+            SourceError: The server does not share the view.
+        """
+        with self._reading() as cursor:
+            # It is meant to be idle for as long as others read.
+            cursor.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            name = _fetch(cursor, _SHARED, _Shared).item()
+        return SharedView(
+            self.tutor_ids,
+            self.read_at,
+            self.snapshot,
+            self.ids_are_unique,
+            self.is_utf8,
+            self.score_is_numeric,
+            name,
+        )
+
+
+@dataclass(frozen=True)
+class SharedView:
+    """A view for another process, which says itself where the platform is: no password travels.
+
+    Attributes:
+        name: The server's name of the snapshot. All others are those of the view.
+    """
+
+    tutor_ids: tuple[str, ...]
+    read_at: datetime
+    snapshot: str
+    ids_are_unique: bool
+    is_utf8: bool
+    score_is_numeric: bool
+    name: str
+
+    def open(self, source: Source) -> View:
+        """The view in this process, which connects whenever it reads."""
+        return View(
+            source,
+            self.tutor_ids,
+            self.read_at,
+            self.snapshot,
+            self.ids_are_unique,
+            self.is_utf8,
+            self.score_is_numeric,
+            _name=self.name,
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import polars as pl
 
 from tutormax_assets.database.connection import Timeouts, source_url
-from tutormax_assets.settings import Settings
+from tutormax_assets.settings import Settings, SettingsError
 from tutormax_assets.source import lake, postgres
 from tutormax_assets.source.lake import Lake
 from tutormax_assets.source.postgres import PlatformRows, Source, Table
@@ -46,6 +46,10 @@ class View(Protocol):
         """Whether it came from another process and may be read again after a failure."""
         ...
 
+    def share(self) -> "SharedView":
+        """The view for other processes, which open it with ``open_shared_view``."""
+        ...
+
     def tutors(self) -> pl.DataFrame:
         """``SourceTutors``: all of them, whichever tutors the view is about."""
         ...
@@ -65,6 +69,26 @@ class View(Protocol):
     def empty_tables(self, names: Iterable[str]) -> list[str]:
         """Those of the source tables that hold no row at all, whatever its date."""
         ...
+
+
+SharedView = postgres.SharedView | lake.SharedLakeView
+"""A view for another process, whichever source it is read from."""
+
+
+def open_shared_view(shared: SharedView, source: AnySource) -> View:
+    """A view of another process, read from the source that this process has.
+
+    Raises:
+        SettingsError: The other process has another kind of source.
+    """
+    if isinstance(shared, postgres.SharedView) and isinstance(source, Source):
+        return shared.open(source)
+    if isinstance(shared, lake.SharedLakeView) and isinstance(source, Lake):
+        return shared.open(source)
+    found, expected = (
+        ("postgres", "parquet") if isinstance(source, Source) else ("parquet", "postgres")
+    )
+    raise SettingsError(f"TUTORMAX_SOURCE is {found} here; expected {expected}, as elsewhere")
 
 
 def source_of(settings: Settings) -> AnySource:

@@ -502,3 +502,37 @@ def test_a_run_of_the_launchpad_refuses_tutors_that_are_none(
 
     assert not result.success
     assert small_platform.metrics().is_empty()
+
+
+def test_a_run_goes_by_the_settings_that_it_is_given(
+    small_platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment names another database, storage, policy and cluster."""
+    for name, value in {
+        "TUTORMAX_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/nowhere",
+        "TUTORMAX_STORAGE": str(tmp_path / "elsewhere"),
+        "TUTORMAX_HOME": str(tmp_path / "another home"),
+        "TUTORMAX_POLICY": str(tmp_path / "missing.toml"),
+        "TUTORMAX_DASK_ADDRESS": "tcp://127.0.0.1:1",
+        "TUTORMAX_TIMEZONE": "Asia/Tokyo",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    [summary] = small_platform.run(str(DAY))
+
+    assert summary.all_saved
+    assert small_platform.metrics()["tutor_id"].n_unique() == summary.total_tutors
+    assert not small_platform.partition("tutor_tiers", str(DAY)).is_empty()
+    assert not (tmp_path / "elsewhere").exists()
+    assert not (tmp_path / "another home").exists()
+
+
+def test_a_cluster_is_that_of_the_settings(small_platform: Platform) -> None:
+    settings = small_platform.settings.model_copy(
+        update={"dask_address": "tcp://127.0.0.1:1", "home": small_platform.settings.home_path}
+    )
+
+    [summary] = aggregate(settings, [DAY], RunOptions(max_retries=0))
+
+    [error] = summary.errors
+    assert "No connection to the Dask scheduler at tcp://127.0.0.1:1" in error["error"]

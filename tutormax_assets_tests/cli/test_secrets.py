@@ -11,8 +11,8 @@ import pytest
 import sqlalchemy as sa
 
 from tutormax_assets.database.connection import create_engine, database_url
-from tutormax_assets.defs.resources import PlatformDatabase
 from tutormax_assets.settings import load_settings
+from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.postgres import Source, SourceError, unknown_tutors
 from tutormax_assets_tests.cli.conftest import Invoke
 from tutormax_assets_tests.conftest import Platform
@@ -120,15 +120,15 @@ def test_no_process_has_a_secret_in_its_arguments(environment: dict[str, str]) -
 def test_errors_and_what_is_printed_of_objects_hold_no_secret(
     environment: dict[str, str],
 ) -> None:
-    database = PlatformDatabase()
+    settings = load_settings()
+    database = PlatformDatabase(settings)
     with database.engine.connect() as connection:
         connection.execute(sa.text("SELECT 1"))
-    settings = load_settings()
     assert settings.database_url is not None
     assert SECRETS["writer"] in settings.database_url.get_secret_value()
     objects = [database, database.url, database.engine, database.engine.pool, database.source]
     assert_discreet(*objects, *map(repr, objects), repr(settings), settings.model_dump_json())
-    database.engine.dispose()
+    database.close()
 
     with refusing_server("28P01", "password authentication failed") as server:
         for url in (

@@ -1,12 +1,13 @@
 """A function that is mapped over shards, and goes wrong as it is told; workers import it."""
 
-import logging
 import os
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from tutormax_assets.compute.context import TaskContext
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class UnpicklableError(Exception):
         super().__init__(what)
 
 
-def squared(task: Square, log: logging.Logger) -> Squared:
-    log.info("%d is squared", task.root)
+def squared(task: Square, context: TaskContext) -> Squared:
+    context.log.info("%d is squared", task.root)
     if task.gate is not None:
         begun(task).write_text(str(os.getpid()), encoding="utf-8")
         deadline = time.monotonic() + 60

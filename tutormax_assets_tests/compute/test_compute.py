@@ -12,17 +12,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import trustme
 
 from tutormax_assets.compute import DaskError, KilledShardError, ShardsError
-from tutormax_assets.defs.compute_resource import Compute
+from tutormax_assets.compute.shard_map import Compute
+from tutormax_assets.settings import Settings, load_settings
+from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets_tests.compute.clusters import ROOT, DaskCluster, until
 from tutormax_assets_tests.compute.squares import Square, begun, squared
 
 # One process runs them all, so that there is one cluster.
 pytestmark = pytest.mark.xdist_group("cluster")
+
+if TYPE_CHECKING:
+    from tutormax_assets.compute.dask import Cluster
 
 LOG = logging.getLogger("tutormax_assets.compute_tests")
 
@@ -43,9 +49,20 @@ def cluster(shared_cluster: DaskCluster, monkeypatch: pytest.MonkeyPatch) -> Das
     return shared_cluster
 
 
+class ComputeOfEnvironment(Compute):
+    """Goes by what the environment says when it is used."""
+
+    def __init__(self) -> None:
+        super().__init__(Settings(), PlatformDatabase(Settings()))
+
+    def _connected(self, log: logging.Logger) -> "Cluster | None":
+        self._settings = load_settings()
+        return super()._connected(log)
+
+
 @pytest.fixture
 def compute() -> Iterator[Compute]:
-    with closing(Compute()) as compute:
+    with closing(ComputeOfEnvironment()) as compute:
         yield compute
 
 
@@ -166,7 +183,7 @@ def test_two_runs_at_once_share_no_task(cluster: DaskCluster, tmp_path: Path) ->
     todo = tasks(2, gate=gate)
 
     def run() -> dict[str, int]:
-        with closing(Compute()) as compute:
+        with closing(ComputeOfEnvironment()) as compute:
             return areas(compute, todo)
 
     with ThreadPoolExecutor(2) as pool:

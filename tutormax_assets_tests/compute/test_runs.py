@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -18,18 +19,18 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 from upath import UPath
 
+from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.metrics_table import (
     WritingReport,
     WritingTask,
     added_up,
     write_table,
 )
-from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.date_locks import DateLocks, is_held
 from tutormax_assets.database.faults import retrying
-from tutormax_assets.database.metrics_table import Target
 from tutormax_assets.dates import midnight
-from tutormax_assets.defs.compute_resource import Compute
+from tutormax_assets.settings import load_settings
+from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.files import StorageError
 from tutormax_assets.storage.partition import (
     list_partition,
@@ -126,6 +127,15 @@ def cluster(
     return shared_cluster
 
 
+def compute_of_environment() -> Compute:
+    return Compute(load_settings(), PlatformDatabase(load_settings()))
+
+
+def on_cluster(platform: Platform) -> Platform:
+    """The platform, computed where the environment says."""
+    return replace(platform, settings=load_settings())
+
+
 def stored(platform: Platform) -> Stored:
     return {
         (asset, day): platform.partition(asset, day).sort(pl.all())
@@ -156,7 +166,7 @@ def test_a_worker_that_is_killed_in_a_run_costs_time_and_nothing_else(
     killer = threading.Thread(target=kill_one)
     killer.start()
     with captured_log() as log:
-        summaries = platform.run(*DAYS)
+        summaries = on_cluster(platform).run(*DAYS)
     killer.join()
 
     assert cluster.workers[0].wait(PATIENCE) == -signal.SIGKILL
@@ -187,7 +197,7 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_saved(
             mortal.start_worker(environment=environment)
         mortal.wait_for(3)
         monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", mortal.address)
-        [summary] = platform.run(DAYS[1])
+        [summary] = on_cluster(platform).run(DAYS[1])
 
     assert [error["tutor_id"] for error in summary.errors] == culprits
     assert "1 worker that computed it died" in summary.errors[0]["error"]
@@ -200,7 +210,7 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_saved(
     )
 
     monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", cluster.address)
-    assert all(again.all_saved for again in platform.run(*DAYS))
+    assert all(again.all_saved for again in on_cluster(platform).run(*DAYS))
     assert_as_expected(platform, expected, table)
 
 
@@ -226,7 +236,6 @@ def test_a_shard_that_is_computed_again_counts_once(
     path = UPath(platform.storage) / "tutor_tiers" / f"{DAYS[1]}.parquet"
     again = {
         f"{attempt} of shard {number}": WritingTask(
-            Target(platform.engine, Timeouts()),
             stored_partition(path).rows(number),
             day,
             midnight(day, timezone="UTC"),
@@ -238,7 +247,7 @@ def test_a_shard_that_is_computed_again_counts_once(
         for number in range(SHARDS)
     }
 
-    with closing(Compute()) as compute:
+    with closing(compute_of_environment()) as compute:
         reports = [report for _, report in compute.map(write_table, again, log=LOG)]
 
     of_day = table.filter(pl.col("calculation_date").dt.date() == day)
@@ -260,10 +269,9 @@ def test_a_shard_of_a_run_that_has_ended_is_not_written(
     locks = DateLocks(platform.engine, [DAYS[1]], retrying=once, log=LOG)
 
     def written(holder: int | None) -> WritingReport:
-        target = Target(platform.engine, Timeouts())
         instant = midnight(day, timezone="UTC")
-        task = WritingTask(target, rows, day, instant, 5, 0, 0, holder)
-        with closing(Compute()) as compute:
+        task = WritingTask(rows, day, instant, 5, 0, 0, holder)
+        with closing(compute_of_environment()) as compute:
             [(_, report)] = compute.map(write_table, {"shard": task}, log=LOG)
         return report
 

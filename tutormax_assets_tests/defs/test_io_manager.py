@@ -20,7 +20,7 @@ from tutormax_assets.defs.io_manager import (
     PartitionsByDate,
     partition_path,
 )
-from tutormax_assets.defs.resources import PlatformDatabase, RunOptions
+from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.storage.files import (
     StorageError,
     StoredFile,
@@ -222,11 +222,7 @@ def materialize(
     options = RunOptions(tutor_ids=tutor_ids or None)
     result = dg.materialize(
         [scores_asset, reader],
-        resources={
-            "io_manager": PartitionedParquetIOManager(
-                base_path=base_path, run_options=options, database=PlatformDatabase()
-            )
-        },
+        resources={"io_manager": PartitionedParquetIOManager(base_path, run_options=options)},
         tags={
             "dagster/asset_partition_range_start": days[0],
             "dagster/asset_partition_range_end": days[-1],

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.assets import PLATFORM_POOL
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
+from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.runs.instance import dagster_instance, make_pool
 from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets.settings import Settings
@@ -165,13 +165,14 @@ def connections_opened(url: str) -> int:
 def test_a_worker_that_dagster_started_keeps_its_connections(
     production: Platform, instance_url: str, tmp_path: Path
 ) -> None:
-    [manager] = [
-        resource
-        for resource in (build_definitions(production.settings).resources or {}).values()
-        if isinstance(resource, PartitionedParquetIOManager)
-    ]
     with dg.DagsterInstance.from_config(str(tmp_path / "dagster_home")) as instance:
-        manager.setup_for_execution(dg.build_init_resource_context(instance=instance))
+        resources = {
+            **(build_definitions(production.settings).resources or {}),
+            "run_options": RunOptions(),
+        }
+        wanted = {name: resources[name] for name in ("run_options", "database", "date_locks")}
+        with dg.build_resources(wanted, instance=instance):
+            pass
         before = connections_opened(instance_url)
         for _ in range(20):
             instance.get_runs()

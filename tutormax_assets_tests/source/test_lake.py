@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 
 import polars as pl
 import pytest
+import sqlalchemy as sa
 from fsspec.implementations.memory import MemoryFileSystem
 from polars.testing import assert_frame_equal
 from upath import UPath
@@ -35,7 +36,7 @@ from tutormax_assets.source.lake import (
     open_view,
 )
 from tutormax_assets.source.postgres import Source, SourceError
-from tutormax_assets.source.view import newest, unknown_tutors
+from tutormax_assets.source.view import newest, open_shared_view, unknown_tutors
 from tutormax_assets.storage.files import write_parquet
 from tutormax_assets.storage.shards import Shards, TutorRange
 from tutormax_assets_tests.conftest import SMALL_PLATFORM, Platform
@@ -796,17 +797,13 @@ def test_a_protocol_that_nobody_knows() -> None:
         open_view(Lake("nowhere://x"))
 
 
-def test_a_view_that_travels_reads_the_lake_that_the_environment_names(
-    lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TUTORMAX_SOURCE", "parquet")
-    monkeypatch.setenv("TUTORMAX_LAKE", lake.path)
+def test_a_shared_view_is_opened_at_the_lake_of_who_opens_it(lake: Lake, tmp_path: Path) -> None:
     view = open_view(lake, tutor_ids=["t"])
 
-    sent = pickle.dumps(view)
+    sent = pickle.dumps(view.share())
     assert lake.path.encode() not in sent
-    assert pickle.loads(sent) == view
-    assert pickle.loads(sent).rows(tmp_path / "spool", **WINDOW).count["sessions"] == 1
-    monkeypatch.setenv("TUTORMAX_SOURCE", "postgres")
+    opened = open_shared_view(pickle.loads(sent), lake)
+    assert opened == view
+    assert opened.rows(tmp_path / "spool", **WINDOW).count["sessions"] == 1
     with pytest.raises(SettingsError, match="TUTORMAX_SOURCE is postgres here; expected parquet"):
-        pickle.loads(sent)
+        open_shared_view(pickle.loads(sent), Source(sa.make_url("postgresql://elsewhere/x")))

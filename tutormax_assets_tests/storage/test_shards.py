@@ -17,14 +17,21 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from tutormax_assets.compute import KilledShardError, tasks
+from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.faults import may_pass
-from tutormax_assets.defs.compute_resource import Compute
 from tutormax_assets.defs.io_manager import partition_path
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions
 from tutormax_assets.settings import load_settings
-from tutormax_assets.source.postgres import PlatformRows, SnapshotGoneError, Source, View, open_view
+from tutormax_assets.source.postgres import (
+    PlatformRows,
+    SharedView,
+    SnapshotGoneError,
+    Source,
+    View,
+    open_view,
+)
 from tutormax_assets.storage.partition import stored_partition
 from tutormax_assets.storage.shards import ALL_IN_ONE, TUTORS_OF_A_SHARD, Shards, TutorRange
 from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform, captured_log
@@ -107,10 +114,11 @@ def test_who_is_sent_a_view_sees_the_same_instant_and_no_password(
 ) -> None:
     url = small_platform.url.set(password="se/cret")
     with open_view(Source(url), tutor_ids=["t1"]) as view:
-        sent = pickle.dumps(view)
+        sent = pickle.dumps(view.share())
         small_platform.execute("DELETE FROM student_feedback")
         small_platform.execute("DELETE FROM tutor_events")
-        received: View = pickle.loads(sent)
+        shared: SharedView = pickle.loads(sent)
+        received = shared.open(Source(url))
         before, after = (list(collected(rows(one, tmp_path))) for one in (view, received))
 
     assert b"se/cret" not in sent
@@ -128,7 +136,7 @@ def test_a_view_that_was_sent_lasts_as_long_as_the_transaction_it_is_of(
     idle = "SELECT current_setting('idle_in_transaction_session_timeout')"
     with open_view(Source(small_platform.url, timeouts)) as view:
         assert view._cursor is not None
-        received: View = pickle.loads(pickle.dumps(view))
+        received = view.share().open(view.source)
         view._cursor.execute(idle)
         assert pl.DataFrame(view._cursor.fetch_arrow()).item() == "0"
 

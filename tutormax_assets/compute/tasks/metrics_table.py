@@ -10,9 +10,10 @@ from typing import Any
 
 import polars as pl
 
+from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.date_locks import is_held
 from tutormax_assets.database.faults import retrying
-from tutormax_assets.database.metrics_table import Batch, MetricsTableError, Target, write_metrics
+from tutormax_assets.database.metrics_table import Batch, MetricsTableError, write_metrics
 from tutormax_assets.storage.partition import Rows
 
 _LOGGED_ERRORS = 10
@@ -24,7 +25,6 @@ class WritingTask:
     """A shard of a reference date.
 
     Attributes:
-        target: The database that holds the table.
         tiers: ``TutorTiers``.
         reference_date: The reference date.
         calculation_date: The instant that it stands for.
@@ -35,7 +35,6 @@ class WritingTask:
             the run, and another one have written newer rows.
     """
 
-    target: Target
     tiers: Rows
     reference_date: date
     calculation_date: datetime
@@ -60,7 +59,7 @@ class WritingReport:
     failure: MetricsTableError | None = None
 
 
-def write_table(task: WritingTask, log: logging.Logger) -> WritingReport:
+def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
     """Bring the table's rows of a shard to those of its tiers."""
     started = perf_counter()
     tiers = task.tiers.scan().collect()
@@ -68,19 +67,19 @@ def write_table(task: WritingTask, log: logging.Logger) -> WritingReport:
     failure = None
     try:
         for batch in write_metrics(
-            task.target.engine,
+            context.database.engine,
             tiers,
             calculation_date=task.calculation_date,
             batch_size=task.batch_size,
             retrying=retrying(
                 max_retries=task.max_retries,
                 retry_delay_seconds=task.retry_delay_seconds,
-                log=log,
+                log=context.log,
             ),
-            timeouts=task.target.timeouts,
+            timeouts=context.database.timeouts,
             is_wanted=None if task.holder is None else is_held(task.holder),
         ):
-            _log_batch(log, task.reference_date, batch)
+            _log_batch(context.log, task.reference_date, batch)
             batches.append(batch)
     except MetricsTableError as error:
         failure = error

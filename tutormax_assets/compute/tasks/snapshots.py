@@ -1,6 +1,5 @@
 """Reading the platform: what is good and what is set aside, sliced by reference date."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -12,13 +11,13 @@ import polars as pl
 import tenacity
 from upath import UPath
 
+from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.faults import may_pass, retrying
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.window import within_window
-from tutormax_assets.settings import load_settings
 from tutormax_assets.source.postgres import SnapshotGoneError, Table
-from tutormax_assets.source.view import View
+from tutormax_assets.source.view import SharedView, View, open_shared_view
 from tutormax_assets.storage.partition import StoredParts, store_parts
 from tutormax_assets.storage.shards import Shards, TutorRange
 from tutormax_assets.storage.spool import spool_folder
@@ -29,7 +28,7 @@ class SnapshotTask:
     """Shards to read.
 
     Attributes:
-        view: The platform at the instant of the run.
+        view: The platform at the instant of the run, shared where another process computes.
         tutor_range: The tutors of the shards.
         shards: How they are divided.
         first_shard: The number that the first of the shards has in the partitions.
@@ -43,7 +42,7 @@ class SnapshotTask:
         retry_delay_seconds: Seconds before the first retry.
     """
 
-    view: View
+    view: View | SharedView
     tutor_range: TutorRange
     shards: Shards
     first_shard: int
@@ -89,7 +88,7 @@ def set_aside_asset(table: Table) -> str:
     return f"{table}_set_aside"
 
 
-def read_snapshots(task: SnapshotTask, log: logging.Logger) -> SnapshotReport:
+def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
     """Read shards of the platform and store what is good of them and what was set aside.
 
     Raises:
@@ -102,14 +101,19 @@ def read_snapshots(task: SnapshotTask, log: logging.Logger) -> SnapshotReport:
         if {snapshot_asset(table), set_aside_asset(table)} & task.paths.keys()
     ]
     report = SnapshotReport()
-    with spool_folder(load_settings().home_path) as folder:
+    view = (
+        open_shared_view(task.view, context.database.source)
+        if isinstance(task.view, SharedView)
+        else task.view
+    )
+    with spool_folder(context.home_path) as folder:
         attempt = retrying(
-            max_retries=task.max_retries if task.view.is_received else 0,
+            max_retries=task.max_retries if view.is_received else 0,
             retry_delay_seconds=task.retry_delay_seconds,
-            log=log,
+            log=context.log,
         ).copy(retry=tenacity.retry_if_exception(_may_pass_here))
         rows = attempt(
-            task.view.rows,
+            view.rows,
             folder / "source",
             tables=tables,
             start=task.start,
@@ -125,7 +129,7 @@ def read_snapshots(task: SnapshotTask, log: logging.Logger) -> SnapshotReport:
                     quality.good_sessions,
                     policy=task.policy,
                     timezone=task.timezone,
-                    ids_are_unique=task.view.ids_are_unique,
+                    ids_are_unique=view.ids_are_unique,
                 ),
             ),
             "tutor_events": (

@@ -1,12 +1,12 @@
 """Flags and tiers of a shard."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
 from upath import UPath
 
+from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.schemas import TIERS, TutorTiers
 from tutormax_assets.metrics.tiers import performance_tiers
@@ -43,7 +43,7 @@ class TiersReport:
     counts: dict[str, dict[str, int]]
 
 
-def compute_tiers(task: TiersTask, log: logging.Logger) -> TiersReport:
+def compute_tiers(task: TiersTask, context: TaskContext) -> TiersReport:
     """Raise the flags of each tutor and window, and find the tier.
 
     Raises:

@@ -1,6 +1,5 @@
 """The metrics of all windows of a shard, in one pass over its snapshots."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -9,6 +8,7 @@ from time import perf_counter
 import polars as pl
 from upath import UPath
 
+from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.metrics.policy import Policy, window_name
 from tutormax_assets.metrics.schemas import WindowMetrics
 from tutormax_assets.metrics.window import window_metrics
@@ -57,7 +57,7 @@ class WindowsReport:
     compute_seconds: float
 
 
-def compute_windows(task: WindowsTask, log: logging.Logger) -> WindowsReport:
+def compute_windows(task: WindowsTask, context: TaskContext) -> WindowsReport:
     """Go through the snapshots of each shard once for all windows.
 
     Raises:

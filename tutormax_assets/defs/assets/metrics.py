@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import dagster as dg
 
 from tutormax_assets.compute import ShardsError
+from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.windows import WindowsOfShard, WindowsTask, compute_windows
 from tutormax_assets.database.faults import reason
 from tutormax_assets.defs.assets import OWNERS, frame_metadata, reference_dates
-from tutormax_assets.defs.compute_resource import Compute
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.schemas import WindowMetrics
@@ -59,7 +59,7 @@ def window_metrics_assets(
     )
     def metrics_of_windows(
         context: dg.AssetExecutionContext,
-        compute: Compute,
+        compute: dg.ResourceParam[Compute],
         metrics_policy: MetricsPolicy,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
         tutor_roster: PartitionsByDate,

@@ -6,6 +6,7 @@ from typing import Any
 import dagster as dg
 
 from tutormax_assets.compute import DaskError, EarlierStepError, KilledShardError, ShardsError
+from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.metrics_table import (
     WritingReport,
     WritingTask,
@@ -13,14 +14,15 @@ from tutormax_assets.compute.tasks.metrics_table import (
     not_tried,
     write_table,
 )
-from tutormax_assets.database.metrics_table import DateCounts, MetricsTableError, Target, count_rows
+from tutormax_assets.database.date_locks import DateLocks
+from tutormax_assets.database.metrics_table import DateCounts, MetricsTableError, count_rows
 from tutormax_assets.database.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.dates import midnight
 from tutormax_assets.defs.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates
-from tutormax_assets.defs.compute_resource import Compute
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
-from tutormax_assets.defs.resources import PlatformDatabase, RunOptions
+from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.metrics.schemas import TutorTiers
+from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.partition import Division, division
 from tutormax_assets.storage.shards import shard_name
 
@@ -50,10 +52,11 @@ def tutor_performance_metrics_asset(
     )
     def tutor_performance_metrics(
         context: dg.AssetExecutionContext,
-        database: PlatformDatabase,
-        compute: Compute,
+        database: dg.ResourceParam[PlatformDatabase],
+        compute: dg.ResourceParam[Compute],
         run_options: RunOptions,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+        date_locks: dg.ResourceParam[DateLocks],
         tutor_tiers: PartitionsByDate,
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetMaterialization | dg.AssetObservation]:
         """Metrics and tiers as kept in PostgreSQL: one row per tutor, reference date and window.
@@ -73,14 +76,13 @@ def tutor_performance_metrics_asset(
             divided = division([partition])
             tasks = {
                 shard_name(key, number): WritingTask(
-                    Target(database.engine, database.timeouts),
                     partition.rows(number),
                     day,
                     midnight(day, timezone=daily.timezone),
                     run_options.batch_size,
                     run_options.max_retries,
                     run_options.retry_delay_seconds,
-                    io_manager.holder if compute.is_elsewhere else None,
+                    date_locks.holder if compute.is_elsewhere else None,
                 )
                 for number in divided.numbers
             }

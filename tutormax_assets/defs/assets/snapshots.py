@@ -13,6 +13,7 @@ import dataframely as dy
 import polars as pl
 
 from tutormax_assets.compute import KilledShardError, ShardsError
+from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.snapshots import (
     SnapshotReport,
     SnapshotTask,
@@ -30,9 +31,8 @@ from tutormax_assets.defs.assets import (
     frame_metadata,
     reference_dates,
 )
-from tutormax_assets.defs.compute_resource import Compute
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
-from tutormax_assets.defs.resources import MetricsPolicy, PlatformDatabase, RunOptions
+from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import (
     SessionsSnapshot,
@@ -41,6 +41,7 @@ from tutormax_assets.metrics.schemas import (
     TutorRoster,
 )
 from tutormax_assets.source.contract import NEEDED_COLUMNS
+from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.view import View, open_view
 from tutormax_assets.storage.partition import partition_of, store_parts
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
@@ -122,8 +123,8 @@ def platform_snapshot_assets(
     )
     def platform_snapshot(
         context: dg.AssetExecutionContext,
-        database: PlatformDatabase,
-        compute: Compute,
+        database: dg.ResourceParam[PlatformDatabase],
+        compute: dg.ResourceParam[Compute],
         run_options: RunOptions,
         metrics_policy: MetricsPolicy,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
@@ -151,9 +152,11 @@ def platform_snapshot_assets(
                     else Shards.of(roster["tutor_id"], count=number_of_shards)
                 )
 
+                seen = view.share() if compute.is_elsewhere else view
+
                 def task(numbers: Sequence[int]) -> SnapshotTask:
                     return SnapshotTask(
-                        view=view,
+                        view=seen,
                         tutor_range=shards.range_of(numbers),
                         shards=shards.of_numbers(numbers),
                         first_shard=numbers[0],

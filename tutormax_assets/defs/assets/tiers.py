@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import dagster as dg
 
 from tutormax_assets.compute import ShardsError
+from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.tiers import TiersReport, TiersTask, compute_tiers, tier_counts
 from tutormax_assets.database.faults import reason
 from tutormax_assets.defs.assets import OWNERS, frame_metadata
 from tutormax_assets.defs.assets.distribution import distribution_image
 from tutormax_assets.defs.assets.metrics import metrics_asset_name
-from tutormax_assets.defs.compute_resource import Compute
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
@@ -38,7 +38,7 @@ def tutor_tiers_asset(
     )
     def tutor_tiers(
         context: dg.AssetExecutionContext,
-        compute: Compute,
+        compute: dg.ResourceParam[Compute],
         metrics_policy: MetricsPolicy,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
         **metrics_by_window: PartitionsByDate,

@@ -26,7 +26,7 @@ from tutormax_assets.defs.automation.single_days import (
     is_attended,
     will_be_retried,
 )
-from tutormax_assets.settings import Settings, load_settings
+from tutormax_assets.settings import Settings
 
 INTERVAL_SECONDS = 15
 """Seconds between two looks at the runs that ended; five of them are dealt with in each."""
@@ -40,16 +40,19 @@ def _now() -> datetime:
 
 
 def alert_sensors(
-    *, timezone: str, running: bool, now: Callable[[], datetime] = _now
+    settings: Settings, *, now: Callable[[], datetime] = _now
 ) -> list[dg.SensorDefinition]:
     """The sensors that send alerts.
 
     Args:
-        timezone: That of the reference dates.
-        running: Whether they run until someone stops them in the UI.
+        settings: Receivers, the timezone of the reference dates, and whether the sensors run until
+            someone stops them in the UI.
         now: The clock.
     """
-    status = dg.DefaultSensorStatus.RUNNING if running else dg.DefaultSensorStatus.STOPPED
+    timezone = settings.timezone
+    status = (
+        dg.DefaultSensorStatus.RUNNING if settings.automation else dg.DefaultSensorStatus.STOPPED
+    )
 
     @dg.run_failure_sensor(
         name="alert_on_failed_runs",
@@ -58,7 +61,7 @@ def alert_sensors(
         minimum_interval_seconds=INTERVAL_SECONDS,
     )
     def failed_runs(context: dg.RunFailureSensorContext) -> None:
-        tell_of_ended_run(context.instance, context.dagster_run, context.log)
+        tell_of_ended_run(context.instance, context.dagster_run, settings, context.log)
 
     @dg.run_status_sensor(
         run_status=dg.DagsterRunStatus.SUCCESS,
@@ -68,7 +71,7 @@ def alert_sensors(
         minimum_interval_seconds=INTERVAL_SECONDS,
     )
     def checks(context: dg.RunStatusSensorContext) -> None:
-        tell_of_ended_run(context.instance, context.dagster_run, context.log)
+        tell_of_ended_run(context.instance, context.dagster_run, settings, context.log)
 
     @dg.sensor(
         name="alert_on_late_nights",
@@ -86,7 +89,6 @@ def alert_sensors(
         context.update_cursor(due.isoformat())
         if not late:
             return dg.SkipReason(f"The metrics of {due} are there, or it was looked at before.")
-        settings = load_settings()
         send(
             message_about_late_dates(late, timezone=timezone, ui_url=settings.ui_url),
             settings,
@@ -98,7 +100,7 @@ def alert_sensors(
 
 
 def tell_of_ended_run(
-    instance: dg.DagsterInstance, run: dg.DagsterRun, log: logging.Logger
+    instance: dg.DagsterInstance, run: dg.DagsterRun, settings: Settings, log: logging.Logger
 ) -> None:
     """Send the message that the end of a run calls for, if any.
 
@@ -107,7 +109,6 @@ def tell_of_ended_run(
     """
     if is_attended(run) or will_be_retried(run):
         return
-    settings = load_settings()
     if RANGE_RUN_TAG in run.tags:
         runs = _all_runs_of_range(instance, run)
         if runs is None:

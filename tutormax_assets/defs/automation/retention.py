@@ -27,8 +27,8 @@ from tutormax_assets.defs.automation.single_days import (
     RANGE_START_TAG,
 )
 from tutormax_assets.defs.io_manager import StoredPartition, delete_partition, partitions_before
-from tutormax_assets.defs.resources import PlatformDatabase
 from tutormax_assets.settings import Settings, checked_retention_days
+from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.files import make_private_folder
 
 JOB_NAME = "retention"
@@ -485,7 +485,9 @@ def retention_job(settings: Settings, parquet_assets: Sequence[dg.AssetKey]) -> 
         description="Moves metrics older than their retention to the archive.", pool=PLATFORM_POOL
     )
     def archive_metrics(
-        context: dg.OpExecutionContext, config: RetentionOptions, database: PlatformDatabase
+        context: dg.OpExecutionContext,
+        config: RetentionOptions,
+        database: dg.ResourceParam[PlatformDatabase],
     ) -> None:
         retention = Retention.as_of_today(settings, parquet_assets)
         due = retention.due_dates(database.engine, context.instance)
@@ -505,7 +507,9 @@ def retention_job(settings: Settings, parquet_assets: Sequence[dg.AssetKey]) -> 
 
     @dg.op(description="Deletes Parquet partitions older than their retention.", pool=PLATFORM_POOL)
     def delete_parquet(
-        context: dg.OpExecutionContext, config: RetentionOptions, database: PlatformDatabase
+        context: dg.OpExecutionContext,
+        config: RetentionOptions,
+        database: dg.ResourceParam[PlatformDatabase],
     ) -> None:
         retention = Retention.as_of_today(settings, parquet_assets)
         due = retention.due_partitions(context.instance)
@@ -554,7 +558,7 @@ def retention_sensor(
         ),
     )
     def retention_when_due(
-        context: dg.SensorEvaluationContext, database: PlatformDatabase
+        context: dg.SensorEvaluationContext, database: dg.ResourceParam[PlatformDatabase]
     ) -> dg.RunRequest | dg.SkipReason:
         day = today(timezone=settings.timezone).isoformat()
         # So that the rest of the day's ticks need not look.

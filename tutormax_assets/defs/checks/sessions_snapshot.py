@@ -29,8 +29,9 @@ from tutormax_assets.defs.checks.source import (
     source_is_fresh,
 )
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
-from tutormax_assets.defs.resources import MetricsPolicy, PlatformDatabase, RunOptions
+from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
+from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.view import where_to_look
 
 ASSET = "sessions_snapshot"
@@ -77,7 +78,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
     @dg.multi_asset_check(name=f"{ASSET}_checks", specs=specs, can_subset=True, pool=PLATFORM_POOL)
     def checks(
         context: dg.AssetCheckExecutionContext,
-        database: PlatformDatabase,
+        database: dg.ResourceParam[PlatformDatabase],
         run_options: RunOptions,
         metrics_policy: MetricsPolicy,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],

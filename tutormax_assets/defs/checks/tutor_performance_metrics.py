@@ -25,9 +25,10 @@ from tutormax_assets.defs.checks import (
 )
 from tutormax_assets.defs.checks.tutor_tiers import every_tutor_has_all_windows
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
-from tutormax_assets.defs.resources import PlatformDatabase, RunOptions
+from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.schema.adoption import WINDOW_OF_A_POLICY
 from tutormax_assets.source import view
+from tutormax_assets.source.platform import PlatformDatabase
 
 _KEY = ["tutor_id", "window"]
 
@@ -54,7 +55,7 @@ def tutor_performance_metrics_checks(
     )
     def checks(
         context: dg.AssetCheckExecutionContext,
-        database: PlatformDatabase,
+        database: dg.ResourceParam[PlatformDatabase],
         run_options: RunOptions,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:

@@ -10,11 +10,14 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.defs.assets import metrics
 from tutormax_assets.defs.assets.metrics import window_metrics_assets
-from tutormax_assets.defs.compute_resource import Compute
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, partition_path
-from tutormax_assets.defs.resources import MetricsPolicy, PlatformDatabase, RunOptions
+from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
+from tutormax_assets.metrics.policy import Policy
+from tutormax_assets.settings import Settings
+from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.partition import delete_files, scan_partition
 from tutormax_assets_tests.conftest import Platform, store
 from tutormax_assets_tests.metrics.rows import events, roster, sessions
@@ -57,11 +60,9 @@ def materialize(
         ],
         selection=[f"metrics_{window}day" for window in windows],
         resources={
-            "compute": Compute(),
-            "metrics_policy": MetricsPolicy(),
-            "io_manager": PartitionedParquetIOManager(
-                base_path=base_path, run_options=RunOptions(), database=PlatformDatabase()
-            ),
+            "compute": Compute(Settings(), PlatformDatabase(Settings())),
+            "metrics_policy": MetricsPolicy(base=Policy()),
+            "io_manager": PartitionedParquetIOManager(base_path, run_options=RunOptions()),
         },
         tags={
             "dagster/asset_partition_range_start": days[0].isoformat(),

@@ -110,11 +110,10 @@ def evaluate(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
 
 
 def sensors(now: str | None = None) -> list[dg.SensorDefinition]:
+    settings = load_settings()
     if now is None:
-        return alert_sensors(timezone="UTC", running=False)
-    return alert_sensors(
-        timezone="UTC", running=False, now=lambda: datetime.fromisoformat(f"{now}+00:00")
-    )
+        return alert_sensors(settings)
+    return alert_sensors(settings, now=lambda: datetime.fromisoformat(f"{now}+00:00"))
 
 
 def test_a_failed_run_is_one_message_whatever_failed_in_it(

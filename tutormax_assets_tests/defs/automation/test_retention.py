@@ -36,7 +36,7 @@ from tutormax_assets.defs.automation.retention import (
     retention_sensor,
 )
 from tutormax_assets.defs.io_manager import partition_path
-from tutormax_assets.defs.resources import PlatformDatabase
+from tutormax_assets.defs.resources import platform_database_resource
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.settings import load_settings
 from tutormax_assets.storage.files import StorageError, read_parquet
@@ -464,7 +464,7 @@ def run_job(
     ops = {name: {"config": options} for name in ("archive_metrics", "delete_parquet")}
     return job.execute_in_process(
         run_config={"ops": ops},
-        resources={"database": PlatformDatabase()},
+        resources={"database": platform_database_resource(platform.settings)},
         instance=instance,
         raise_on_error=False,
     )
@@ -535,7 +535,7 @@ def evaluate(
     """What the sensor answers, and its cursor afterwards."""
     sensor = retention_sensor(platform.settings, ASSETS, running=True)
     with dg.build_sensor_context(
-        cursor=cursor, resources={"database": PlatformDatabase()}
+        cursor=cursor, resources={"database": platform_database_resource(platform.settings)}
     ) as context:
         answer = sensor(context)
         assert isinstance(answer, dg.RunRequest | dg.SkipReason)

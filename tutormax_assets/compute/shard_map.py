@@ -1,4 +1,4 @@
-"""The resource of the steps that map a function over shards."""
+"""Mapping a function over shards: in the process of the run, or on a Dask cluster."""
 
 import logging
 from collections import deque
@@ -7,12 +7,11 @@ from contextlib import closing
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
-import dagster as dg
-from pydantic import PrivateAttr
-
 from tutormax_assets.compute import DaskError, ShardsError
+from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.faults import reason
-from tutormax_assets.settings import load_settings
+from tutormax_assets.settings import Settings
+from tutormax_assets.source.platform import PlatformDatabase
 
 if TYPE_CHECKING:
     from tutormax_assets.compute.dask import Cluster
@@ -21,18 +20,24 @@ Task = TypeVar("Task")
 Report = TypeVar("Report")
 
 
-class Compute(dg.ConfigurableResource[None]):
-    """Computes shards where the environment of the process says: here, or on a Dask cluster.
+class Compute:
+    """Computes shards where the settings say: here, or on a Dask cluster."""
 
-    It has no settings of its own, so that steps are the same for both.
-    """
+    def __init__(self, settings: Settings, database: PlatformDatabase) -> None:
+        """Say where.
 
-    _cluster: "Cluster | None" = PrivateAttr(default=None)
+        Args:
+            settings: Name the cluster, if there is one.
+            database: What tasks use that are computed here; workers have their own settings.
+        """
+        self._settings = settings
+        self._database = database
+        self._cluster: Cluster | None = None
 
     @property
     def is_elsewhere(self) -> bool:
         """Whether other processes compute, which may outlive the run."""
-        return load_settings().dask_address is not None
+        return self._settings.dask_address is not None
 
     def groups(self, numbers: Sequence[int], *, log: logging.Logger) -> list[Sequence[int]]:
         """Neighbouring shards that are read from the platform at once.
@@ -50,7 +55,7 @@ class Compute(dg.ConfigurableResource[None]):
 
     def map(
         self,
-        function: Callable[[Task, logging.Logger], Report],
+        function: Callable[[Task, TaskContext], Report],
         tasks: Mapping[str, Task],
         *,
         log: logging.Logger,
@@ -63,7 +68,7 @@ class Compute(dg.ConfigurableResource[None]):
 
         Args:
             function: A function of a module; that module is imported by the workers. What it tells
-                its argument ``log`` comes out in ours.
+                the log of its context comes out in ours.
             tasks: What the function is given, by the shard's name. Function, tasks and reports are
                 pickled and pass through the scheduler: they are small and hold no secret.
             log: Where failures and the state of the cluster are told.
@@ -103,10 +108,6 @@ class Compute(dg.ConfigurableResource[None]):
             log.error("Shard %s failed: %s", name, reason(failure))
         raise ShardsError(errors, of=len(tasks)) from next(iter(errors.values()))
 
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        """Leave the cluster when the run ends."""
-        self.close()
-
     def close(self) -> None:
         """Leave the cluster, if there is one; what it has queued for this run is cancelled."""
         if self._cluster is not None:
@@ -115,7 +116,7 @@ class Compute(dg.ConfigurableResource[None]):
 
     def _reports(
         self,
-        function: Callable[[Task, logging.Logger], Report],
+        function: Callable[[Task, TaskContext], Report],
         tasks: Mapping[str, Task],
         errors: dict[str, BaseException],
         log: logging.Logger,
@@ -123,13 +124,13 @@ class Compute(dg.ConfigurableResource[None]):
         """Reports as they come; what failed is put into ``errors``."""
         cluster = self._connected(log)
         if cluster is None:
-            return _locally(lambda task: function(task, log), tasks, errors)
+            context = TaskContext(self._database, self._settings.home_path, log)
+            return _locally(lambda task: function(task, context), tasks, errors)
         return cluster.reports(function, tasks, errors, log=log)
 
     def _connected(self, log: logging.Logger) -> "Cluster | None":
-        """The cluster that the environment names, if it names one."""
-        settings = load_settings()
-        if settings.dask_address is None:
+        """The cluster that the settings name, if they name one."""
+        if self._settings.dask_address is None:
             return None
         if self._cluster is None or self._cluster.is_lost:
             self.close()
@@ -142,7 +143,7 @@ class Compute(dg.ConfigurableResource[None]):
                     "TUTORMAX_DASK_ADDRESS is set, but Dask is not installed:"
                     " pip install 'tutormax-assets[dask]'"
                 ) from error
-            self._cluster = Cluster(settings, log=log)
+            self._cluster = Cluster(self._settings, log=log)
         return self._cluster
 
 
