@@ -2,10 +2,10 @@
 
 import dagster as dg
 
-from tutormax_assets.defs.assets.metrics import window_metrics_assets
+from tutormax_assets.defs.assets.metrics import metrics_asset_name, window_metrics_assets
 from tutormax_assets.defs.assets.metrics_table import tutor_performance_metrics_asset
 from tutormax_assets.defs.assets.platform import platform_tables
-from tutormax_assets.defs.assets.snapshots import platform_snapshot_assets
+from tutormax_assets.defs.assets.snapshots import SNAPSHOT_ASSETS, platform_snapshot_assets
 from tutormax_assets.defs.assets.tiers import tutor_tiers_asset
 from tutormax_assets.defs.automation.alerts import alert_sensors
 from tutormax_assets.defs.automation.retention import retention_job, retention_sensor
@@ -25,6 +25,7 @@ from tutormax_assets.defs.resources import (
     load_policy,
     platform_database_resource,
 )
+from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.settings import Settings, load_settings
 
 JOB_NAME = "daily_metrics"
@@ -73,10 +74,8 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         selection=dg.AssetSelection.assets(*assets),
         description="Compute the metrics and tiers of a reference date and keep them.",
     )
-    parquet_assets = sorted(
-        spec.key for asset in assets for spec in asset.specs if "parquet" in spec.kinds
-    )
-    retention = retention_job(settings, parquet_assets)
+    partitioned = kept_as_parquet(policy)
+    retention = retention_job(settings, partitioned)
     return dg.Definitions(
         assets=[*platform_tables(settings.source), *assets],
         asset_checks=checks,
@@ -85,7 +84,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         sensors=[
             *single_days_sensors(daily_metrics, assets, running=settings.automation),
             *alert_sensors(settings),
-            retention_sensor(settings, parquet_assets, running=settings.automation),
+            retention_sensor(settings, partitioned, running=settings.automation),
         ],
         resources={
             "database": platform_database_resource(settings),
@@ -101,6 +100,12 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         # Stages take fractions of a second; a process each would cost seconds.
         executor=dg.in_process_executor,
     )
+
+
+def kept_as_parquet(policy: Policy) -> list[dg.AssetKey]:
+    """The assets whose partitions are Parquet files, which the retention deletes."""
+    windows = (metrics_asset_name(days) for days in policy.windows)
+    return [dg.AssetKey(asset) for asset in (*SNAPSHOT_ASSETS, *windows, "tutor_tiers")]
 
 
 defs = build_definitions(load_settings())

@@ -11,8 +11,8 @@ import dagster as dg
 import pytest
 
 from tutormax_assets.dates import today
-from tutormax_assets.definitions import JOB_NAME, build_definitions
-from tutormax_assets.metrics.policy import PolicyError
+from tutormax_assets.definitions import JOB_NAME, build_definitions, kept_as_parquet
+from tutormax_assets.metrics.policy import Policy, PolicyError
 from tutormax_assets.settings import Settings, SettingsError, load_settings
 from tutormax_assets_tests.conftest import PARQUET_ASSETS
 from tutormax_assets_tests.defs.checks.test_runs import ALL as ALL_CHECKS
@@ -87,6 +87,12 @@ def test_every_asset_says_what_it_is_and_whose(definitions: dg.Definitions) -> N
             else {"polars", "parquet"}
         )
         assert spec.kinds == expected, key
+
+
+def test_what_is_kept_as_parquet_is_cleaned_up(definitions: dg.Definitions) -> None:
+    specs = specs_of(definitions).values()
+
+    assert {spec.key for spec in specs if "parquet" in spec.kinds} == set(kept_as_parquet(Policy()))
 
 
 def test_every_asset_says_its_columns_or_its_table(definitions: dg.Definitions) -> None:

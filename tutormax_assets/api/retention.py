@@ -6,7 +6,7 @@ from datetime import date
 
 from tutormax_assets.database.archive import RestoredDate, archived_dates, keep_month, restore_date
 from tutormax_assets.database.connection import Timeouts, engine_of
-from tutormax_assets.definitions import build_definitions
+from tutormax_assets.definitions import kept_as_parquet
 from tutormax_assets.defs.automation.retention import (
     CleanupReport,
     Retention,
@@ -14,6 +14,7 @@ from tutormax_assets.defs.automation.retention import (
     observation_of_restored_date,
 )
 from tutormax_assets.defs.log import LOGGER
+from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.runs.instance import (
     dagster_instance,
 )
@@ -44,11 +45,8 @@ def cleanup(
         MetricsTableError: The table is missing or not as this version expects it.
         StorageError: The Parquet partitions cannot be reached.
     """
-    specs = build_definitions(settings).resolve_all_asset_specs()
     retention = Retention.as_of_today(
-        settings,
-        sorted(spec.key for spec in specs if "parquet" in spec.kinds),
-        retention_days=retention_days,
+        settings, kept_as_parquet(load_policy(settings)), retention_days=retention_days
     )
     with engine_of(settings) as engine, dagster_instance(settings) as instance:
         return clean_up(

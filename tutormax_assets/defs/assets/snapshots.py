@@ -418,3 +418,7 @@ def _set_aside_lineage(table: str, key: str, instant: str) -> dict[str, list[tup
         "tutor_id": [(table, "tutor_id")],
         "date": [(table, instant)],
     }
+
+
+SNAPSHOT_ASSETS = tuple(_READ_FROM)
+"""The assets that are read from the platform."""
