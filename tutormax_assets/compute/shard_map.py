@@ -108,6 +108,31 @@ class Compute:
             log.error("Shard %s failed: %s", name, reason(failure))
         raise ShardsError(errors, of=len(tasks)) from next(iter(errors.values()))
 
+    def gather(
+        self,
+        function: Callable[[Task, TaskContext], Report],
+        tasks: Mapping[str, Task],
+        *,
+        log: logging.Logger,
+    ) -> tuple[dict[str, Report], dict[str, BaseException]]:
+        """Call a function for each shard as ``map`` does, and keep what failed.
+
+        Returns:
+            The reports, and what other shards raised, each by the name of the task.
+
+        Raises:
+            DaskError: The cluster cannot be reached, has other code, or has lost all workers.
+            KilledShardError: The workers that computed the single task died of it.
+            Exception: What a single task raised.
+        """
+        reports: dict[str, Report] = {}
+        try:
+            for name, report in self.map(function, tasks, log=log):
+                reports[name] = report
+        except ShardsError as error:
+            return reports, error.errors
+        return reports, {}
+
     def close(self) -> None:
         """Leave the cluster, if there is one; what it has queued for this run is cancelled."""
         if self._cluster is not None:

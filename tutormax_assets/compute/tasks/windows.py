@@ -1,6 +1,6 @@
 """The metrics of all windows of a shard, in one pass over its snapshots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from time import perf_counter
@@ -8,11 +8,25 @@ from time import perf_counter
 import polars as pl
 from upath import UPath
 
+from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.context import TaskContext
+from tutormax_assets.database.faults import reason
 from tutormax_assets.metrics.policy import Policy, window_name
 from tutormax_assets.metrics.schemas import WindowMetrics
 from tutormax_assets.metrics.window import window_metrics
-from tutormax_assets.storage.partition import Rows, StoredParts, store_parts
+from tutormax_assets.storage.partition import (
+    Division,
+    Partition,
+    Rows,
+    StoredParts,
+    division,
+    partition_of,
+    store_parts,
+)
+from tutormax_assets.storage.shards import shard_name
+
+# A date with few tutors does not keep all cores busy; one with many takes the memory of many.
+_TUTORS_AT_ONCE = 40_000
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,23 @@ class WindowsTask:
 
 
 @dataclass(frozen=True)
+class WindowsPlan:
+    """What is to be done for the reference dates of a run.
+
+    Attributes:
+        paths: The partitions to store, by the length of the window in days and by date.
+        divisions: The shards of each date that can be computed, and those that cannot.
+        tasks: By the names of their shards.
+        dates: Of each task, the dates that its shards are of.
+    """
+
+    paths: Mapping[int, Mapping[str, UPath]]
+    divisions: Mapping[str, Division]
+    tasks: Mapping[str, WindowsTask]
+    dates: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
 class WindowsReport:
     """What was stored.
 
@@ -55,6 +86,105 @@ class WindowsReport:
 
     stored: list[dict[int, StoredParts]]
     compute_seconds: float
+
+
+@dataclass(frozen=True)
+class WindowsOfDates:
+    """What was computed.
+
+    Attributes:
+        partitions: By the length of the window in days and by date.
+        compute_seconds: How long the computing of all windows of a date took.
+    """
+
+    partitions: Mapping[int, Mapping[str, Partition]]
+    compute_seconds: Mapping[str, float]
+
+
+def plan_windows(
+    rosters: Mapping[str, Partition],
+    sessions: Mapping[str, Partition],
+    events: Mapping[str, Partition],
+    *,
+    paths: Mapping[int, Mapping[str, UPath]],
+    policy: Policy,
+) -> WindowsPlan:
+    """Divide reference dates into tasks: a shard each, or whole dates of few tutors.
+
+    Args:
+        rosters: ``TutorRoster`` by reference date in ISO form.
+        sessions: ``SessionsSnapshot`` of the same dates.
+        events: ``TutorEventsSnapshot`` of the same dates.
+        paths: The partitions to store, by the length of the window in days and by date.
+        policy: Thresholds and weights.
+    """
+    divisions = {
+        key: division([roster, sessions[key], events[key]]) for key, roster in rosters.items()
+    }
+    shards = {
+        shard_name(key, number): (
+            key,
+            WindowsOfShard(
+                date.fromisoformat(key),
+                rosters[key].rows(number),
+                sessions[key].rows(number),
+                events[key].rows(number),
+                number or 0,
+                {days: of_window[key] for days, of_window in paths.items()},
+            ),
+        )
+        for key, divided in divisions.items()
+        for number in divided.numbers
+    }
+    groups = {_group_name(names): [shards[name] for name in names] for names in _groups(shards)}
+    return WindowsPlan(
+        paths,
+        divisions,
+        {name: WindowsTask([one for _, one in group], policy) for name, group in groups.items()},
+        {name: [key for key, _ in group] for name, group in groups.items()},
+    )
+
+
+def collect_windows(
+    plan: WindowsPlan, reports: Mapping[str, WindowsReport], errors: Mapping[str, BaseException]
+) -> WindowsOfDates:
+    """The partitions of the reference dates, with the shards that failed named in them.
+
+    Args:
+        plan: What was to be done.
+        reports: Of the tasks that were computed, by name.
+        errors: Why others were not, by name.
+
+    Raises:
+        ShardsError: No shard of a date was computed.
+    """
+    stored: dict[tuple[int, str], list[StoredParts]] = {}
+    seconds = dict.fromkeys(plan.divisions, 0.0)
+    failed = {key: dict(divided.failed) for key, divided in plan.divisions.items()}
+    for name, report in reports.items():
+        for key, of_shard in zip(plan.dates[name], report.stored, strict=True):
+            seconds[key] += report.compute_seconds
+            for days, parts in of_shard.items():
+                stored.setdefault((days, key), []).append(parts)
+    for name, error in errors.items():
+        for key, shard in zip(plan.dates[name], plan.tasks[name].shards, strict=True):
+            failed[key][shard.shard] = reason(error)
+    if errors and any(len(failed[key]) == len(of.shards) for key, of in plan.divisions.items()):
+        raise ShardsError(errors, of=len(plan.tasks)) from next(iter(errors.values()))
+    partitions = {
+        days: {
+            key: partition_of(
+                path,
+                plan.divisions[key].shards,
+                stored.get((days, key), []),
+                failed=failed[key],
+                no_rows=WindowMetrics.create_empty(),
+            )
+            for key, path in of_window.items()
+        }
+        for days, of_window in plan.paths.items()
+    }
+    return WindowsOfDates(partitions, seconds)
 
 
 def compute_windows(task: WindowsTask, context: TaskContext) -> WindowsReport:
@@ -87,3 +217,24 @@ def compute_windows(task: WindowsTask, context: TaskContext) -> WindowsReport:
         for shard, rows in zip(task.shards, frames, strict=True)
     ]
     return WindowsReport(stored, seconds)
+
+
+def _group_name(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _groups(shards: Mapping[str, tuple[str, WindowsOfShard]]) -> Iterator[list[str]]:
+    """The names of shards that are computed at once: one, or whole dates of few tutors."""
+    group: list[str] = []
+    tutors = 0
+    for name, (key, shard) in shards.items():
+        if name != key:
+            yield [name]
+            continue
+        if group and tutors + shard.roster.count > _TUTORS_AT_ONCE:
+            yield group
+            group, tutors = [], 0
+        group.append(name)
+        tutors += shard.roster.count
+    if group:
+        yield group

@@ -1,13 +1,18 @@
 """The tier of each tutor and window."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import dagster as dg
 
-from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.shard_map import Compute
-from tutormax_assets.compute.tasks.tiers import TiersReport, TiersTask, compute_tiers, tier_counts
-from tutormax_assets.database.faults import reason
+from tutormax_assets.compute.tasks.tiers import (
+    collect_tiers,
+    compute_tiers,
+    plan_tiers,
+    sum_of_counts,
+    tier_counts,
+)
 from tutormax_assets.defs.assets import OWNERS, frame_metadata
 from tutormax_assets.defs.assets.distribution import distribution_image
 from tutormax_assets.defs.assets.metrics import metrics_asset_name
@@ -15,8 +20,6 @@ from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, Partiti
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from tutormax_assets.metrics.schemas import TIERS, TutorTiers, WindowMetrics
-from tutormax_assets.storage.partition import division, partition_of
-from tutormax_assets.storage.shards import shard_name
 
 
 def tutor_tiers_asset(
@@ -49,62 +52,28 @@ def tutor_tiers_asset(
         """
         tiers: PartitionsByDate = {}
         for key in context.partition_keys:
-            metrics = [metrics_by_window[metrics_asset_name(days)][key] for days in windows]
-            path = io_manager.path(context.asset_key, key)
-            divided = division(metrics)
-            tasks = {
-                shard_name(key, number): TiersTask(
-                    [partition.rows(number) for partition in metrics],
-                    number or 0,
-                    path,
-                    metrics_policy.policy,
-                )
-                for number in divided.numbers
-            }
-            reports: list[TiersReport] = []
-            failed = dict(divided.failed)
-            try:
-                for _, report in compute.map(compute_tiers, tasks, log=context.log):
-                    reports.append(report)
-            except ShardsError as error:
-                for name, failure in error.errors.items():
-                    failed[tasks[name].shard] = reason(failure)
-                if len(failed) == len(divided.shards):
-                    raise
-            others = io_manager.rows_of_others(context.asset_key, key)
-            counts = _added_up(
-                [
-                    *(report.counts for report in reports),
-                    *([] if others is None else [tier_counts(others.collect())]),
-                ]
+            plan = plan_tiers(
+                key,
+                [metrics_by_window[metrics_asset_name(days)][key] for days in windows],
+                path=io_manager.path(context.asset_key, key),
+                policy=metrics_policy.policy,
             )
-            context.add_asset_metadata(
-                {
-                    "tier_distribution": dg.MetadataValue.md(distribution_image(counts)),
-                    "tutors_by_tier": _table(counts),
-                },
-                partition_key=key,
-            )
-            tiers[key] = partition_of(
-                path,
-                divided.shards,
-                [report.stored for report in reports],
-                failed=failed,
-                no_rows=TutorTiers.create_empty(),
-            )
+            reports, errors = compute.gather(compute_tiers, plan.tasks, log=context.log)
+            tiers[key] = collect_tiers(plan, reports, errors)
+            counts = [report.counts for report in reports.values()]
+            if (others := io_manager.rows_of_others(context.asset_key, key)) is not None:
+                counts.append(tier_counts(others.collect()))
+            context.add_asset_metadata(_metadata(sum_of_counts(counts)), partition_key=key)
         return tiers
 
     return tutor_tiers
 
 
-def _added_up(counts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
-    total: dict[str, dict[str, int]] = {}
-    for of_shard in counts:
-        for window, tiers in of_shard.items():
-            of_window = total.setdefault(window, dict.fromkeys(TIERS, 0))
-            for tier, tutors in tiers.items():
-                of_window[tier] += tutors
-    return total
+def _metadata(counts: dict[str, dict[str, int]]) -> dict[str, dg.MetadataValue[Any]]:
+    return {
+        "tier_distribution": dg.MetadataValue.md(distribution_image(counts)),
+        "tutors_by_tier": _table(counts),
+    }
 
 
 def _table(counts: dict[str, dict[str, int]]) -> dg.TableMetadataValue:

@@ -1,0 +1,88 @@
+"""The tasks of a reference date's tiers, and what is collected of them."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from upath import UPath
+
+from tutormax_assets.compute import ShardsError
+from tutormax_assets.compute.tasks.tiers import (
+    TiersReport,
+    collect_tiers,
+    plan_tiers,
+    sum_of_counts,
+)
+from tutormax_assets.metrics.policy import Policy
+from tutormax_assets.metrics.schemas import TutorTiers
+from tutormax_assets.storage.partition import Partition, StoredParts, partition_of, store_parts
+from tutormax_assets.storage.shards import Shards
+
+DAY = "2025-11-07"
+SHARDS = Shards(("b", "c"))
+
+
+def metrics(tmp_path: Path, window: str, *, failed: dict[int, str] | None = None) -> Partition:
+    path = UPath(tmp_path / window)
+    rows = pl.LazyFrame({"tutor_id": ["a", "b", "c"]})
+    return partition_of(path, SHARDS, [store_parts(path, rows, shards=SHARDS)], failed=failed)
+
+
+def stored(path: UPath, shard: int) -> StoredParts:
+    return store_parts(path, TutorTiers.create_empty().lazy(), first=shard)
+
+
+def test_a_shard_that_an_earlier_step_could_not_compute_has_no_task(tmp_path: Path) -> None:
+    failed = metrics(tmp_path, "7day", failed={1: "poisoned"})
+    path = UPath(tmp_path / "tiers")
+
+    plan = plan_tiers(DAY, [failed, metrics(tmp_path, "30day")], path=path, policy=Policy())
+
+    assert {name: task.shard for name, task in plan.tasks.items()} == {
+        f"{DAY} shard 0": 0,
+        f"{DAY} shard 2": 2,
+    }
+    assert all(len(task.metrics) == 2 for task in plan.tasks.values())
+    reports = {name: TiersReport(stored(path, task.shard), {}) for name, task in plan.tasks.items()}
+    assert collect_tiers(plan, reports, {}).failed == {1: "poisoned"}
+
+
+def test_partitions_that_are_divided_differently_are_one_task(tmp_path: Path) -> None:
+    path = UPath(tmp_path / "90day")
+    whole = partition_of(path, Shards(()), [store_parts(path, pl.LazyFrame({"tutor_id": ["a"]}))])
+
+    plan = plan_tiers(
+        DAY, [metrics(tmp_path, "7day"), whole], path=UPath(tmp_path / "tiers"), policy=Policy()
+    )
+
+    [(name, task)] = plan.tasks.items()
+    assert (name, task.shard) == (DAY, 0)
+
+
+def test_shards_that_fail_are_named_unless_none_is_left(tmp_path: Path) -> None:
+    path = UPath(tmp_path / "tiers")
+    plan = plan_tiers(DAY, [metrics(tmp_path, "7day")], path=path, policy=Policy())
+    first, *others = plan.tasks
+    reports = {first: TiersReport(stored(path, 0), {})}
+    errors: dict[str, BaseException] = {name: ValueError(f"no {name}") for name in others}
+
+    partition = collect_tiers(plan, reports, errors)
+
+    assert partition.failed == {1: f"no {DAY} shard 1", 2: f"no {DAY} shard 2"}
+    assert len(partition.parts) == 3
+    with pytest.raises(ShardsError, match=f"3 of 3 shards failed: {DAY} shard 0: lost"):
+        collect_tiers(plan, {}, {first: ValueError("lost"), **errors})
+
+
+def test_counts_of_shards_add_up() -> None:
+    counts = [{"7day": {"Strong": 2}}, {"7day": {"Strong": 1, "At Risk": 4}}, {}]
+
+    assert sum_of_counts(counts) == {
+        "7day": {
+            "Exemplary": 0,
+            "Strong": 3,
+            "Developing": 0,
+            "Needs Attention": 0,
+            "At Risk": 4,
+        }
+    }

@@ -1,0 +1,111 @@
+"""The tasks of the windows of several dates, and what is collected of them."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from upath import UPath
+
+from tutormax_assets.compute import ShardsError
+from tutormax_assets.compute.tasks import windows
+from tutormax_assets.compute.tasks.windows import (
+    WindowsPlan,
+    WindowsReport,
+    collect_windows,
+    plan_windows,
+)
+from tutormax_assets.metrics.policy import Policy
+from tutormax_assets.metrics.schemas import WindowMetrics
+from tutormax_assets.storage.partition import Partition, partition_of, store_parts
+from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
+
+SMALL, LARGE = "2025-11-06", "2025-11-07"
+BY_DATE = {SMALL: ALL_IN_ONE, LARGE: Shards(("b",))}
+
+
+def partitions(tmp_path: Path, asset: str, dates: dict[str, Shards]) -> dict[str, Partition]:
+    found = {}
+    for key, shards in dates.items():
+        path = UPath(tmp_path / asset / key)
+        rows = pl.LazyFrame({"tutor_id": ["a", "b"]})
+        found[key] = partition_of(path, shards, [store_parts(path, rows, shards=shards)])
+    return found
+
+
+def plan_of(tmp_path: Path, dates: dict[str, Shards]) -> WindowsPlan:
+    return plan_windows(
+        partitions(tmp_path, "roster", dates),
+        partitions(tmp_path, "sessions", dates),
+        partitions(tmp_path, "events", dates),
+        paths={days: {key: UPath(tmp_path / f"{days}" / key) for key in dates} for days in (7, 30)},
+        policy=Policy(),
+    )
+
+
+def report_of(plan: WindowsPlan, name: str) -> WindowsReport:
+    empty = WindowMetrics.create_empty().lazy()
+    return WindowsReport(
+        [
+            {
+                days: store_parts(path, empty, first=shard.shard)
+                for days, path in shard.paths.items()
+            }
+            for shard in plan.tasks[name].shards
+        ],
+        compute_seconds=0.5,
+    )
+
+
+def test_dates_of_few_tutors_are_one_task_and_shards_are_one_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {f"2025-11-0{day}": ALL_IN_ONE for day in range(1, 5)}
+    monkeypatch.setattr(windows, "_TUTORS_AT_ONCE", 6)
+
+    plan = plan_of(tmp_path, {**small, LARGE: BY_DATE[LARGE]})
+
+    assert plan.dates == {
+        "2025-11-01 to 2025-11-03": ["2025-11-01", "2025-11-02", "2025-11-03"],
+        "2025-11-04": ["2025-11-04"],
+        f"{LARGE} shard 0": [LARGE],
+        f"{LARGE} shard 1": [LARGE],
+    }
+    assert {
+        shard.reference_date.day for shard in plan.tasks["2025-11-01 to 2025-11-03"].shards
+    } == {
+        1,
+        2,
+        3,
+    }
+
+
+def test_what_was_computed_is_a_partition_for_each_window_and_date(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, BY_DATE)
+
+    found = collect_windows(plan, {name: report_of(plan, name) for name in plan.tasks}, {})
+
+    assert {days: list(of_window) for days, of_window in found.partitions.items()} == {
+        7: [SMALL, LARGE],
+        30: [SMALL, LARGE],
+    }
+    assert len(found.partitions[30][LARGE].parts) == 2
+    assert found.partitions[7][LARGE].path == UPath(tmp_path / "7" / LARGE)
+    assert found.compute_seconds == {SMALL: 0.5, LARGE: 1.0}
+
+
+def test_a_shard_that_fails_is_named_in_its_date_and_a_date_that_fails_is_raised(
+    tmp_path: Path,
+) -> None:
+    plan = plan_of(tmp_path, BY_DATE)
+    lost = f"{LARGE} shard 1"
+    reports = {name: report_of(plan, name) for name in plan.tasks if name != lost}
+
+    found = collect_windows(plan, reports, {lost: ValueError("poisoned")})
+
+    assert {key: of.failed for key, of in found.partitions[7].items()} == {
+        SMALL: {},
+        LARGE: {1: "poisoned"},
+    }
+    del reports[SMALL]
+    with pytest.raises(ShardsError, match=f"{SMALL}: gone"):
+        collect_windows(plan, reports, {SMALL: ValueError("gone")})
