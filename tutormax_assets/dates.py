@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
+from tutormax_assets.errors import UsageError
 
-class ReferenceDateError(Exception):
+
+class ReferenceDateError(UsageError):
     """A reference date that cannot be computed; the message says which ones can."""
 
 

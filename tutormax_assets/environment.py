@@ -9,6 +9,8 @@ from pathlib import Path
 
 from dotenv.parser import parse_stream
 
+from tutormax_assets.errors import UsageError
+
 DOTENV = Path(".env")
 """The file, in the current folder."""
 
@@ -21,7 +23,7 @@ _OF_KUBERNETES = re.compile(r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT(_\d+_\w+)?")
 _ALIKE = 0.9
 
 
-class DotenvError(Exception):
+class DotenvError(UsageError):
     """The file ``.env`` cannot be read; the message says why and in which line."""
 
 

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tutormax_assets import environment
 from tutormax_assets.dates import today
+from tutormax_assets.errors import UsageError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -50,12 +51,14 @@ _NOT_A_PLACE = re.compile("localtime|posixrules|Factory|(posix|right)/.*")
 LONGEST_RETENTION_DAYS = 36_500
 
 
-class OptionsError(ValueError):
+class OptionsError(UsageError, ValueError):
     """An argument of a run or a cleanup is unusable; the message says what was expected."""
 
 
-class SettingsError(Exception):
+class SettingsError(UsageError):
     """The environment does not make sense; the message says what was found and what to do."""
+
+    affects_every_date = True
 
 
 class Settings(BaseSettings):

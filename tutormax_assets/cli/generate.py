@@ -9,7 +9,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from tutormax_assets.cli.arguments import reference_date
 from tutormax_assets.cli.terminal import (
-    EXIT_FAILED,
     EXIT_USAGE,
     fail,
     messages,
@@ -75,20 +74,14 @@ def generate(
                 if engine is not None
                 else partial(sample_lake.generate_lake, str(lake))
             )
-            try:
-                rows = write(
-                    tutors=tutors,
-                    sessions_per_tutor=sessions_per_tutor,
-                    days=days,
-                    end=last,
-                    seed=seed,
-                    bad_rows=bad_rows,
-                    progress=lambda done, total: bar.update(task, completed=done, total=total),
-                )
-            except (
-                sample_platform.PlatformNotEmptyError,
-                sample_platform.PlatformTablesMissingError,
-            ) as error:
-                fail(str(error), code=EXIT_FAILED)
+            rows = write(
+                tutors=tutors,
+                sessions_per_tutor=sessions_per_tutor,
+                days=days,
+                end=last,
+                seed=seed,
+                bad_rows=bad_rows,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
     for table, count in rows.items():
         show(f"{table}: {count:,} rows")

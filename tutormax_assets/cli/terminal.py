@@ -118,36 +118,15 @@ def sentences() -> Iterator[None]:
     import psycopg
     import sqlalchemy as sa
 
-    from tutormax_assets.compute import DaskError, KilledShardError, ShardsError
-    from tutormax_assets.database.archive import ArchiveError
-    from tutormax_assets.database.embedded import EmbeddedServerError
     from tutormax_assets.database.faults import reason
-    from tutormax_assets.database.metrics_table import MetricsTableError
-    from tutormax_assets.metrics.policy import PolicyError
-    from tutormax_assets.schema.status import SchemaError
-    from tutormax_assets.settings import OptionsError, SettingsError
-    from tutormax_assets.source.postgres import SourceError
-    from tutormax_assets.source.view import UnknownTutorsError
-    from tutormax_assets.storage.files import StorageError
+    from tutormax_assets.errors import TutormaxError
 
     try:
         yield
     except KeyboardInterrupt:
         fail("It was interrupted. What was saved until then stays.", code=EXIT_INTERRUPTED)
-    except (SettingsError, PolicyError, OptionsError, UnknownTutorsError) as error:
-        fail(str(error), code=EXIT_USAGE)
-    except (
-        SchemaError,
-        EmbeddedServerError,
-        MetricsTableError,
-        ArchiveError,
-        SourceError,
-        StorageError,
-        DaskError,
-        KilledShardError,
-        ShardsError,
-    ) as error:
-        fail(str(error), code=EXIT_FAILED)
+    except TutormaxError as error:
+        fail(str(error), code=error.exit_code)
     except sa.exc.DBAPIError as error:
         who = "PostgreSQL" if isinstance(error.orig, psycopg.Error) else "Dagster's storage"
         fail(f"{who} says: {reason(error)}", code=EXIT_FAILED)
@@ -159,12 +138,10 @@ def sentences() -> Iterator[None]:
 
 def settings() -> "Settings":
     """The environment, or exit 2 with what is wrong with it."""
-    from tutormax_assets.settings import SettingsError, load_settings
+    from tutormax_assets.settings import load_settings
 
-    try:
+    with sentences():
         return load_settings()
-    except SettingsError as error:
-        fail(str(error), code=EXIT_USAGE)
 
 
 def log_to_stderr(*, verbose: bool = False, quiet: bool = False) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from itertools import islice
 
 from tutormax_assets.database.faults import reason
+from tutormax_assets.errors import TutormaxError
 
 _NAMED = 3
 
 
-class ShardsError(Exception):
+class ShardsError(TutormaxError):
     """Some of several shards failed, and all others are done.
 
     Attributes:
@@ -33,13 +34,15 @@ class ShardsError(Exception):
         )
 
 
-class EarlierStepError(Exception):
+class EarlierStepError(TutormaxError):
     """A shard lacks what an earlier step should have computed; the message says why."""
 
 
-class DaskError(Exception):
+class DaskError(TutormaxError):
     """The Dask cluster cannot be used, or not any more; the message says what to do."""
 
+    affects_every_date = True
 
-class KilledShardError(Exception):
+
+class KilledShardError(TutormaxError):
     """Each worker that computed a shard died of it."""

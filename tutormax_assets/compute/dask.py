@@ -28,6 +28,7 @@ from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerErro
 from tutormax_assets.compute import DaskError, KilledShardError
 from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.faults import reason
+from tutormax_assets.errors import TutormaxError
 from tutormax_assets.settings import Settings, load_settings
 from tutormax_assets.source.platform import PlatformDatabase
 
@@ -47,7 +48,7 @@ Report = TypeVar("Report")
 _Computed: TypeAlias = tuple[Report, list[tuple[int, str]]]
 
 
-class OtherCodeError(Exception):
+class OtherCodeError(TutormaxError):
     """A worker was given a shard by a run that has other code."""
 
 

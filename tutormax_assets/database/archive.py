@@ -39,6 +39,7 @@ from tutormax_assets.database.tables import (
     tutors,
 )
 from tutormax_assets.dates import midnight
+from tutormax_assets.errors import TutormaxError
 from tutormax_assets.storage.files import (
     entries,
     read_parquet,
@@ -72,7 +73,7 @@ _COLUMNS = sa.text("""
 """)
 
 
-class ArchiveError(Exception):
+class ArchiveError(TutormaxError):
     """The archive cannot be reached, or does not hold what it should; nothing was lost."""
 
 

@@ -27,6 +27,8 @@ import psycopg
 import sqlalchemy as sa
 from filelock import FileLock
 
+from tutormax_assets.errors import TutormaxError
+
 DATABASE = "tutormax"
 
 _PORT = 5432
@@ -40,8 +42,10 @@ _SOCKET_FOLDER = re.compile(rb"/[\w./+=@~ -]{1,84}")
 _SPECIAL_WITHIN_QUOTES = re.compile(r'[$`"\\\n]')
 
 
-class EmbeddedServerError(Exception):
+class EmbeddedServerError(TutormaxError):
     """The embedded server does not start or stop; the message says what was found."""
+
+    affects_every_date = True
 
 
 class _Server(NamedTuple):

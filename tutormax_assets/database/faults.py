@@ -14,10 +14,11 @@ import tenacity
 from adbc_driver_manager import AdbcStatusCode
 from adbc_driver_postgresql import dbapi
 
+from tutormax_assets.errors import TutormaxError
+
 LONGEST_DELAY_SECONDS = 60.0
 
-TIMEOUT_SETTING = "TUTORMAX_STATEMENT_TIMEOUT_SECONDS"
-"""Named by the reason of a statement that took too long."""
+_QUERY_CANCELED = "57014"
 
 _PASSING = (
     "08",  # connection exceptions
@@ -65,16 +66,17 @@ _ADVICE = {
     "55P03": (
         "Another session holds a lock: see who in pg_locks, or raise TUTORMAX_LOCK_TIMEOUT_SECONDS"
     ),
-    "57014": (
-        f"Unless someone cancelled it: see what slows the server down, or raise {TIMEOUT_SETTING}"
+    _QUERY_CANCELED: (
+        "Unless someone cancelled it: see what slows the server down, or raise"
+        " TUTORMAX_STATEMENT_TIMEOUT_SECONDS"
     ),
 }
 
 
 _SAID_IN_STREAMS = (
     ("invalid byte sequence", "22021"),
-    ("statement timeout", "57014"),
-    ("user request", "57014"),
+    ("statement timeout", _QUERY_CANCELED),
+    ("user request", _QUERY_CANCELED),
     ("conflict with recovery", "40001"),
     ("could not serialize", "40001"),
     ("administrator command", "57P01"),
@@ -85,10 +87,6 @@ _SAID_IN_STREAMS = (
 _DRIVERS_ERRORS = (sa.exc.DBAPIError, psycopg.Error, dbapi.Error)
 
 
-class PassingError(Exception):
-    """What no database said, and may not happen again when the same is tried once more."""
-
-
 def sqlstate(error: BaseException) -> str | None:
     """PostgreSQL's code of the error, or none where the server did not speak."""
     return getattr(_original(error), "sqlstate", None) or None
@@ -96,7 +94,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same statement may succeed when it is tried again."""
-    if isinstance(error, PassingError) or isinstance(error.__cause__, PassingError):
+    if any(isinstance(one, TutormaxError) and one.may_pass for one in (error, error.__cause__)):
         return True
     state = sqlstate(error)
     if state is not None:
@@ -107,6 +105,11 @@ def may_pass(error: BaseException) -> bool:
         psycopg.OperationalError | psycopg.InterfaceError | dbapi.OperationalError,
     )
     return lost and not _REFUSED_FOR_GOOD.search(str(original))
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether the server cancelled a statement, as it does when it takes too long."""
+    return sqlstate(error) == _QUERY_CANCELED
 
 
 def is_of_rows(error: BaseException) -> bool:

@@ -31,13 +31,21 @@ from tutormax_assets.database.connection import (
     lock_for_transaction,
     transaction_limits,
 )
-from tutormax_assets.database.faults import is_of_rows, may_pass, of_stream, reason, sqlstate
+from tutormax_assets.database.faults import (
+    is_of_rows,
+    is_timeout,
+    may_pass,
+    of_stream,
+    reason,
+    sqlstate,
+)
 from tutormax_assets.database.tables import (
     METRICS_KEY,
     METRICS_TABLE,
     tutor_performance_metrics,
     tutors,
 )
+from tutormax_assets.errors import TutormaxError
 from tutormax_assets.metrics.schemas import TutorTiers
 
 _VALUES = tuple(
@@ -102,8 +110,16 @@ _WRITERS = 2
 _ROWS_FOR_WRITERS = 5_000
 
 
-class MetricsTableError(Exception):
+class MetricsTableError(TutormaxError):
     """The table cannot be written or read; the message says why and what to do."""
+
+    affects_every_date = True
+
+
+class MetricsTableTimeoutError(MetricsTableError):
+    """A statement took too long; one that writes less may not."""
+
+    affects_every_date = False
 
 
 @dataclass(frozen=True)
@@ -192,7 +208,8 @@ def write_metrics(
         failure = failure or failed
         yield batch
     if failure is not None:
-        raise MetricsTableError(_sentence(failure)) from failure
+        kind = MetricsTableTimeoutError if is_timeout(failure) else MetricsTableError
+        raise kind(_sentence(failure)) from failure
 
 
 def read_metrics(

@@ -15,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from tutormax_assets.errors import UsageError
+
 HIGHER_IS_BETTER = (
     "avg_rating",
     "first_session_success_rate",
@@ -24,7 +26,7 @@ HIGHER_IS_BETTER = (
 LOWER_IS_BETTER = ("reschedule_rate", "no_show_count")
 
 
-class PolicyError(Exception):
+class PolicyError(UsageError):
     """The policy contradicts itself; the message names the setting and the reason."""
 
 

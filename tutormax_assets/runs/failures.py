@@ -6,26 +6,8 @@ from typing import Protocol
 
 import dagster as dg
 
-from tutormax_assets.compute import DaskError
-from tutormax_assets.database.embedded import EmbeddedServerError
-from tutormax_assets.database.faults import TIMEOUT_SETTING
-from tutormax_assets.database.metrics_table import MetricsTableError
+from tutormax_assets.errors import affects_every_date
 from tutormax_assets.runs.memory import is_out_of_memory, out_of_memory
-from tutormax_assets.settings import SettingsError
-from tutormax_assets.source.lake import LakeUnreachableError
-from tutormax_assets.source.postgres import SourceError
-
-_OF_EVERY_DATE = {
-    error.__name__
-    for error in (
-        DaskError,
-        EmbeddedServerError,
-        LakeUnreachableError,
-        MetricsTableError,
-        SettingsError,
-        SourceError,
-    )
-}
 
 _INTERRUPTED = "DagsterExecutionInterruptedError"
 
@@ -82,10 +64,7 @@ def is_of_every_date(events: Iterable[dg.DagsterEvent]) -> bool:
     Args:
         events: Those of the run, of which the failures count.
     """
-    for error in _errors(events):
-        if error.cls_name in _OF_EVERY_DATE:
-            return TIMEOUT_SETTING not in error.message
-    return False
+    return any(affects_every_date(error.cls_name) for error in _errors(events))
 
 
 def is_interrupted(events: Iterable[dg.DagsterEvent]) -> bool:

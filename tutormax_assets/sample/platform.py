@@ -14,6 +14,7 @@ from psycopg import sql
 from psycopg.errors import InsufficientPrivilege
 
 from tutormax_assets.database.tables import source_metadata
+from tutormax_assets.errors import TutormaxError
 
 SLICE_TUTORS = 20_000
 """Tutors that are generated and written at a time; bounds the memory of a large platform.
@@ -26,11 +27,11 @@ Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 
-class PlatformNotEmptyError(Exception):
+class PlatformNotEmptyError(TutormaxError):
     """The database or the lake already holds rows; the message says which and what to do."""
 
 
-class PlatformTablesMissingError(Exception):
+class PlatformTablesMissingError(TutormaxError):
     """A table of the platform does not exist; the message says which and what to run."""
 
 

@@ -19,6 +19,7 @@ from tutormax_assets.database.tables import (
     tutor_performance_metrics,
     tutors,
 )
+from tutormax_assets.errors import TutormaxError
 from tutormax_assets.schema import obstacles
 
 SET_ASIDE_TABLE = "tutor_performance_metrics_set_aside"
@@ -128,7 +129,7 @@ _dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
 _quote = _dialect.identifier_preparer.quote
 
 
-class SchemaError(Exception):
+class SchemaError(TutormaxError):
     """The database is not as needed; the message says what was found and what to do."""
 
 

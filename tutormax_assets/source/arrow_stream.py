@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import polars as pl
 
+from tutormax_assets.errors import TutormaxError
 
-class ArrowStreamError(Exception):
+
+class ArrowStreamError(TutormaxError):
     """The stream broke off; the message is the driver's."""
 
 

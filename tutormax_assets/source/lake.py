@@ -26,7 +26,6 @@ import dataframely as dy
 import polars as pl
 from upath import UPath
 
-from tutormax_assets.database.faults import PassingError
 from tutormax_assets.metrics.quality import contradictory_tutors
 from tutormax_assets.metrics.schemas import (
     LOGIN,
@@ -82,12 +81,17 @@ _ONLY_A_RESPONSE_TIME = (
 )
 
 
-class LakeUnreachableError(SourceError, PassingError):
+class LakeUnreachableError(SourceError):
     """The filesystem of the lake does not answer as it should."""
 
+    may_pass = True
 
-class LakeChangedError(SourceError, PassingError):
+
+class LakeChangedError(SourceError):
     """Files of the lake were changed or removed while they were read."""
+
+    may_pass = True
+    affects_every_date = False
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ class LakeView:
 
         Raises:
             SourceError: The lake cannot be read, a dataset is not as the contract has it, or files
-                changed meanwhile. If it is a ``PassingError`` too, trying again may help.
+                changed meanwhile. ``may_pass`` says whether trying again may help.
         """
         began = perf_counter()
         shutil.rmtree(folder, ignore_errors=True)

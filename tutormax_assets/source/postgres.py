@@ -38,7 +38,8 @@ from tutormax_assets.database.connection import (
     describe,
     transaction_limits,
 )
-from tutormax_assets.database.faults import PassingError, of_stream, reason, sqlstate
+from tutormax_assets.database.faults import is_timeout, of_stream, reason, sqlstate
+from tutormax_assets.errors import TutormaxError
 from tutormax_assets.metrics.quality import contradictory_tutors
 from tutormax_assets.metrics.schemas import (
     LOGIN,
@@ -217,12 +218,23 @@ _Streamed = tuple[list[pl.LazyFrame], dict[str, int]]
 """The parts of a table, and the number of rows of each table that is in them."""
 
 
-class SourceError(Exception):
+class SourceError(TutormaxError):
     """The platform cannot be read, or a table is not as the contract has it."""
 
+    affects_every_date = True
 
-class SnapshotGoneError(SourceError, PassingError):
+
+class SourceTimeoutError(SourceError):
+    """A statement took too long; one that reads less may not."""
+
+    affects_every_date = False
+
+
+class SnapshotGoneError(SourceError):
     """What the run saw cannot be seen any more by others; it can look again."""
+
+    may_pass = True
+    affects_every_date = False
 
 
 @dataclass(frozen=True)
@@ -591,7 +603,8 @@ def _told(source: Source) -> Iterator[None]:
     try:
         yield
     except dbapi.Error as error:
-        raise SourceError(
+        kind = SourceTimeoutError if is_timeout(error) else SourceError
+        raise kind(
             f"The platform at {describe(source.url)} cannot be read: {reason(error)}."
             " `tutormax db status` shows what is there."
         ) from error

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import polars as pl
 
 from tutormax_assets.database.connection import Timeouts, source_url
+from tutormax_assets.errors import UsageError
 from tutormax_assets.settings import Settings, SettingsError
 from tutormax_assets.source import lake, postgres
 from tutormax_assets.source.lake import Lake
@@ -19,7 +20,7 @@ AnySource = Source | Lake
 """Where the source tables are read: a PostgreSQL database, or a lake."""
 
 
-class UnknownTutorsError(Exception):
+class UnknownTutorsError(UsageError):
     """None of the tutors that a run is about is in the platform's tutors."""
 
 

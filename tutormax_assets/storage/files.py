@@ -19,8 +19,10 @@ from typing import Literal
 import polars as pl
 from upath import UPath
 
+from tutormax_assets.errors import TutormaxError
 
-class StorageError(Exception):
+
+class StorageError(TutormaxError):
     """The Parquet partitions cannot be reached; the message says what to do."""
 
 

@@ -20,8 +20,9 @@ import tutormax_assets
 from tutormax_assets import AggregationSummary, DailyMetricsAggregator, run_daily_aggregation
 from tutormax_assets.api.runs import aggregate, steps
 from tutormax_assets.api.summary import MOST_ERRORS_SHOWN
+from tutormax_assets.compute import DaskError
 from tutormax_assets.database import tables
-from tutormax_assets.database.faults import TIMEOUT_SETTING
+from tutormax_assets.database.metrics_table import MetricsTableError, MetricsTableTimeoutError
 from tutormax_assets.dates import ReferenceDateError, today
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.automation.single_days import SOURCE_TAG
@@ -29,6 +30,7 @@ from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.runs.failures import is_of_every_date
 from tutormax_assets.runs.instance import dagster_home, dagster_instance
 from tutormax_assets.settings import OptionsError, SettingsError, load_settings
+from tutormax_assets.source.postgres import SnapshotGoneError, SourceError, SourceTimeoutError
 from tutormax_assets.source.view import UnknownTutorsError
 from tutormax_assets_tests.conftest import Platform, captured_log, open_platform
 from tutormax_assets_tests.tls import refusing_server
@@ -373,20 +375,29 @@ def test_a_range_that_fails_whatever_the_date_is_not_tried_date_by_date(
     assert not any("running each date by itself" in line for line in log)
 
 
-def test_a_range_that_takes_too_long_is_tried_date_by_date(small_platform: Platform) -> None:
-    def error(cause: object) -> SimpleNamespace:
-        message = "tutormax_assets.source.postgres.SourceError: cannot be read: x. Raise "
-        return SimpleNamespace(cls_name="SourceError", message=f"{message}{cause}", cause=None)
+@pytest.mark.parametrize(
+    ("error", "of_every"),
+    [
+        (SourceError, True),
+        (SourceTimeoutError, False),
+        (MetricsTableError, True),
+        (MetricsTableTimeoutError, False),
+        (SnapshotGoneError, False),
+        (DaskError, True),
+        (SettingsError, True),
+        (ArithmeticError, False),
+    ],
+)
+def test_a_range_that_takes_too_long_is_tried_date_by_date(
+    error: type[Exception], of_every: bool
+) -> None:
+    recorded = SimpleNamespace(cls_name=error.__name__, message="x", cause=None)
+    event = SimpleNamespace(
+        event_type=dg.DagsterEventType.STEP_FAILURE,
+        step_failure_data=SimpleNamespace(error=recorded),
+    )
 
-    def is_of_every(cause: str) -> bool:
-        event = SimpleNamespace(
-            event_type=dg.DagsterEventType.STEP_FAILURE,
-            step_failure_data=SimpleNamespace(error=error(cause)),
-        )
-        return is_of_every_date([event])  # type: ignore[list-item]
-
-    assert is_of_every("the roof")
-    assert not is_of_every(TIMEOUT_SETTING)
+    assert is_of_every_date([event]) == of_every  # type: ignore[list-item]
 
 
 def test_what_a_first_opening_that_was_killed_left_is_made_anew(tmp_path: Path) -> None:

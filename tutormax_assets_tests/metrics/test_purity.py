@@ -39,7 +39,7 @@ def foreign(names: set[str]) -> set[str]:
         name
         for name in names
         if name.split(".")[0] not in ALLOWED
-        and not f"{name}.".startswith("tutormax_assets.metrics.")
+        and not f"{name}.".startswith(("tutormax_assets.metrics.", "tutormax_assets.errors."))
     }
 
 

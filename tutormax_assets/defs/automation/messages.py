@@ -10,6 +10,7 @@ import dagster as dg
 from tutormax_assets.defs.automation.receivers import Message
 from tutormax_assets.defs.automation.schedule import DEADLINE_HOUR
 from tutormax_assets.defs.automation.single_days import partition_keys
+from tutormax_assets.defs.checks import ADVICE_METADATA
 from tutormax_assets.runs.failures import error_sentence, is_blocking_check, step_failure
 
 MAX_LINES = 10
@@ -50,7 +51,7 @@ class Findings:
 def findings_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Findings:
     """Read from a run's events what went wrong in it."""
     found = Findings(run, partition_keys(run))
-    dates_of_check: dict[str, list[str]] = {}
+    dates_of_check: dict[tuple[bool, str], list[str]] = {}
     for event in _events(instance, run, dg.DagsterEventType.ASSET_CHECK_EVALUATION):
         evaluation = event.asset_check_evaluation_data
         if evaluation.passed:
@@ -58,19 +59,20 @@ def findings_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Findings:
         if found.worst in (None, _WARN):
             found.worst = evaluation.severity
         name = f"{evaluation.asset_key.to_user_string()}: {evaluation.check_name}"
-        reason = f". {first_sentence(evaluation.description)}" if evaluation.description else ""
+        problem, advice = _problem_and_advice(evaluation)
+        reason = f". {_shortened(problem)}" if problem else ""
         blocked = evaluation.blocking and evaluation.severity is not _WARN
         line = (
             f"check {name} ({evaluation.severity.value}{', blocking' if blocked else ''}){reason}"
         )
-        dates = dates_of_check.setdefault(line, [])
-        if evaluation.description and (not found.has_failed or evaluation.severity is not _WARN):
-            advice = evaluation.description.removeprefix(first_sentence(evaluation.description))
+        is_warning = evaluation.severity is _WARN
+        dates = dates_of_check.setdefault((is_warning, line), [])
+        if not (found.has_failed and is_warning):
             found.advice.append(" ".join(advice.split()))
         if evaluation.partition is not None:
             dates.append(evaluation.partition)
     found.keys = found.keys or sorted({key for dates in dates_of_check.values() for key in dates})
-    for line, dates in sorted(dates_of_check.items(), key=lambda item: "(WARN)" in item[0]):
+    for (_, line), dates in sorted(dates_of_check.items(), key=lambda item: item[0][0]):
         on = f"{_dates(dates)}, " if dates and len(found.keys) > 1 else ""
         found.checks.append(on + line)
     if found.has_failed:
@@ -179,8 +181,17 @@ def first_sentence(text: str) -> str:
     """The first sentence of a text, cut where it is very long."""
     line = text.strip().splitlines()[0] if text.strip() else "it gave no reason"
     end = re.search(r"[.!?](?=\s)", line)
-    sentence = line[: end.end()] if end else line
-    return sentence if len(sentence) <= MAX_CHARACTERS else sentence[:MAX_CHARACTERS] + "…"
+    return _shortened(line[: end.end()] if end else line)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "…"
+
+
+def _problem_and_advice(evaluation: dg.AssetCheckEvaluation) -> tuple[str, str]:
+    recorded = evaluation.metadata.get(ADVICE_METADATA)
+    advice = recorded.value if isinstance(recorded, dg.TextMetadataValue) else None
+    return (evaluation.description or "").removesuffix(advice or "").rstrip(), advice or ""
 
 
 def _events(

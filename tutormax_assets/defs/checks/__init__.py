@@ -23,6 +23,9 @@ from tutormax_assets.storage.files import StorageError
 # A longer outage changes so much that a comparison says little.
 _LOOK_BACK_DAYS = 7
 
+ADVICE_METADATA = "advice"
+"""Name of the metadata that holds the advice of a check that did not pass."""
+
 FIRST_KEYS = 10
 """How many of the offending keys the metadata of a failed check names."""
 
@@ -44,16 +47,22 @@ class Finding:
 
     Attributes:
         passed: Whether the data is as expected.
-        description: What is wrong and what to do about it; of a check that passed because there
-            is nothing to compare, why.
+        problem: What is wrong; of a check that passed because there is nothing to compare, why.
         metadata: What shows with it in the UI.
         severity: Of a check that did not pass.
+        advice: What to do about the problem.
     """
 
     passed: bool
-    description: str | None = None
+    problem: str | None = None
     metadata: Metadata = field(default_factory=dict)
     severity: dg.AssetCheckSeverity = ERROR
+    advice: str = ""
+
+    @property
+    def description(self) -> str | None:
+        """The problem and the advice, as the UI shows them."""
+        return f"{self.problem} {self.advice}" if self.advice else self.problem
 
 
 def check_spec(
@@ -122,7 +131,10 @@ def report(
                     passed=finding.passed,
                     severity=finding.severity,
                     description=finding.description,
-                    metadata={name: _shown(value) for name, value in finding.metadata.items()},
+                    metadata={
+                        **{name: _shown(value) for name, value in finding.metadata.items()},
+                        **({ADVICE_METADATA: finding.advice} if finding.advice else {}),
+                    },
                     blocking=spec.blocking,
                     partition=key,
                     target_materialization_data=newest.get(key),
@@ -185,14 +197,14 @@ def rows_and_roster(
     finding = Finding(
         False,
         f"{len(stored.failed)} of {len(stored.shards)} shards could not be computed, so"
-        f" {len(left_out)} tutors have no rows; shard {number}: {why.rstrip('.')}. Fix the cause"
-        " and run the date again.",
+        f" {len(left_out)} tutors have no rows; shard {number}: {why.rstrip('.')}.",
         {
             "failed_shards": ", ".join(map(str, sorted(stored.failed))),
             "tutors": len(left_out),
             "first_tutors": first_keys(left_out, "tutor_id"),
         },
         WARN,
+        "Fix the cause and run the date again.",
     )
     return rows, roster, finding
 

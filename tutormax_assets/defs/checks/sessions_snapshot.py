@@ -250,8 +250,7 @@ def no_duplicate_sessions(set_aside: pl.DataFrame, /) -> Finding:
     return Finding(
         False,
         f"{repeated['row_key'].n_unique()} session ids come more than once; one row of each is"
-        " used, and no rating of theirs. sessions has lost its primary key: fix it in the"
-        " platform.",
+        " used, and no rating of theirs.",
         {
             "session_ids": repeated["row_key"].n_unique(),
             "first_rows": first_keys(repeated, "row_key", "tutor_id"),
@@ -259,6 +258,7 @@ def no_duplicate_sessions(set_aside: pl.DataFrame, /) -> Finding:
             " GROUP BY session_id HAVING count(*) > 1",
         },
         WARN,
+        "sessions has lost its primary key: fix it in the platform.",
     )
 
 
@@ -275,10 +275,11 @@ def engagement_scores_fill_their_scale(highest: float | None, /, *, scale: int) 
         return Finding(True)
     return Finding(
         False,
-        f"No session has an engagement_score above 1, and session_score_scale is {scale}. If the"
-        " platform scores sessions from 0 to 1, set session_score_scale = 1 in the policy and run"
-        " the date again: until then the session part of engagement_score is near 0.",
+        f"No session has an engagement_score above 1, and session_score_scale is {scale}.",
         severity=WARN,
+        advice="If the platform scores sessions from 0 to 1, set session_score_scale = 1 in the"
+        " policy and run the date again: until then the session part of engagement_score is"
+        " near 0.",
     )
 
 
@@ -302,8 +303,7 @@ def feedback_is_of_the_sessions_tutor(
     return Finding(
         False,
         f"{count} of {read} rows of student_feedback name another tutor than their session:"
-        f" {count / read:.1%}, with {warn_share:.1%} expected at most. Their ratings are not used."
-        " Fix them in the platform and run the date again.",
+        f" {count / read:.1%}, with {warn_share:.1%} expected at most. Their ratings are not used.",
         {
             **metadata,
             "first_rows": first_keys(others, "row_key", "tutor_id"),
@@ -312,6 +312,7 @@ def feedback_is_of_the_sessions_tutor(
             " WHERE f.tutor_id IS DISTINCT FROM s.tutor_id",
         },
         WARN,
+        "Fix them in the platform and run the date again.",
     )
 
 
@@ -343,8 +344,8 @@ def tutors_are_known(
     if tutors is None:
         return Finding(
             True,
-            "Not compared: tutors_left_out is not there for this date. Run the date again to"
-            " compare it.",
+            "Not compared: tutors_left_out is not there for this date.",
+            advice="Run the date again to compare it.",
         )
     unknown = by_tutor.filter(~pl.col("tutor_id").is_in(tutors.implode()))
     sessions, read = int(unknown["rows"].sum()), int(by_tutor["rows"].sum())
@@ -358,8 +359,7 @@ def tutors_are_known(
     return Finding(
         False,
         f"{sessions} of {read} sessions are of {len(unknown)} tutors who were not in tutors when"
-        " both were read; they count for nobody. See to what loads the platform's database, then"
-        " run the date again.",
+        " both were read; they count for nobody.",
         {
             **metadata,
             "first_tutors": first_keys(unknown, "tutor_id"),
@@ -367,4 +367,5 @@ def tutors_are_known(
             " (SELECT FROM tutors AS t WHERE t.tutor_id = s.tutor_id) GROUP BY s.tutor_id",
         },
         ERROR if sessions > error_share * read else WARN,
+        "See to what loads the platform's database, then run the date again.",
     )

@@ -17,7 +17,7 @@ from tutormax_assets.metrics.window import within_window
 from tutormax_assets.source import view
 
 NOT_OF_ALL = Finding(
-    passed=True, description="Not compared: only runs of some tutors have read this date so far."
+    passed=True, problem="Not compared: only runs of some tutors have read this date so far."
 )
 """Of a check about the platform as a whole, on a date of which it is not known."""
 
@@ -82,10 +82,7 @@ def few_rows_set_aside(
         False,
         f"{row['rows_set_aside']} of {row['rows_read']} rows of {row['source_table']} in the"
         f" {row['window']} window break the source contract: {row['share']:.1%}, with"
-        f" {error_share if failed else warn_share:.1%} expected at most."
-        f" {hint}{_see(reference_date)}"
-        " Fix them in the platform and run the date again"
-        + (", or raise checks.set_aside_error_share in the policy." if failed else "."),
+        f" {error_share if failed else warn_share:.1%} expected at most.",
         {
             **metadata,
             "share_by_window": shares,
@@ -93,6 +90,8 @@ def few_rows_set_aside(
             "see_the_rest": _command(reference_date),
         },
         ERROR if failed else WARN,
+        f"{hint}{_see(reference_date)} Fix them in the platform and run the date again"
+        + (", or raise checks.set_aside_error_share in the policy." if failed else "."),
     )
 
 
@@ -121,11 +120,11 @@ def source_is_fresh(
     if newest is None:
         return Finding(
             False,
-            f"There are no {what} before {reference_date}{f' from {since} on' if since else ''}."
-            " If the platform had begun by then, see to what loads its database and run the date"
-            " again.",
+            f"There are no {what} before {reference_date}{f' from {since} on' if since else ''}.",
             {"see_in_the_platform": look_at},
             WARN,
+            "If the platform had begun by then, see to what loads its database and run the date"
+            " again.",
         )
     age = (reference_date - newest).days
     metadata: Metadata = {"newest": newest.isoformat(), "days_before_reference_date": age}
@@ -135,11 +134,11 @@ def source_is_fresh(
     return Finding(
         False,
         f"The newest of the {what} are of {newest}, {age} days before the reference date, with"
-        f" {error_days if failed else warn_days} expected at most. See to what loads the"
-        " platform's database, then run the date again"
-        + ("; if it is right, raise checks.stale_error_days in the policy." if failed else "."),
+        f" {error_days if failed else warn_days} expected at most.",
         {**metadata, "see_in_the_platform": look_at},
         ERROR if failed else WARN,
+        "See to what loads the platform's database, then run the date again"
+        + ("; if it is right, raise checks.stale_error_days in the policy." if failed else "."),
     )
 
 
@@ -191,10 +190,11 @@ def day_volume_is_usual(
     return Finding(
         False,
         f"{newest} has {rows} {what}; the median of that weekday in the {len(weeks)} weeks before"
-        f" is {middle:g}. If the day was not an odd one, see to what loads the platform's database"
-        " and run the date again.",
+        f" is {middle:g}.",
         metadata,
         WARN,
+        "If the day was not an odd one, see to what loads the platform's database and run the date"
+        " again.",
     )
 
 
@@ -247,10 +247,10 @@ def shortest_window_is_whole(
     return Finding(
         False,
         f"The {days} days before {reference_date} have {volume.rows} {what}, and {expected:.0f} are"
-        f" expected from the weeks before: {loss:.0%} are missing, with {max_loss:.0%} at most. See"
-        " to what loads the platform's database, then run the date again; if the drop is real,"
-        " raise checks.window_loss_error_share in the policy.",
+        f" expected from the weeks before: {loss:.0%} are missing, with {max_loss:.0%} at most.",
         metadata,
+        advice="See to what loads the platform's database, then run the date again; if the drop is"
+        " real, raise checks.window_loss_error_share in the policy.",
     )
 
 

@@ -187,7 +187,7 @@ def rows_are_as_computed(
     counts = rows.group_by("problem").len("rows").sort("problem")
     return Finding(
         False,
-        " ".join(_description(rows, len(wrong), counts, at_other_times)),
+        " ".join(_problems(rows, counts, at_other_times)),
         {
             **metadata,
             "problems": counts,
@@ -195,25 +195,27 @@ def rows_are_as_computed(
             "see_the_table": query,
         },
         WARN if wrong.is_empty() else ERROR,
+        " ".join(_advice_about(counts, is_wrong=not wrong.is_empty(), other_times=at_other_times)),
     )
 
 
-def _description(
-    rows: pl.DataFrame, wrong: int, counts: pl.DataFrame, at_other_times: int
-) -> Iterator[str]:
-    problems = dict(counts.iter_rows())
-    if problems:
-        said = ", ".join(f"{count} {problem}" for problem, count in problems.items())
+def _problems(rows: pl.DataFrame, counts: pl.DataFrame, at_other_times: int) -> Iterator[str]:
+    if not counts.is_empty():
+        said = ", ".join(f"{count} {problem}" for problem, count in counts.iter_rows())
         tutors = rows["tutor_id"].n_unique()
         yield f"{len(rows)} rows of {tutors} tutors are not as computed: {said}."
     if at_other_times:
         yield f"{at_other_times} rows of the day have another time than midnight."
-    if wrong:
+
+
+def _advice_about(counts: pl.DataFrame, *, is_wrong: bool, other_times: int) -> Iterator[str]:
+    problems = set(counts["problem"])
+    if is_wrong:
         yield (
             "The summary of the materialization says why tutors could not be written; if it names"
             " none, something else writes to the table. Fix the cause and rerun the date."
         )
-    if at_other_times or "of another service" in problems:
+    if other_times or "of another service" in problems:
         yield (
             "Another service writes to the table: stop it, then run `tutormax db upgrade`, which"
             " converts its rows or sets them aside."

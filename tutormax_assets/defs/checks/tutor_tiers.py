@@ -125,7 +125,7 @@ def every_tutor_has_all_windows(
     return Finding(
         False,
         f"{len(tutors)} of {len(roster)} tutors of the roster do not have exactly one row with a"
-        f" tier for each of {len(windows)} windows. {what_to_do}",
+        f" tier for each of {len(windows)} windows.",
         {
             **metadata,
             "rows_missing": len(missing),
@@ -136,6 +136,7 @@ def every_tutor_has_all_windows(
                 "window",
             ),
         },
+        advice=what_to_do,
     )
 
 
@@ -154,10 +155,10 @@ def active_tutors_are_computed(
     return Finding(
         False,
         f"{computed} of {computed + left_out} tutors are computed: only runs of some tutors have"
-        " computed this date, which counts as missing until a run of all tutors does:"
-        f" tutormax run --date {reference_date}",
+        " computed this date, which counts as missing until a run of all tutors does.",
         {"tutors_of_the_roster": computed, "active_tutors_left_out": left_out},
         WARN,
+        f"Run it: tutormax run --date {reference_date}",
     )
 
 
@@ -191,11 +192,12 @@ def counts_never_shrink(rows: pl.DataFrame, /, *, windows: Sequence[int]) -> Fin
         False,
         f"{shrinking['tutor_id'].n_unique()} tutors have fewer sessions or no-shows in a window"
         " than in a shorter one, which it contains. The windows were not computed from the same"
-        " rows: materialize metrics_* and tutor_tiers again, in one run, for all tutors.",
+        " rows.",
         {
             "tutors": shrinking["tutor_id"].n_unique(),
             "first_tutors": first_keys(shrinking, "tutor_id", "window"),
         },
+        advice="Materialize metrics_* and tutor_tiers again, in one run, for all tutors.",
     )
 
 
@@ -274,10 +276,10 @@ def tiers_are_steady(
     return Finding(
         False,
         f"Tiers have shifted since {since}: the population stability index is {said}, with"
-        f" {max_shift:g} expected at most. Unless the policy was changed, look at what the source"
-        " checks say and at the null shares; the numbers are saved all the same.",
+        f" {max_shift:g} expected at most. The numbers are saved all the same.",
         {**metadata, "first_tutors_moved": first_keys(moved, "tutor_id", "window")},
         WARN,
+        "Unless the policy was changed, read what the source checks and the null shares say.",
     )
 
 

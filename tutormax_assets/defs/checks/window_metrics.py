@@ -105,8 +105,9 @@ def values_in_range(rows: pl.DataFrame, /, *, window: str) -> Finding:
         )
         return Finding(
             False,
-            "Columns or types are not those of this version. Run the date again, for all tutors.",
+            "Columns or types are not those of this version.",
             {"columns": types},
+            advice="Run the date again, for all tutors.",
         )
     metadata: Metadata = {"rows": len(rows), "rows_out_of_range": 0}
     if (rows["window"] == window).all() and WindowMetrics.is_valid(rows):
@@ -126,9 +127,10 @@ def values_in_range(rows: pl.DataFrame, /, *, window: str) -> Finding:
     return Finding(
         False,
         f"{metadata['rows_out_of_range']} of {len(rows)} rows break"
-        f" {', '.join(broken['rule'])}. Numbers like these cannot come from the source: run the"
-        " date again, for all tutors, and if it stays report it as a defect of the metrics.",
+        f" {', '.join(broken['rule'])}. Numbers like these cannot come from the source.",
         {**metadata, "rules": broken, "first_tutors": first_keys(offending, "tutor_id")},
+        advice="Run the date again, for all tutors; if it stays, report it as a defect of the"
+        " metrics.",
     )
 
 
@@ -161,8 +163,9 @@ def one_row_per_tutor(rows: pl.DataFrame, roster: pl.DataFrame, /) -> Finding:
         False,
         f"The rows are not those of the {len(roster)} tutors of the roster: "
         + ", ".join(f"{count} {problem}" for problem, count in counts.iter_rows())
-        + ". Materialize tutor_roster and what follows from it again, in one run.",
+        + ".",
         {**metadata, "problems": counts, "first_tutors": first_keys(tutors, "tutor_id", "problem")},
+        advice="Materialize tutor_roster and what follows from it again, in one run.",
     )
 
 
@@ -219,9 +222,9 @@ def null_shares_are_steady(
     )
     return Finding(
         False,
-        f"Without a value since {since}: {said}; a rise of {max_rise:.0%} is expected at"
-        " most. Compare the rows read and set aside of both days; if the source lost rows, see to"
-        " what loads it and run the date again.",
+        f"Without a value since {since}: {said}; a rise of {max_rise:.0%} is expected at most.",
         {**metadata, "null_shares": shares, "first_tutors": first_keys(lost, "tutor_id")},
         WARN,
+        "Compare the rows read and set aside of both days; if the source lost rows, see to what"
+        " loads it and run the date again.",
     )

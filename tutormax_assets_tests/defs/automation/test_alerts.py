@@ -20,6 +20,7 @@ from tutormax_assets.defs.automation.single_days import (
     RANGE_RUN_TAG,
     RANGE_START_TAG,
 )
+from tutormax_assets.defs.checks import ADVICE_METADATA
 from tutormax_assets.defs.log import LOGGER
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.settings import load_settings
@@ -58,6 +59,7 @@ def they_are_new(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         passed=wrong not in severities,
         severity=severities.get(str(wrong), dg.AssetCheckSeverity.ERROR),
         description="They are 9.5 days old. Ask the platform's people.",
+        metadata={ADVICE_METADATA: "Ask the platform's people."},
     )
 
 

@@ -290,6 +290,8 @@ def test_a_bad_day_is_blocked_and_the_others_are_saved(
         result = run_range(good, *DAYS[2:])
     assert not result.success
     assert failed(result) == {bad: "ERROR"}
+    advice = evaluations(result)[bad].metadata["advice"].value
+    assert str(advice).startswith("`tutormax set-aside --date 2025-11-07` names them. Fix them")
     # The page of the run says why, before the trace of the step that Dagster fails.
     reason, trace, *_ = errors_on_the_page(good, result.run_id)
     assert reason.startswith("sessions_snapshot of 2025-11-07, check few_rows_set_aside: ")
