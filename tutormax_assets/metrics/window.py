@@ -67,8 +67,8 @@ def window_metrics(
     return (
         roster.select("tutor_id")
         .join(names, how="cross")
-        .join(_added_up(of_sessions, windows), on=key, how="left")
-        .join(_added_up(of_events, windows), on=key, how="left")
+        .join(_window_sums(of_sessions, windows), on=key, how="left")
+        .join(_window_sums(of_events, windows), on=key, how="left")
         .with_columns(pl.col(_COUNTS).fill_null(0))
         .select(*key, "window", **metrics(policy))
         # Rounding repeats what it rounds: in the same step the plan would grow many times over.
@@ -169,7 +169,7 @@ def _in_segments(
     ).with_columns(pl.sum_horizontal(starts_after).cast(pl.UInt8).alias("segment"))
 
 
-def _added_up(sums: pl.LazyFrame, windows: Sequence[int]) -> pl.LazyFrame:
+def _window_sums(sums: pl.LazyFrame, windows: Sequence[int]) -> pl.LazyFrame:
     """The sums of each window, by its ``days``, from those of its segments."""
     segments = pl.LazyFrame(
         [(segment, days) for n, days in enumerate(windows, 1) for segment in range(n)],

@@ -23,7 +23,7 @@ from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.metrics_table import (
     WritingReport,
     WritingTask,
-    added_up,
+    sum_of_summaries,
     write_table,
 )
 from tutormax_assets.database.date_locks import DateLocks, is_held
@@ -251,8 +251,8 @@ def test_a_shard_that_is_computed_again_counts_once(
         reports = [report for _, report in compute.map(write_table, again, log=LOG)]
 
     of_day = table.filter(pl.col("calculation_date").dt.date() == day)
-    total = added_up(report.summary for report in reports)
-    assert (total["inserted"], total["unchanged"]) == (len(of_day), len(of_day))
+    total = sum_of_summaries(report.summary for report in reports)
+    assert (total.inserted, total.unchanged) == (len(of_day), len(of_day))
     assert PASSWORD.encode() not in pickle.dumps(again)
     assert_frame_equal(
         platform.metrics().drop(TIMES), of_day.drop(TIMES), check_row_order=False, check_exact=True
@@ -284,13 +284,13 @@ def test_a_shard_of_a_run_that_has_ended_is_not_written(
     assert holder is not None
     assert locks.holder is None
     assert str(late.failure).startswith("The run that these rows are of has ended")
-    assert late.summary["successful"] == 0
+    assert late.summary.successful == 0
     assert platform.metrics().is_empty()
     locks.take()
     in_time = written(locks.holder)
     locks.release()
     assert in_time.failure is None
-    assert in_time.summary["inserted"] == len(platform.metrics()) == rows.count
+    assert in_time.summary.inserted == len(platform.metrics()) == rows.count
 
 
 def held(platform: Platform, holder: int | None) -> bool:

@@ -14,7 +14,9 @@ from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.date_locks import is_held
 from tutormax_assets.database.faults import retrying
 from tutormax_assets.database.metrics_table import Batch, MetricsTableError, write_metrics
-from tutormax_assets.storage.partition import Rows
+from tutormax_assets.dates import midnight
+from tutormax_assets.storage.partition import Division, Partition, Rows, division
+from tutormax_assets.storage.shards import shard_name
 
 _LOGGED_ERRORS = 10
 _LOGGED_TUTORS = 10
@@ -45,6 +47,66 @@ class WritingTask:
 
 
 @dataclass(frozen=True)
+class WritingPlan:
+    """What is to be written of a reference date.
+
+    Attributes:
+        division: The shards that have tiers, and those that an earlier step could not compute.
+        tasks: By the name of the shard.
+    """
+
+    division: Division
+    tasks: Mapping[str, WritingTask]
+
+
+@dataclass(frozen=True)
+class WritingSummary:
+    """What was saved and what was not.
+
+    Attributes:
+        total_tutors: Tutors that were to be saved.
+        total_metrics_saved: Rows of those tutors that the table holds now.
+        inserted: Rows that were not there before.
+        updated: Rows whose values moved.
+        unchanged: Rows that were left as they were.
+        errors: Why a tutor is not saved with all windows, by id.
+    """
+
+    total_tutors: int
+    total_metrics_saved: int
+    inserted: int
+    updated: int
+    unchanged: int
+    errors: Mapping[str, str]
+
+    @property
+    def failed(self) -> int:
+        """Tutors that are not saved."""
+        return len(self.errors)
+
+    @property
+    def successful(self) -> int:
+        """Tutors that are in the table with all windows."""
+        return self.total_tutors - self.failed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as JSON can hold it."""
+        return {
+            "total_tutors": self.total_tutors,
+            "successful": self.successful,
+            "failed": self.failed,
+            "total_metrics_saved": self.total_metrics_saved,
+            "inserted": self.inserted,
+            "updated": self.updated,
+            "unchanged": self.unchanged,
+            "errors": [
+                {"tutor_id": tutor_id, "error": self.errors[tutor_id]}
+                for tutor_id in sorted(self.errors)
+            ],
+        }
+
+
+@dataclass(frozen=True)
 class WritingReport:
     """What was saved and what was not.
 
@@ -54,9 +116,47 @@ class WritingReport:
         failure: Why the table cannot be written, if it cannot.
     """
 
-    summary: dict[str, Any]
+    summary: WritingSummary
     seconds: float
     failure: MetricsTableError | None = None
+
+
+def plan_writing(
+    reference_date: str,
+    tiers: Partition,
+    *,
+    timezone: str,
+    batch_size: int,
+    max_retries: int,
+    retry_delay_seconds: float,
+    holder: int | None,
+) -> WritingPlan:
+    """Divide a reference date into tasks.
+
+    Args:
+        reference_date: In ISO form.
+        tiers: ``TutorTiers``.
+        timezone: In which the date begins.
+        batch_size: Tutors per transaction at most.
+        max_retries: How often a batch is tried again.
+        retry_delay_seconds: Seconds before the first retry.
+        holder: Who has the date for the run, as ``DateLocks.holder`` says.
+    """
+    day = date.fromisoformat(reference_date)
+    divided = division([tiers])
+    tasks = {
+        shard_name(reference_date, number): WritingTask(
+            tiers.rows(number),
+            day,
+            midnight(day, timezone=timezone),
+            batch_size,
+            max_retries,
+            retry_delay_seconds,
+            holder,
+        )
+        for number in divided.numbers
+    }
+    return WritingPlan(divided, tasks)
 
 
 def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
@@ -83,24 +183,26 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
             batches.append(batch)
     except MetricsTableError as error:
         failure = error
-    summary = _summary(tiers, batches, not_tried=str(failure or ""))
+    summary = _summary(tiers, batches, reason=str(failure or ""))
     return WritingReport(summary, perf_counter() - started, failure)
 
 
-def not_tried(tutors: pl.LazyFrame, reason: str) -> dict[str, Any]:
-    """The summary of tutors without a report."""
-    return _summary(tutors.select("tutor_id").collect(), [], not_tried=reason)
+def summary_of_skipped(tutors: pl.LazyFrame, reason: str) -> WritingSummary:
+    """The summary of tutors that were not tried, all for one reason."""
+    return _summary(tutors.select("tutor_id").collect(), [], reason=reason)
 
 
-def added_up(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The summary of all shards from that of each, at least one."""
-    first, *others = summaries
-    total = dict(first)
-    for summary in others:
-        for name, value in summary.items():
-            total[name] += value
-    total["errors"] = sorted(total["errors"], key=lambda error: str(error["tutor_id"]))
-    return total
+def sum_of_summaries(summaries: Iterable[WritingSummary]) -> WritingSummary:
+    """The summary of all shards from that of each."""
+    summaries = list(summaries)
+    return WritingSummary(
+        sum(one.total_tutors for one in summaries),
+        sum(one.total_metrics_saved for one in summaries),
+        sum(one.inserted for one in summaries),
+        sum(one.updated for one in summaries),
+        sum(one.unchanged for one in summaries),
+        {tutor_id: error for one in summaries for tutor_id, error in one.errors.items()},
+    )
 
 
 def _log_batch(log: logging.Logger, day: date, batch: Batch) -> None:
@@ -119,30 +221,24 @@ def _log_batch(log: logging.Logger, day: date, batch: Batch) -> None:
         log.error(f"Left out {shown}{f' and {more} more' if more > 0 else ''}: {error}")
 
 
-def _summary(
-    tiers: pl.DataFrame, batches: Sequence[Batch], *, not_tried: str = ""
-) -> dict[str, Any]:
+def _summary(tiers: pl.DataFrame, batches: Sequence[Batch], *, reason: str = "") -> WritingSummary:
     """What was saved of a shard and what was not.
 
     Args:
         tiers: What was to be saved.
         batches: What became of it.
-        not_tried: Why batches are missing, if some are.
+        reason: Why batches are missing, if some are.
     """
-    tutor_ids = tiers["tutor_id"].unique().sort().to_list()
+    tutor_ids = tiers["tutor_id"].unique().to_list()
     tried = {tutor_id for batch in batches for tutor_id in batch.tutor_ids}
-    errors = dict.fromkeys((one for one in tutor_ids if one not in tried), not_tried)
+    errors = dict.fromkeys((one for one in tutor_ids if one not in tried), reason)
     for batch in batches:
         errors |= batch.errors
-    return {
-        "total_tutors": len(tutor_ids),
-        "successful": len(tutor_ids) - len(errors),
-        "failed": len(errors),
-        "total_metrics_saved": sum(batch.saved for batch in batches),
-        "inserted": sum(batch.inserted for batch in batches),
-        "updated": sum(batch.updated for batch in batches),
-        "unchanged": sum(batch.unchanged for batch in batches),
-        "errors": [
-            {"tutor_id": tutor_id, "error": errors[tutor_id]} for tutor_id in sorted(errors)
-        ],
-    }
+    return WritingSummary(
+        total_tutors=len(tutor_ids),
+        total_metrics_saved=sum(batch.saved for batch in batches),
+        inserted=sum(batch.inserted for batch in batches),
+        updated=sum(batch.updated for batch in batches),
+        unchanged=sum(batch.unchanged for batch in batches),
+        errors=errors,
+    )

@@ -206,7 +206,7 @@ def sum_of_reasons(counts: Iterable[pl.DataFrame]) -> pl.DataFrame:
     )
 
 
-def added_up(reports: Iterable[SnapshotReport]) -> SnapshotReport:
+def sum_of_reports(reports: Iterable[SnapshotReport]) -> SnapshotReport:
     """What was read and stored of all shards."""
     total = SnapshotReport()
     for report in reports:

@@ -9,9 +9,10 @@ from tutormax_assets.compute import DaskError, EarlierStepError, KilledShardErro
 from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.metrics_table import (
     WritingReport,
-    WritingTask,
-    added_up,
-    not_tried,
+    WritingSummary,
+    plan_writing,
+    sum_of_summaries,
+    summary_of_skipped,
     write_table,
 )
 from tutormax_assets.database.date_locks import DateLocks
@@ -23,7 +24,7 @@ from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, Partiti
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.source.platform import PlatformDatabase
-from tutormax_assets.storage.partition import Division, division
+from tutormax_assets.storage.partition import Division
 from tutormax_assets.storage.shards import shard_name
 
 SUMMARY_METADATA = "summary"
@@ -72,31 +73,27 @@ def tutor_performance_metrics_asset(
         shards = 0
         retrying = run_options.retrying(context.log)
         for key, day in reference_dates(context).items():
-            partition = tutor_tiers[key]
-            divided = division([partition])
-            tasks = {
-                shard_name(key, number): WritingTask(
-                    partition.rows(number),
-                    day,
-                    midnight(day, timezone=daily.timezone),
-                    run_options.batch_size,
-                    run_options.max_retries,
-                    run_options.retry_delay_seconds,
-                    date_locks.holder if compute.is_elsewhere else None,
-                )
-                for number in divided.numbers
-            }
+            plan = plan_writing(
+                key,
+                tutor_tiers[key],
+                timezone=daily.timezone,
+                batch_size=run_options.batch_size,
+                max_retries=run_options.max_retries,
+                retry_delay_seconds=run_options.retry_delay_seconds,
+                holder=date_locks.holder if compute.is_elsewhere else None,
+            )
+            divided = plan.division
             not_computed = _not_computed(io_manager, key, divided)
             reports: dict[str, WritingReport] = {}
             try:
-                for name, report in compute.map(write_table, tasks, log=context.log):
+                for name, report in compute.map(write_table, plan.tasks, log=context.log):
                     reports[name] = report
                     if report.failure is not None:
                         raise report.failure
             except (MetricsTableError, ShardsError, DaskError, KilledShardError) as error:
                 not_written = [
-                    not_tried(task.tiers.scan(), str(error))
-                    for name, task in tasks.items()
+                    summary_of_skipped(task.tiers.scan(), str(error))
+                    for name, task in plan.tasks.items()
                     if name not in reports
                 ]
                 broken_off[key] = _metadata(reports.values(), [*not_computed, *not_written])
@@ -157,10 +154,10 @@ def _column_metadata() -> Mapping[str, Any]:
 
 
 def _metadata(
-    reports: Iterable[WritingReport], not_written: Sequence[Mapping[str, Any]]
+    reports: Iterable[WritingReport], not_written: Sequence[WritingSummary]
 ) -> dict[str, Any]:
     reports = list(reports)
-    summary = added_up([*(report.summary for report in reports), *not_written])
+    summary = sum_of_summaries([*(report.summary for report in reports), *not_written]).to_dict()
     return {
         SUMMARY_METADATA: dg.MetadataValue.json(summary),
         **{name: value for name, value in summary.items() if name != "errors"},
@@ -188,13 +185,13 @@ def _is_materialized(context: dg.AssetExecutionContext, key: str) -> bool:
 
 def _not_computed(
     storage: PartitionedParquetIOManager, key: str, divided: Division
-) -> list[dict[str, Any]]:
+) -> list[WritingSummary]:
     """The summaries of the shards that an earlier step could not compute."""
     if not divided.failed:
         return []
     roster = storage.partitions(dg.AssetKey("tutor_roster"), [key])[key].rows().scan()
     return [
-        not_tried(
+        summary_of_skipped(
             roster.filter(divided.shards.number() == number), f"{shard_name(key, number)}: {why}"
         )
         for number, why in divided.failed.items()

@@ -17,10 +17,10 @@ from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.snapshots import (
     SnapshotReport,
     SnapshotTask,
-    added_up,
     count_reasons,
     read_snapshots,
     sum_of_reasons,
+    sum_of_reports,
 )
 from tutormax_assets.database.faults import may_pass, reason
 from tutormax_assets.dates import horizon, midnight
@@ -251,7 +251,7 @@ def _read_groups(
                 groups += [[number] for number in named[name]]
             else:
                 failed[named[name][0]] = reason(failure)
-    return replace(added_up(reports), failed=failed)
+    return replace(sum_of_reports(reports), failed=failed)
 
 
 def _roster(
