@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
 from tutormax_assets.database.connection import Timeouts
+from tutormax_assets.sample.frames import sample_frames
 from tutormax_assets.sample.lake import write_lake
-from tutormax_assets.sample.platform import sample_frames
 from tutormax_assets.source.contract import NEEDED_COLUMNS
 from tutormax_assets.source.lake import Lake
 from tutormax_assets.source.postgres import Source

@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 import polars as pl
 from upath import UPath
 
-from tutormax_assets.sample.platform import PlatformNotEmptyError, check_arguments, slices
+from tutormax_assets.sample.frames import check_arguments
+from tutormax_assets.sample.platform import PlatformNotEmptyError, slices
 from tutormax_assets.source.contract import NEEDED_COLUMNS
 from tutormax_assets.source.lake import DAY, INSTANTS, WITHOUT_DAY, Lake
 from tutormax_assets.storage.files import entries

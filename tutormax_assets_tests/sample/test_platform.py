@@ -7,12 +7,12 @@ from polars.testing import assert_frame_equal
 
 from tutormax_assets.database.tables import source_metadata
 from tutormax_assets.sample import platform as sample_platform
+from tutormax_assets.sample.frames import sample_frames
+from tutormax_assets.sample.kinds import KINDS
 from tutormax_assets.sample.platform import (
-    KINDS,
     PlatformNotEmptyError,
     PlatformTablesMissingError,
     generate,
-    sample_frames,
 )
 
 END = date(2025, 11, 7)

@@ -23,8 +23,8 @@ from upath import UPath
 
 from tutormax_assets.database.faults import may_pass
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors
+from tutormax_assets.sample.frames import sample_frames
 from tutormax_assets.sample.lake import write_lake
-from tutormax_assets.sample.platform import sample_frames
 from tutormax_assets.settings import SettingsError
 from tutormax_assets.source import lake as lakes
 from tutormax_assets.source import postgres

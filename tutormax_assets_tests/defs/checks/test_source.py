@@ -13,7 +13,7 @@ from tutormax_assets.defs.checks.source import (
     source_is_fresh,
 )
 from tutormax_assets.metrics.schemas import SetAside
-from tutormax_assets.sample.platform import sample_frames
+from tutormax_assets.sample.frames import sample_frames
 from tutormax_assets_tests.conftest import GOLDEN
 
 DAY = date(2025, 11, 7)
