@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from tutormax_assets.database.tables import METRICS_TABLE
-from tutormax_assets.schema.adoption import SET_ASIDE_TABLE
 from tutormax_assets.schema.migrations import VERSION_TABLE
+from tutormax_assets.schema.old_rows import SET_ASIDE_TABLE
 from tutormax_assets.source.contract import NEEDED_COLUMNS
 
 WRITER_RIGHTS: Mapping[str, tuple[str, ...]] = {

@@ -20,8 +20,9 @@ from tutormax_assets.database.tables import (
     tutor_performance_metrics,
     tutors,
 )
-from tutormax_assets.schema import adoption, obstacles
-from tutormax_assets.schema.adoption import SchemaError, UpgradeReport
+from tutormax_assets.schema import adoption, obstacles, old_rows
+from tutormax_assets.schema.adoption import UpgradeReport
+from tutormax_assets.schema.changes import SchemaError
 from tutormax_assets.schema.migrations import VERSION_TABLE
 from tutormax_assets.schema.roles import WRITER_RIGHTS
 from tutormax_assets.source import contract
@@ -90,7 +91,7 @@ class SchemaStatus:
             f"{METRICS_TABLE}: {self.metrics} "
             f"(revision {self.revision or 'none'}, newest {self.newest_revision})",
             f"  {_rows(self.rows)}, newest calculation date {last}",
-            f"{adoption.SET_ASIDE_TABLE}: {_rows(self.rows_set_aside)}",
+            f"{old_rows.SET_ASIDE_TABLE}: {_rows(self.rows_set_aside)}",
             *self.unmet,
         ]
 
@@ -189,14 +190,14 @@ def status(
                 sa.select(sa.func.count(), sa.func.max(date).filter(in_range))
             ).one()
         elif present:
-            found = adoption.find_rows(connection, timezone=timezone)
+            found = old_rows.find_rows(connection, timezone=timezone)
             rows, newest = found.rows, found.newest
             deviations = tuple(_deviations(connection, found))
         rows_set_aside: int | None = 0
-        if "SELECT" in missing[adoption.SET_ASIDE_TABLE]:
+        if "SELECT" in missing[old_rows.SET_ASIDE_TABLE]:
             rows_set_aside = None
-        elif inspector.has_table(adoption.SET_ASIDE_TABLE):
-            count = sa.select(sa.func.count()).select_from(adoption.set_aside)
+        elif inspector.has_table(old_rows.SET_ASIDE_TABLE):
+            count = sa.select(sa.func.count()).select_from(old_rows.set_aside)
             rows_set_aside = connection.scalar(count)
         return SchemaStatus(
             sources=sources,
@@ -225,7 +226,7 @@ def status(
         )
 
 
-def _deviations(connection: sa.Connection, found: adoption.RowsFound) -> Iterator[str]:
+def _deviations(connection: sa.Connection, found: old_rows.RowsFound) -> Iterator[str]:
     if found.deviations:
         yield (
             f"table {METRICS_TABLE}: found {', '.join(found.deviations)}, expected none: stop what"
@@ -271,7 +272,7 @@ def _adopt_again(
     connection: sa.Connection, adopt: Callable[..., UpgradeReport], *, timezone: str
 ) -> UpgradeReport:
     """Adopt a table that was adopted before, if something else has changed it since."""
-    found = adoption.find_rows(connection, timezone=timezone)
+    found = old_rows.find_rows(connection, timezone=timezone)
     if found.deviations or adoption.missing_changes(connection):
         return adopt(connection, timezone=timezone)
     return UpgradeReport(rows_before=found.rows, rows_kept=found.rows)

@@ -11,8 +11,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from tutormax_assets.database import tables
-from tutormax_assets.schema.adoption import SET_ASIDE_TABLE, SchemaError, UpgradeReport
+from tutormax_assets.schema.adoption import UpgradeReport
+from tutormax_assets.schema.changes import SchemaError
 from tutormax_assets.schema.migrations import is_owned, target_metadata
+from tutormax_assets.schema.old_rows import SET_ASIDE_TABLE
 from tutormax_assets.schema.status import status, upgrade
 
 LEGACY_COLUMNS = {

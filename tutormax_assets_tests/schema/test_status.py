@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from tutormax_assets.database import tables
-from tutormax_assets.schema import adoption
+from tutormax_assets.schema import adoption, old_rows
 from tutormax_assets.schema.status import (
     SchemaError,
     SourceTable,
@@ -41,7 +41,7 @@ def test_an_empty_database_is_initialised_and_ready(empty: sa.Engine) -> None:
     assert set(sa.inspect(empty).get_table_names()) == {
         *tables.source_metadata.tables,
         tables.METRICS_TABLE,
-        adoption.SET_ASIDE_TABLE,
+        old_rows.SET_ASIDE_TABLE,
         "tutormax_assets_alembic_version",
     }
     assert upgrade(empty, timezone="UTC") == UpgradeReport(rows_before=0, rows_kept=0)

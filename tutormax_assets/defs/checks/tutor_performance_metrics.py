@@ -26,7 +26,7 @@ from tutormax_assets.defs.checks import (
 from tutormax_assets.defs.checks.tutor_tiers import every_tutor_has_all_windows
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
 from tutormax_assets.defs.resources import RunOptions
-from tutormax_assets.schema.adoption import WINDOW_OF_A_POLICY
+from tutormax_assets.schema.old_rows import WINDOW_OF_A_POLICY
 from tutormax_assets.source import view
 from tutormax_assets.source.platform import PlatformDatabase
 

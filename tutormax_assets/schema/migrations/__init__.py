@@ -3,7 +3,7 @@
 from typing import Any
 
 from tutormax_assets.database.tables import metrics_metadata
-from tutormax_assets.schema.adoption import set_aside_metadata
+from tutormax_assets.schema.old_rows import set_aside_metadata
 
 VERSION_TABLE = "tutormax_assets_alembic_version"
 """The platform has an Alembic of its own in the same database, in `alembic_version`."""
