@@ -4,8 +4,8 @@ import logging
 from collections.abc import Collection, Iterator
 from datetime import date
 
-from tutormax_assets.database.archive import RestoredDate, archived_dates, keep_month, restore_date
 from tutormax_assets.database.connection import Timeouts, engine_of
+from tutormax_assets.database.restore import RestoredDate, archived_dates, keep_month, restore_date
 from tutormax_assets.definitions import kept_as_parquet
 from tutormax_assets.defs.automation.retention import (
     CleanupReport,

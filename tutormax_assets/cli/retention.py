@@ -22,7 +22,7 @@ from tutormax_assets.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from tutormax_assets.database.archive import RestoredDate
+    from tutormax_assets.database.restore import RestoredDate
     from tutormax_assets.defs.automation.retention import CleanupReport
 
 _SHOWN_TUTORS = 10

@@ -24,21 +24,18 @@ from upath import UPath
 from tutormax_assets.database import archive, tables
 from tutormax_assets.database.archive import (
     ArchivedDate,
-    ArchiveError,
-    RestoredDate,
     StoredDate,
     archive_date,
-    archive_file,
-    archived_dates,
     dates_before,
     referred_rows,
-    restore_date,
     undated_rows,
     vacuum,
 )
+from tutormax_assets.database.archived_table import ArchiveError, archive_file
 from tutormax_assets.database.connection import Timeouts, create_engine
 from tutormax_assets.database.date_locks import date_lock
 from tutormax_assets.database.metrics_table import MetricsTableError
+from tutormax_assets.database.restore import RestoredDate, archived_dates, restore_date
 from tutormax_assets.dates import midnight
 from tutormax_assets.storage import files
 from tutormax_assets_tests.conftest import add, metrics_of

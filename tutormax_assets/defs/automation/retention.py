@@ -14,10 +14,12 @@ import dagster as dg
 import sqlalchemy as sa
 from pydantic import Field
 
-from tutormax_assets.database import archive
-from tutormax_assets.database.archive import ArchivedDate, ArchiveError, RestoredDate, StoredDate
+from tutormax_assets.database import archive, restore
+from tutormax_assets.database.archive import ArchivedDate, StoredDate
+from tutormax_assets.database.archived_table import ArchiveError
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.metrics_table import MetricsTableError
+from tutormax_assets.database.restore import RestoredDate
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.dates import today
 from tutormax_assets.defs.assets import PLATFORM_POOL
@@ -219,7 +221,7 @@ class Retention:
         Raises:
             ArchiveError: The archive cannot be reached.
         """
-        restored = archive.restored_months(self.archive_path)
+        restored = restore.restored_months(self.archive_path)
         return {month: until for month, until in restored.items() if until > self.today}
 
     def due_partitions(self, instance: dg.DagsterInstance) -> list[StoredPartition]:
@@ -423,7 +425,7 @@ def clean_up(
         report.partitions = partitions
         return report
     for month in released_months:
-        archive.release_month(retention.archive_path, month)
+        restore.release_month(retention.archive_path, month)
     due.log(log)
     for archived in retention.archive_dates(engine, due.stored, log=log):
         report.rows_by_date[archived.day] = archived.rows_deleted

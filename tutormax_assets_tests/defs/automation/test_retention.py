@@ -18,14 +18,9 @@ from upath import UPath
 
 from tutormax_assets.api.retention import cleanup
 from tutormax_assets.database import tables
-from tutormax_assets.database.archive import (
-    ArchiveError,
-    archive_file,
-    keep_month,
-    restore_date,
-    restored_months,
-)
+from tutormax_assets.database.archived_table import ArchiveError, archive_file
 from tutormax_assets.database.date_locks import date_lock
+from tutormax_assets.database.restore import keep_month, restore_date, restored_months
 from tutormax_assets.dates import midnight, today
 from tutormax_assets.defs.automation.retention import (
     JOB_NAME,
