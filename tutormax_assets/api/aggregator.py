@@ -17,8 +17,8 @@ from tutormax_assets.api.summary import AggregationResult, AggregationSummary
 from tutormax_assets.database.connection import engine_of
 from tutormax_assets.database.tables import tutor_performance_metrics
 from tutormax_assets.dates import checked_reference_date, today
-from tutormax_assets.defs.io_manager import partition_path
 from tutormax_assets.defs.resources import RunOptions, checked_options
+from tutormax_assets.runs.partitions import partition_path
 from tutormax_assets.settings import Settings, checked_retention_days, load_settings
 from tutormax_assets.storage.partition import scan_partition
 

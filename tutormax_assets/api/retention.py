@@ -7,16 +7,16 @@ from datetime import date
 from tutormax_assets.database.connection import Timeouts, engine_of
 from tutormax_assets.database.restore import RestoredDate, archived_dates, keep_month, restore_date
 from tutormax_assets.definitions import kept_as_parquet
-from tutormax_assets.defs.automation.retention import (
-    CleanupReport,
-    Retention,
-    clean_up,
-    observation_of_restored_date,
-)
 from tutormax_assets.defs.log import LOGGER
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.runs.instance import (
     dagster_instance,
+)
+from tutormax_assets.runs.retention import (
+    CleanupReport,
+    Retention,
+    clean_up,
+    observation_of_restored_date,
 )
 from tutormax_assets.settings import Settings
 

@@ -18,12 +18,6 @@ from tutormax_assets.defs.assets import PLATFORM_POOL
 from tutormax_assets.defs.assets.metrics_table import SUMMARY_METADATA
 from tutormax_assets.defs.assets.snapshots import SET_ASIDE_BY_RUN_METADATA, SET_ASIDE_METADATA
 from tutormax_assets.defs.automation.alerts import tell_of_runs
-from tutormax_assets.defs.automation.single_days import (
-    ATTENDED_TAG,
-    RANGE_END_TAG,
-    RANGE_START_TAG,
-    SOURCE_TAG,
-)
 from tutormax_assets.defs.checks import is_blocked_by, sentence
 from tutormax_assets.defs.log import LOGGER
 from tutormax_assets.defs.resources import RunOptions
@@ -42,6 +36,7 @@ from tutormax_assets.runs.instance import (
     runs_of_code_location,
 )
 from tutormax_assets.runs.killed_runs import PROCESS_TAG, end_killed_runs, this_process
+from tutormax_assets.runs.tags import ATTENDED_TAG, RANGE_END_TAG, RANGE_START_TAG, SOURCE_TAG
 from tutormax_assets.settings import Settings
 from tutormax_assets.source.postgres import SourceError
 from tutormax_assets.source.view import UnknownTutorsError, source_of, unknown_tutors

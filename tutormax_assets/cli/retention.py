@@ -23,7 +23,7 @@ from tutormax_assets.cli.terminal import (
 
 if TYPE_CHECKING:
     from tutormax_assets.database.restore import RestoredDate
-    from tutormax_assets.defs.automation.retention import CleanupReport
+    from tutormax_assets.runs.retention import CleanupReport
 
 _SHOWN_TUTORS = 10
 _MOST_DAYS = 36_500

@@ -32,8 +32,8 @@ logger = logging.getLogger("tutormax_assets")
 
 if TYPE_CHECKING:
     from tutormax_assets.api.summary import AggregationSummary
-    from tutormax_assets.defs.automation.retention import CleanupReport
     from tutormax_assets.defs.resources import RunOptions
+    from tutormax_assets.runs.retention import CleanupReport
     from tutormax_assets.settings import Settings
 
 Tutors = Annotated[

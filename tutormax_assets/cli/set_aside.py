@@ -26,7 +26,7 @@ def set_aside(
     import polars as pl
     from dagster import AssetKey
 
-    from tutormax_assets.defs.io_manager import partition_path
+    from tutormax_assets.runs.partitions import partition_path
     from tutormax_assets.storage.partition import scan_partition
 
     environment = settings()

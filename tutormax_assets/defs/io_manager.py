@@ -5,29 +5,23 @@ to some tutors reads only those tutors and replaces only their rows. Rows do not
 manager: who computes a shard stores it, and the manager lists what was stored.
 """
 
-import re
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Iterable, Iterator
 from time import perf_counter
 from typing import Any
 
 import dagster as dg
 import polars as pl
-import sqlalchemy as sa
 from upath import UPath
 
-from tutormax_assets.database.date_locks import DateLocks, date_lock
-from tutormax_assets.defs.automation.single_days import partition_keys
+from tutormax_assets.database.date_locks import DateLocks
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.runs.instance import pool_connections
+from tutormax_assets.runs.partitions import partition_path
+from tutormax_assets.runs.tags import partition_keys
 from tutormax_assets.settings import Settings
-from tutormax_assets.storage.files import StorageError, entries, make_private_folder
+from tutormax_assets.storage.files import StorageError, make_private_folder
 from tutormax_assets.storage.partition import (
     Partition,
-    delete_files,
-    is_listed,
     list_partition,
     listing_state,
     merged,
@@ -36,16 +30,6 @@ from tutormax_assets.storage.partition import (
 
 PartitionsByDate = dict[str, Partition]
 """Partitions by their key, which is the reference date in ISO form."""
-
-
-@dataclass(frozen=True)
-class StoredPartition:
-    """A partition of an asset, as it lies in the storage."""
-
-    asset_key: dg.AssetKey
-    partition_key: str
-    path: UPath
-    size_bytes: int
 
 
 class PartitionedParquetIOManager(dg.IOManager):
@@ -234,80 +218,3 @@ def _failed(partition: Partition) -> dict[str, dg.MetadataValue[Any]]:
         return {}
     why = {str(number): partition.failed[number] for number in sorted(partition.failed)}
     return {"failed_shards": dg.MetadataValue.json(why)}
-
-
-def partition_path(base_path: str, asset_key: dg.AssetKey, partition_key: str) -> UPath:
-    """The folder of a partition of an asset."""
-    return UPath(base_path).joinpath(*asset_key.path, f"{partition_key}.parquet")
-
-
-def partitions_before(
-    base_path: str, asset_keys: Collection[dg.AssetKey], before: date
-) -> list[StoredPartition]:
-    """The stored partitions whose reference date lies before a day.
-
-    Those of these assets, and those of windows that the policy does not have any more.
-
-    Returns:
-        The oldest first, and those of one date in the order of the assets.
-
-    Raises:
-        StorageError: The storage cannot be reached.
-    """
-    found = []
-    try:
-        for asset_key in sorted({*asset_keys, *_window_assets(base_path)}):
-            for entry in entries(UPath(base_path).joinpath(*asset_key.path)):
-                key = entry.stem
-                if entry.suffix != ".parquet" or not _is_date(key) or key >= before.isoformat():
-                    continue
-                path = partition_path(base_path, asset_key, key)
-                if asset_key not in asset_keys and not is_listed(path):
-                    continue
-                with suppress(FileNotFoundError):  # Another cleanup was faster.
-                    size = sum(part.stat().st_size for part in entries(path))
-                    found.append(StoredPartition(asset_key, key, path, size))
-    # What a filesystem raises depends on which one it is.
-    except Exception as error:
-        raise StorageError(
-            f"The Parquet partitions at {base_path} cannot be listed: {error}."
-            " TUTORMAX_STORAGE says where they are; check that it is reachable."
-        ) from error
-    return sorted(found, key=lambda partition: partition.partition_key)
-
-
-def delete_partition(engine: sa.Engine, partition: StoredPartition) -> bool:
-    """Delete a partition unless a run computes its date; one that is gone already is fine.
-
-    It does not wait for the run, which may in turn need the place in the pool that who waits has.
-
-    Returns:
-        Whether it is gone.
-
-    Raises:
-        StorageError: It cannot be deleted.
-    """
-    with date_lock(engine, partition.partition_key) as is_mine:
-        if not is_mine:
-            return False
-        try:
-            delete_files(partition.path)
-        except Exception as error:
-            raise StorageError(
-                f"{partition.path} cannot be deleted: {error}."
-                " Check the rights of the user that runs this."
-            ) from error
-    return True
-
-
-def _window_assets(base_path: str) -> list[dg.AssetKey]:
-    """The folders that are named as the assets of windows are."""
-    found = (entry.name for entry in entries(UPath(base_path)))
-    return [dg.AssetKey(name) for name in found if re.fullmatch(r"metrics_\d+day", name)]
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False

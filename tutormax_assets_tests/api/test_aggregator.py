@@ -25,10 +25,10 @@ from tutormax_assets.database import tables
 from tutormax_assets.database.metrics_table import MetricsTableError, MetricsTableTimeoutError
 from tutormax_assets.dates import ReferenceDateError, today
 from tutormax_assets.definitions import JOB_NAME, build_definitions
-from tutormax_assets.defs.automation.single_days import SOURCE_TAG
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.runs.failures import is_of_every_date
 from tutormax_assets.runs.instance import dagster_home, dagster_instance
+from tutormax_assets.runs.tags import SOURCE_TAG
 from tutormax_assets.settings import OptionsError, SettingsError, load_settings
 from tutormax_assets.source.postgres import SnapshotGoneError, SourceError, SourceTimeoutError
 from tutormax_assets.source.view import UnknownTutorsError

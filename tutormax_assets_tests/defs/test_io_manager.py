@@ -15,12 +15,9 @@ import pytest
 from polars.testing import assert_frame_equal
 from upath import UPath
 
-from tutormax_assets.defs.io_manager import (
-    PartitionedParquetIOManager,
-    PartitionsByDate,
-    partition_path,
-)
+from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
 from tutormax_assets.defs.resources import RunOptions
+from tutormax_assets.runs.partitions import partition_path
 from tutormax_assets.storage.files import (
     StorageError,
     StoredFile,

@@ -20,9 +20,9 @@ from tutormax_assets.compute import KilledShardError, tasks
 from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.faults import may_pass
-from tutormax_assets.defs.io_manager import partition_path
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions
+from tutormax_assets.runs.partitions import partition_path
 from tutormax_assets.settings import load_settings
 from tutormax_assets.source.postgres import (
     PlatformRows,

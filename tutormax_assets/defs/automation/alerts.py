@@ -20,12 +20,7 @@ from tutormax_assets.defs.automation.messages import (
 )
 from tutormax_assets.defs.automation.receivers import send
 from tutormax_assets.defs.automation.schedule import newest_due_date
-from tutormax_assets.defs.automation.single_days import (
-    RANGE_DATES_TAG,
-    RANGE_RUN_TAG,
-    is_attended,
-    will_be_retried,
-)
+from tutormax_assets.runs.tags import RANGE_DATES_TAG, RANGE_RUN_TAG, is_attended, will_be_retried
 from tutormax_assets.settings import Settings
 
 INTERVAL_SECONDS = 15

@@ -9,9 +9,9 @@ import dagster as dg
 
 from tutormax_assets.defs.automation.receivers import Message
 from tutormax_assets.defs.automation.schedule import DEADLINE_HOUR
-from tutormax_assets.defs.automation.single_days import partition_keys
 from tutormax_assets.defs.checks import ADVICE_METADATA
 from tutormax_assets.runs.failures import error_sentence, is_blocking_check, step_failure
+from tutormax_assets.runs.tags import partition_keys
 
 MAX_LINES = 10
 """Lines of a list in a message; what is beyond is counted."""

@@ -12,7 +12,7 @@ from tutormax_assets.defs.automation.alerts import late_dates
 from tutormax_assets.defs.automation.messages import findings_of
 from tutormax_assets.defs.automation.receivers import receiver_names
 from tutormax_assets.defs.automation.schedule import SCHEDULE_SUFFIX, newest_due_date, next_tick
-from tutormax_assets.defs.automation.single_days import partition_keys
+from tutormax_assets.runs.tags import partition_keys
 from tutormax_assets.settings import Settings
 
 # A daemon says that it is there every 30 seconds.

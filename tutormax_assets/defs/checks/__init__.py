@@ -15,9 +15,9 @@ import dagster as dg
 import polars as pl
 
 from tutormax_assets.database.tables import METRICS_TABLE
-from tutormax_assets.defs.automation.single_days import partition_keys
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, newest_dates
 from tutormax_assets.runs.private_dagster import TargetMaterialization
+from tutormax_assets.runs.tags import partition_keys
 from tutormax_assets.storage.files import StorageError
 
 # A longer outage changes so much that a comparison says little.

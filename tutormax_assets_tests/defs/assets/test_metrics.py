@@ -13,9 +13,10 @@ from polars.testing import assert_frame_equal
 from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks import windows
 from tutormax_assets.defs.assets.metrics import window_metrics_assets
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, partition_path
+from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.policy import Policy
+from tutormax_assets.runs.partitions import partition_path
 from tutormax_assets.settings import Settings
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.partition import delete_files, scan_partition

@@ -13,16 +13,16 @@ import pytest
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.automation.alerts import alert_sensors, late_dates, tell_of_runs
 from tutormax_assets.defs.automation.messages import first_sentence
-from tutormax_assets.defs.automation.single_days import (
+from tutormax_assets.defs.checks import ADVICE_METADATA
+from tutormax_assets.defs.log import LOGGER
+from tutormax_assets.runs.instance import dagster_instance
+from tutormax_assets.runs.tags import (
     ATTENDED_TAG,
     RANGE_DATES_TAG,
     RANGE_END_TAG,
     RANGE_RUN_TAG,
     RANGE_START_TAG,
 )
-from tutormax_assets.defs.checks import ADVICE_METADATA
-from tutormax_assets.defs.log import LOGGER
-from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests.conftest import Platform, captured_log
 from tutormax_assets_tests.defs.automation.conftest import TOKEN, WebhookServer

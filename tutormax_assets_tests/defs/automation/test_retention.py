@@ -22,17 +22,11 @@ from tutormax_assets.database.archived_table import ArchiveError, archive_file
 from tutormax_assets.database.date_locks import date_lock
 from tutormax_assets.database.restore import keep_month, restore_date, restored_months
 from tutormax_assets.dates import midnight, today
-from tutormax_assets.defs.automation.retention import (
-    JOB_NAME,
-    CleanupReport,
-    Retention,
-    clean_up,
-    retention_job,
-    retention_sensor,
-)
-from tutormax_assets.defs.io_manager import partition_path
+from tutormax_assets.defs.automation.retention import JOB_NAME, retention_job, retention_sensor
 from tutormax_assets.defs.resources import platform_database_resource
 from tutormax_assets.runs.instance import dagster_instance
+from tutormax_assets.runs.partitions import partition_path
+from tutormax_assets.runs.retention import CleanupReport, Retention, clean_up
 from tutormax_assets.settings import load_settings
 from tutormax_assets.storage.files import StorageError, read_parquet
 from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform, captured_log, store

@@ -10,8 +10,8 @@ import pytest
 
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.automation.schedule import newest_due_date, nightly_freshness
-from tutormax_assets.defs.automation.single_days import will_be_retried
 from tutormax_assets.runs.instance import dagster_instance
+from tutormax_assets.runs.tags import will_be_retried
 from tutormax_assets.settings import load_settings
 
 

@@ -8,9 +8,9 @@ import dagster as dg
 import pytest
 
 from tutormax_assets.definitions import JOB_NAME, build_definitions
-from tutormax_assets.defs.automation.single_days import (
+from tutormax_assets.defs.automation.single_days import MAX_DATES
+from tutormax_assets.runs.tags import (
     ATTENDED_TAG,
-    MAX_DATES,
     RANGE_DATES_TAG,
     RANGE_END_TAG,
     RANGE_RUN_TAG,

@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from tutormax_assets.database.connection import create_engine
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.automation.alerts import late_dates
-from tutormax_assets.defs.automation.single_days import RANGE_END_TAG, RANGE_START_TAG
 from tutormax_assets.defs.checks.sessions_snapshot import sessions_by_day
 from tutormax_assets.runs.failures import step_failure
+from tutormax_assets.runs.tags import RANGE_END_TAG, RANGE_START_TAG
 from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets_tests.cli.conftest import Invoke, invoke  # noqa: F401
 from tutormax_assets_tests.conftest import (
