@@ -14,7 +14,7 @@ from upath import UPath
 from tutormax_assets.database import references
 from tutormax_assets.database.connection import Timeouts, limit_transaction
 from tutormax_assets.database.faults import reason
-from tutormax_assets.database.metrics_table import MetricsTableError
+from tutormax_assets.database.metrics_reading import MetricsTableError
 from tutormax_assets.database.references import Reference, is_referred
 from tutormax_assets.database.tables import (
     METRICS_KEY,

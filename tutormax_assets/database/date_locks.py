@@ -16,7 +16,7 @@ import tenacity
 
 from tutormax_assets.database.connection import describe, lock_key, set_for_transaction
 from tutormax_assets.database.faults import reason
-from tutormax_assets.database.metrics_table import MetricsTableError
+from tutormax_assets.database.metrics_reading import MetricsTableError
 
 MOST_LOCKS = 366
 """Dates that are locked one by one. The server has room for 6,400 locks unless it is told else, so

@@ -24,7 +24,7 @@ from tutormax_assets.database.archived_table import (
 )
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.date_locks import date_lock
-from tutormax_assets.database.metrics_table import MetricsTableError
+from tutormax_assets.database.metrics_reading import MetricsTableError
 from tutormax_assets.database.tables import (
     METRICS_KEY,
     METRICS_TABLE,

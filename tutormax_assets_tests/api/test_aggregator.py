@@ -22,7 +22,7 @@ from tutormax_assets.api.runs import aggregate, steps
 from tutormax_assets.api.summary import MOST_ERRORS_SHOWN
 from tutormax_assets.compute import DaskError
 from tutormax_assets.database import tables
-from tutormax_assets.database.metrics_table import MetricsTableError, MetricsTableTimeoutError
+from tutormax_assets.database.metrics_reading import MetricsTableError, MetricsTableTimeoutError
 from tutormax_assets.dates import ReferenceDateError, today
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.resources import RunOptions

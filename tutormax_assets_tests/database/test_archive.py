@@ -34,7 +34,7 @@ from tutormax_assets.database.archive import (
 from tutormax_assets.database.archived_table import ArchiveError, archive_file
 from tutormax_assets.database.connection import Timeouts, create_engine
 from tutormax_assets.database.date_locks import date_lock
-from tutormax_assets.database.metrics_table import MetricsTableError
+from tutormax_assets.database.metrics_reading import MetricsTableError
 from tutormax_assets.database.restore import RestoredDate, archived_dates, restore_date
 from tutormax_assets.dates import midnight
 from tutormax_assets.storage import files

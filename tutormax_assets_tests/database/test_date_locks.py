@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from tutormax_assets.database.connection import conninfo, create_engine
 from tutormax_assets.database.date_locks import MOST_LOCKS, DateLocks, date_lock, try_lock_date
 from tutormax_assets.database.faults import retrying
-from tutormax_assets.database.metrics_table import MetricsTableError
+from tutormax_assets.database.metrics_reading import MetricsTableError
 from tutormax_assets.defs.log import LOGGER
 from tutormax_assets_tests.conftest import PASSWORD, captured_log
 

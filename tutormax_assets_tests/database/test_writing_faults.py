@@ -18,12 +18,8 @@ from chaos import culprits
 from chaos.proxy import Proxy
 from tutormax_assets.database.connection import Timeouts, create_engine, lock_for_transaction
 from tutormax_assets.database.faults import retrying
-from tutormax_assets.database.metrics_table import (
-    Batch,
-    MetricsTableError,
-    read_metrics,
-    write_metrics,
-)
+from tutormax_assets.database.metrics_reading import MetricsTableError, read_metrics
+from tutormax_assets.database.metrics_table import Batch, write_metrics
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets_tests.conftest import Platform, captured_log, metrics_of

@@ -16,7 +16,7 @@ from tutormax_assets.compute.tasks.metrics_table import (
     write_table,
 )
 from tutormax_assets.database.date_locks import DateLocks
-from tutormax_assets.database.metrics_table import DateCounts, MetricsTableError, count_rows
+from tutormax_assets.database.metrics_reading import DateCounts, MetricsTableError, count_rows
 from tutormax_assets.database.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.dates import midnight
 from tutormax_assets.defs.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import dagster as dg
 from pydantic import Field
 
-from tutormax_assets.database.metrics_table import MetricsTableError
+from tutormax_assets.database.metrics_reading import MetricsTableError
 from tutormax_assets.dates import today
 from tutormax_assets.defs.assets import PLATFORM_POOL
 from tutormax_assets.runs.partitions import partitions_before
