@@ -38,7 +38,7 @@ from tutormax_assets.runs.instance import (
 from tutormax_assets.runs.killed_runs import PROCESS_TAG, end_killed_runs, this_process
 from tutormax_assets.runs.tags import ATTENDED_TAG, RANGE_END_TAG, RANGE_START_TAG, SOURCE_TAG
 from tutormax_assets.settings import Settings
-from tutormax_assets.source.postgres import SourceError
+from tutormax_assets.source.streams import SourceError
 from tutormax_assets.source.view import UnknownTutorsError, source_of, unknown_tutors
 
 _UNKNOWN_TUTOR = "The tutor is not in the platform's tutors. Check the id."

@@ -35,13 +35,8 @@ from tutormax_assets.metrics.schemas import (
     SourceTutors,
 )
 from tutormax_assets.source.contract import NEEDED_COLUMNS, RESPONSE_TIME, lake_breaches
-from tutormax_assets.source.postgres import (
-    ROWS_OF_A_PART,
-    PlatformRows,
-    SourceError,
-    Table,
-    number_of_parts,
-)
+from tutormax_assets.source.postgres import PlatformRows
+from tutormax_assets.source.streams import ROWS_OF_A_PART, SourceError, Table, number_of_parts
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
 
 INSTANTS: Mapping[str, str] = {

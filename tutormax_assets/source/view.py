@@ -13,7 +13,8 @@ from tutormax_assets.errors import UsageError
 from tutormax_assets.settings import Settings, SettingsError
 from tutormax_assets.source import lake, postgres
 from tutormax_assets.source.lake import Lake
-from tutormax_assets.source.postgres import PlatformRows, Source, Table
+from tutormax_assets.source.postgres import PlatformRows, Source
+from tutormax_assets.source.streams import Table
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
 
 AnySource = Source | Lake

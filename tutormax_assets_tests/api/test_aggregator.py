@@ -30,7 +30,8 @@ from tutormax_assets.runs.failures import is_of_every_date
 from tutormax_assets.runs.instance import dagster_home, dagster_instance
 from tutormax_assets.runs.tags import SOURCE_TAG
 from tutormax_assets.settings import OptionsError, SettingsError, load_settings
-from tutormax_assets.source.postgres import SnapshotGoneError, SourceError, SourceTimeoutError
+from tutormax_assets.source.postgres import SnapshotGoneError
+from tutormax_assets.source.streams import SourceError, SourceTimeoutError
 from tutormax_assets.source.view import UnknownTutorsError
 from tutormax_assets_tests.conftest import Platform, captured_log, open_platform
 from tutormax_assets_tests.tls import refusing_server

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from tutormax_assets.database.connection import create_engine, database_url
 from tutormax_assets.settings import load_settings
 from tutormax_assets.source.platform import PlatformDatabase
-from tutormax_assets.source.postgres import Source, SourceError, unknown_tutors
+from tutormax_assets.source.postgres import Source, unknown_tutors
+from tutormax_assets.source.streams import SourceError
 from tutormax_assets_tests.cli.conftest import Invoke
 from tutormax_assets_tests.conftest import Platform
 from tutormax_assets_tests.tls import refusing_server

@@ -13,7 +13,8 @@ from tutormax_assets.database import tables
 from tutormax_assets.database.connection import create_engine, database_url, source_url
 from tutormax_assets.database.faults import may_pass, reason
 from tutormax_assets.settings import load_settings
-from tutormax_assets.source.postgres import Source, SourceError, unknown_tutors
+from tutormax_assets.source.postgres import Source, unknown_tutors
+from tutormax_assets.source.streams import SourceError
 from tutormax_assets_tests.conftest import add
 from tutormax_assets_tests.tls import tls_proxy
 

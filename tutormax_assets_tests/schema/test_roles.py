@@ -19,7 +19,8 @@ from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.schema.roles import grants
 from tutormax_assets.schema.status import status
 from tutormax_assets.source.contract import NEEDED_COLUMNS
-from tutormax_assets.source.postgres import Source, SourceError
+from tutormax_assets.source.postgres import Source
+from tutormax_assets.source.streams import SourceError
 from tutormax_assets_tests.source.reading import read
 from tutormax_assets_tests.users import Users, open_users
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import polars as pl
 
 from tutormax_assets.metrics.schemas import SourceTutors
-from tutormax_assets.source.postgres import Table
+from tutormax_assets.source.streams import Table
 from tutormax_assets.source.view import AnySource, open_view
 
 

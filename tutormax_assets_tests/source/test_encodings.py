@@ -14,7 +14,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from tutormax_assets.database import tables
 from tutormax_assets.database.connection import create_engine
 from tutormax_assets.database.tables import metrics_metadata, source_metadata
-from tutormax_assets.source.postgres import Source, SourceError, unknown_tutors
+from tutormax_assets.source.postgres import Source, unknown_tutors
+from tutormax_assets.source.streams import SourceError
 from tutormax_assets.storage.shards import TutorRange
 from tutormax_assets_tests.cli.conftest import Invoke, invoke, words
 from tutormax_assets_tests.conftest import add, new_database, open_platform

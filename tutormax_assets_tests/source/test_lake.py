@@ -27,7 +27,7 @@ from tutormax_assets.sample.frames import sample_frames
 from tutormax_assets.sample.lake import write_lake
 from tutormax_assets.settings import SettingsError
 from tutormax_assets.source import lake as lakes
-from tutormax_assets.source import postgres
+from tutormax_assets.source import streams
 from tutormax_assets.source.lake import (
     Lake,
     LakeChangedError,
@@ -35,7 +35,8 @@ from tutormax_assets.source.lake import (
     breaches,
     open_view,
 )
-from tutormax_assets.source.postgres import Source, SourceError
+from tutormax_assets.source.postgres import Source
+from tutormax_assets.source.streams import SourceError
 from tutormax_assets.source.view import newest, open_shared_view, unknown_tutors
 from tutormax_assets.storage.files import write_parquet
 from tutormax_assets.storage.shards import Shards, TutorRange
@@ -635,7 +636,7 @@ def test_unknown_tutors_are_those_not_in_tutors(path: str) -> None:
 def test_sessions_come_in_parts_that_hold_all_rows_of_a_session(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres, "ROWS_OF_A_PART", 10)
+    monkeypatch.setattr(streams, "ROWS_OF_A_PART", 10)
     monkeypatch.setattr(lakes, "ROWS_OF_A_PART", 10)
     keys = [f"s{number}" for number in range(40)]
     again = [{"session_id": key} for key in keys for _ in range(2)]

@@ -15,8 +15,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 from tutormax_assets.database import tables
 from tutormax_assets.database.connection import describe
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors
-from tutormax_assets.source import postgres
-from tutormax_assets.source.postgres import Source, SourceError, newest, unknown_tutors
+from tutormax_assets.source import postgres, streams
+from tutormax_assets.source.postgres import Source, newest, unknown_tutors
+from tutormax_assets.source.streams import SourceError
 from tutormax_assets_tests.conftest import add
 from tutormax_assets_tests.source.reading import Rows, read
 
@@ -355,7 +356,7 @@ def test_sessions_come_in_parts_that_hold_all_rows_of_a_session(
     ]
     add(engine, tables.student_feedback, *feedback)
     add(engine, tables.tutor_events, *(event(f"e{number}") for number in range(7)))
-    monkeypatch.setattr(postgres, "ROWS_OF_A_PART", 10)
+    monkeypatch.setattr(streams, "ROWS_OF_A_PART", 10)
 
     rows = read_tables(engine.url)
 
@@ -428,9 +429,9 @@ def test_all_tables_are_of_one_snapshot(engine: sa.Engine, monkeypatch: pytest.M
 
     readers = {
         name: reads_after_others_wrote(name, read_table)
-        for name, read_table in postgres._READERS.items()
+        for name, read_table in streams.READERS.items()
     }
-    monkeypatch.setattr(postgres, "_READERS", readers)
+    monkeypatch.setattr(postgres, "READERS", readers)
 
     rows = read_tables(engine.url)
 
@@ -447,7 +448,7 @@ def test_what_one_connection_is_refused_ends_the_reading(
     def refused(cursor: Any, **_: Any) -> Any:
         cursor.execute("SELECT 1 / 0")
 
-    monkeypatch.setattr(postgres, "_READERS", dict(postgres._READERS) | {broken: refused})
+    monkeypatch.setattr(postgres, "READERS", dict(streams.READERS) | {broken: refused})
 
     with pytest.raises(SourceError, match="cannot be read: division by zero"):
         read_tables(engine.url)

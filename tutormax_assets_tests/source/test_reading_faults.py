@@ -18,9 +18,10 @@ from chaos.proxy import Proxy
 from tutormax_assets.database import tables
 from tutormax_assets.database.connection import Timeouts, create_engine
 from tutormax_assets.database.faults import retrying
-from tutormax_assets.source import postgres
+from tutormax_assets.source import postgres, streams
 from tutormax_assets.source.contract import NEEDED_COLUMNS, accepted_types
-from tutormax_assets.source.postgres import Source, SourceError
+from tutormax_assets.source.postgres import Source
+from tutormax_assets.source.streams import SourceError
 from tutormax_assets_tests.conftest import add, captured_log, new_database
 from tutormax_assets_tests.source import reading
 from tutormax_assets_tests.source.reading import Rows
@@ -60,7 +61,7 @@ def read(url: sa.URL, *, max_retries: int = 0, timeouts: Timeouts | None = None)
 @pytest.fixture
 def between_the_tables(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
     """Do something after the tutors were read and before the sessions are."""
-    fetch = postgres._fetch
+    fetch = streams.fetch_frame
 
     def install(action: Callable[[], None]) -> None:
         def fetch_then_act(cursor: Any, query: str, schema: Any) -> pl.DataFrame:
@@ -69,7 +70,7 @@ def between_the_tables(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[]
                 action()
             return rows
 
-        monkeypatch.setattr(postgres, "_fetch", fetch_then_act)
+        monkeypatch.setattr(postgres, "fetch_frame", fetch_then_act)
 
     return install
 

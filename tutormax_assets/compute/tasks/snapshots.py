@@ -16,7 +16,8 @@ from tutormax_assets.database.faults import may_pass, retrying
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.window import within_window
-from tutormax_assets.source.postgres import SnapshotGoneError, Table
+from tutormax_assets.source.postgres import SnapshotGoneError
+from tutormax_assets.source.streams import Table
 from tutormax_assets.source.view import SharedView, View, open_shared_view
 from tutormax_assets.storage.partition import StoredParts, store_parts
 from tutormax_assets.storage.shards import Shards, TutorRange

@@ -1,0 +1,200 @@
+"""The queries that read the platform. Values are bound; names are those of the source contract."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import LiteralString
+
+from psycopg import sql
+
+from tutormax_assets.source.contract import NEEDED_COLUMNS
+from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
+
+TUTORS = """
+SELECT t.tutor_id::text, t.status::text
+FROM tutors AS t
+"""
+
+
+def _whole_number(column: str) -> str:
+    # Of a bigint, what does not fit stays on the same side of whatever the contract asks.
+    return (
+        f"CASE WHEN {column} < -1 THEN -1 WHEN {column} > 2147483647 THEN 2147483647"
+        f" ELSE {column} END::integer"
+    )
+
+
+# PostgreSQL refuses a numeric value that is too large or too small for a double, and repeats it in
+# its message. Here it stays on its side of the contract; NaN counts as larger than any number.
+NUMERIC_SCORE = """
+    CASE
+        WHEN t.engagement_score > 1e300 THEN 'Infinity'
+        WHEN t.engagement_score < -1e300 THEN '-Infinity'
+        WHEN abs(t.engagement_score) < 1e-300 THEN sign(t.engagement_score) * 1e-300
+        ELSE t.engagement_score
+    END::double precision
+"""
+
+SCORE = "t.engagement_score::double precision"
+
+NULLABLE_FLAGS = ("tutor_initiated_reschedule", "no_show", "learning_objectives_met")
+
+UNKNOWN_FLAG = 2
+
+# The driver spends more on a field than the server, so four booleans travel as one number: a bit
+# for the first one and two bits, the higher one for null, for each of the others.
+_FLAGS = " + ".join(
+    (
+        "(t.actual_start IS NOT NULL)::integer",
+        *(
+            f"{2 * 4**place} * coalesce(t.{column}::integer, {UNKNOWN_FLAG})"
+            for place, column in enumerate(NULLABLE_FLAGS)
+        ),
+    )
+)
+
+_OF_WINDOW = "t.scheduled_start >= {start} AND t.scheduled_start < {end}"
+
+SESSIONS = f"""
+SELECT
+    coalesce(t.session_id::text, '') AS session_id,
+    coalesce(t.tutor_id::text, '') AS tutor_id,
+    {_whole_number("t.session_number")} AS session_number,
+    t.scheduled_start,
+    ({_FLAGS})::smallint AS flags,
+    {_whole_number("t.late_start_minutes")} AS late_start_minutes,
+    {{score}} AS engagement_score
+FROM sessions AS t
+WHERE {_OF_WINDOW} {{only_tutors}}
+"""  # noqa: S608 - constants only
+
+FEEDBACK = f"""
+SELECT
+    f.session_id::text,
+    coalesce(f.feedback_id::text, '') AS feedback_id,
+    f.tutor_id::text AS feedback_tutor_id,
+    {_whole_number("f.overall_rating")} AS overall_rating
+FROM student_feedback AS f
+"""  # noqa: S608 - constants only
+
+# Feedback has no column that tells when its session is. Where most of it is of other sessions the
+# server finds what is wanted; elsewhere that join costs more than it saves.
+OF_SESSIONS_READ = f"""
+WHERE f.session_id IN (SELECT t.session_id FROM sessions AS t WHERE {_OF_WINDOW} {{only_tutors}})
+"""  # noqa: S608 - constants only
+
+MOST_FEEDBACK_PER_SESSION = 2
+
+# Only the tutor of a login can be broken, so its id is of no use otherwise; that it has none says
+# the type. An enum without one of the labels is compared as text.
+EVENTS = """
+SELECT
+    CASE
+        WHEN t.event_type::text = 'message_response' OR t.tutor_id IS NULL
+        THEN coalesce(t.event_id::text, '')
+    END AS event_id,
+    coalesce(t.tutor_id::text, '') AS tutor_id,
+    t.event_timestamp,
+    CASE
+        WHEN t.event_type::text = 'message_response'
+        THEN (t.metadata -> 'response_time_minutes')::text
+    END AS response_time_minutes
+FROM tutor_events AS t
+WHERE t.event_timestamp >= {start}
+    AND t.event_timestamp < {end}
+    AND t.event_type::text IN ('login', 'message_response')
+    {only_tutors}
+"""
+
+# What lies before the first year, as minus infinity does, has no date here.
+NEWEST = {
+    "sessions": """
+SELECT max(scheduled_start) AS newest
+FROM sessions
+WHERE scheduled_start < {end} AND scheduled_start >= '0001-01-02'
+""",
+    "tutor_events": """
+SELECT max(event_timestamp) AS newest
+FROM tutor_events
+WHERE event_timestamp < {end} AND event_timestamp >= '0001-01-02'
+    AND event_type::text IN ('login', 'message_response')
+""",
+}
+
+INSTANT = """
+SELECT transaction_timestamp() AS read_at, pg_current_snapshot()::text AS snapshot
+"""
+
+ENCODING = "SELECT current_setting('server_encoding') AS encoding"
+
+# Who shares a snapshot waits for the others, however long they read.
+SHARED = """
+SELECT pg_export_snapshot() AS name
+FROM (SELECT set_config('idle_in_transaction_session_timeout', '0', true)) AS patient
+"""
+
+IS_EMPTY = {
+    name: f"SELECT NOT EXISTS (SELECT FROM {name}) AS is_empty"  # noqa: S608 - constants only
+    for name in NEEDED_COLUMNS
+}
+
+ONLY_TUTORS = """
+    AND t.tutor_id IN (
+        SELECT jsonb_array_elements_text(current_setting('tutormax.tutor_ids')::jsonb)
+    )
+"""
+
+# Whether an index keeps an id unique, among all rows that a query of the table sees.
+IS_UNIQUE = """
+SELECT bool_and(EXISTS (
+    SELECT FROM pg_index AS i
+    JOIN pg_class AS c ON c.oid = i.indrelid
+    JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
+    WHERE c.oid = to_regclass(id.table_name) AND a.attname = id.column_name
+        AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1 AND i.indpred IS NULL
+        AND NOT (c.relkind = 'r' AND c.relhassubclass)
+)) AS is_unique
+FROM (VALUES
+    ('sessions', 'session_id'),
+    ('student_feedback', 'session_id'),
+    ('student_feedback', 'feedback_id')
+) AS id (table_name, column_name)
+"""
+
+
+def bind_values(
+    query: str,
+    *,
+    tutor_ids: Sequence[str] = (),
+    tutor_range: TutorRange = ALL_TUTORS,
+    is_utf8: bool = True,
+    score: LiteralString = SCORE,
+    **instants: datetime,
+) -> str:
+    """A query with its values as literals of SQL, for ADBC binds none in a COPY."""
+    return (
+        sql.SQL(query)
+        .format(
+            only_tutors=sql.SQL(ONLY_TUTORS if tutor_ids else "")
+            + range_condition(tutor_range, is_utf8=is_utf8),
+            score=sql.SQL(score),
+            **{name: sql.Literal(instant) for name, instant in instants.items()},
+        )
+        .as_string(None)
+    )
+
+
+def range_condition(tutor_range: TutorRange, *, is_utf8: bool) -> sql.Composed:
+    """The condition that a tutor is of the range, in the order of the bytes of UTF-8."""
+    tutor_id = sql.SQL(
+        't.tutor_id::text COLLATE "C"' if is_utf8 else "convert_to(t.tutor_id::text, 'UTF8')"
+    )
+    conditions = []
+    for operator, bound in ((">=", tutor_range.lower), ("<", tutor_range.upper)):
+        if bound is not None:
+            literal = sql.Literal(bound if is_utf8 else bound.encode())
+            conditions.append(sql.SQL(f"{{}} {operator} {{}}").format(tutor_id, literal))
+    condition = sql.SQL(" AND ").join(conditions)
+    if tutor_range.lower is None and conditions:
+        # Rows without a tutor are of one range, too.
+        condition = sql.SQL("({} OR t.tutor_id IS NULL)").format(condition)
+    return sql.SQL(" AND {}").format(condition) if conditions else sql.Composed([])

@@ -1,0 +1,231 @@
+"""Streaming the result of a query into Arrow files, and reading small results."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import dataframely as dy
+import polars as pl
+from adbc_driver_postgresql import dbapi
+from polars.io.plugins import register_io_source
+
+from tutormax_assets.database.faults import of_stream
+from tutormax_assets.errors import TutormaxError
+from tutormax_assets.metrics.schemas import (
+    LOGIN,
+    MESSAGE_RESPONSE,
+    SourceEvents,
+    SourceSessions,
+)
+from tutormax_assets.source.arrow_stream import ArrowStreamError, batches
+from tutormax_assets.source.queries import (
+    EVENTS,
+    FEEDBACK,
+    MOST_FEEDBACK_PER_SESSION,
+    NULLABLE_FLAGS,
+    OF_SESSIONS_READ,
+    SESSIONS,
+    UNKNOWN_FLAG,
+)
+
+Table = Literal["sessions", "tutor_events"]
+
+ROWS_OF_A_PART = 500_000
+"""Rows of a table that are looked at together; bounds the memory of what reads the parts."""
+
+_MOST_PARTS = 256
+
+USE_COPY = "adbc.postgresql.use_copy"
+
+Streamed = tuple[list[pl.LazyFrame], dict[str, int]]
+"""The parts of a table, and the number of rows of each table that is in them."""
+
+
+class SourceError(TutormaxError):
+    """The platform cannot be read, or a table is not as the contract has it."""
+
+    affects_every_date = True
+
+
+class SourceTimeoutError(SourceError):
+    """A statement took too long; one that reads less may not."""
+
+    affects_every_date = False
+
+
+class StreamedSessions(dy.Schema):
+    """Sessions as the query streams them: flags in one number."""
+
+    session_id = dy.String()
+    tutor_id = dy.String()
+    session_number = dy.Int32(nullable=True)
+    scheduled_start = dy.Datetime(time_zone="UTC")
+    flags = dy.Int16()
+    late_start_minutes = dy.Int32(nullable=True)
+    engagement_score = dy.Float64(nullable=True, allow_nan=True, allow_inf=True)
+
+
+class StreamedFeedback(dy.Schema):
+    """Feedback as the query streams it."""
+
+    session_id = dy.String()
+    feedback_id = dy.String()
+    feedback_tutor_id = dy.String()
+    overall_rating = dy.Int32(nullable=True)
+
+
+class StreamedEvents(dy.Schema):
+    """Events as the query streams them."""
+
+    event_id = dy.String(nullable=True)
+    tutor_id = dy.String()
+    event_timestamp = dy.Datetime(time_zone="UTC")
+    response_time_minutes = dy.String(nullable=True)
+
+
+def is_lost(connection: dbapi.Connection) -> bool:
+    """Whether the server does not answer on a connection any more."""
+    try:
+        connection.rollback()
+    except dbapi.Error:
+        return True
+    return False
+
+
+def read_sessions(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str], str]) -> Streamed:
+    """``SourceSessions`` in parts, and how many sessions and feedback that is."""
+    sessions_expected = _estimate(cursor, bound(SESSIONS))
+    feedback = FEEDBACK
+    if _estimate(cursor, FEEDBACK) > MOST_FEEDBACK_PER_SESSION * sessions_expected:
+        feedback += OF_SESSIONS_READ
+    part = pl.col("session_id").hash() % number_of_parts(sessions_expected)
+    for name, query, schema in (
+        ("sessions", bound(SESSIONS), StreamedSessions),
+        ("student_feedback", bound(feedback), StreamedFeedback),
+    ):
+        files = pl.PartitionBy(folder / name, key=part.alias("part"), include_key=False)
+        _stream(cursor, query, schema, files)
+    parts = [
+        _scan(of_sessions, StreamedSessions)
+        .join(
+            _scan(folder / "student_feedback" / of_sessions.name, StreamedFeedback),
+            on="session_id",
+            how="left",
+        )
+        .with_columns((pl.col("flags") % 2 == 1).alias("started"), *_nullable_flags())
+        .select(SourceSessions.column_names())
+        for of_sessions in sorted((folder / "sessions").glob("*"))
+    ]
+    rows = {name: _count(folder / name) for name in ("sessions", "student_feedback")}
+    return parts or [SourceSessions.create_empty().lazy()], rows
+
+
+def read_events(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str], str]) -> Streamed:
+    """``SourceEvents`` in parts, and how many events that is."""
+    path = folder / "tutor_events"
+    _stream(
+        cursor,
+        bound(EVENTS),
+        StreamedEvents,
+        pl.PartitionBy(path, max_rows_per_file=ROWS_OF_A_PART),
+    )
+    event_type = pl.when(pl.col("event_id").is_null()).then(pl.lit(LOGIN))
+    parts = [
+        pl.scan_ipc(file)
+        .with_columns(event_type.otherwise(pl.lit(MESSAGE_RESPONSE)).alias("event_type"))
+        .select(SourceEvents.column_names())
+        for file in sorted(path.glob("*"))
+    ]
+    return parts or [SourceEvents.create_empty().lazy()], {"tutor_events": _count(path)}
+
+
+READERS: Mapping[Table, Callable[..., Streamed]] = {
+    "sessions": read_sessions,
+    "tutor_events": read_events,
+}
+
+
+def number_of_parts(rows: int) -> int:
+    """Parts to split so many rows of a table into."""
+    return min(max(-(-rows // ROWS_OF_A_PART), 1), _MOST_PARTS)
+
+
+def _estimate(cursor: dbapi.Cursor, query: str) -> int:
+    """How many rows the planner expects."""
+    statement = cursor.adbc_statement
+    # What is no query cannot be copied.
+    statement.set_options(**{USE_COPY: "false"})
+    try:
+        cursor.execute(f"EXPLAIN (FORMAT JSON) {query}")
+        [plan] = json.loads(pl.DataFrame(cursor.fetch_arrow()).to_series().ext.storage().item())
+    finally:
+        statement.set_options(**{USE_COPY: "true"})
+    return int(plan["Plan"]["Plan Rows"])
+
+
+def _nullable_flags() -> Iterator[pl.Expr]:
+    for place, name in enumerate(NULLABLE_FLAGS):
+        flag = pl.col("flags") // (2 * 4**place) % 4
+        yield pl.when(flag != UNKNOWN_FLAG).then(flag == 1).alias(name)
+
+
+def _scan(folder: Path, schema: type[dy.Schema]) -> pl.LazyFrame:
+    files = sorted(folder.glob("*"))
+    return pl.scan_ipc(files) if files else schema.create_empty().lazy()
+
+
+def _count(folder: Path) -> int:
+    files = sorted(folder.glob("**/*.ipc"))
+    return pl.scan_ipc(files).select(pl.len()).collect().item() if files else 0
+
+
+def _stream(
+    cursor: dbapi.Cursor, query: str, schema: type[dy.Schema], files: pl.PartitionBy
+) -> None:
+    """Write the rows of a query to files, batch by batch."""
+    cursor.execute(query)
+
+    def generate(
+        with_columns: list[str] | None,
+        predicate: pl.Expr | None,
+        n_rows: int | None,
+        batch_size: int | None,
+    ) -> Iterator[pl.DataFrame]:
+        # Who writes everything asks for no selection.
+        for batch in batches(cursor.fetch_arrow()):
+            expect_columns(batch, schema)
+            yield batch
+
+    try:
+        rows = register_io_source(generate, schema=pl.Schema(schema))
+        rows.sink_ipc(files, mkdir=True, engine="streaming")
+    except ArrowStreamError as error:
+        raise of_stream(error, is_lost=is_lost(cursor.connection)) from error
+
+
+def fetch_frame(cursor: dbapi.Cursor, query: str, schema: type[dy.Schema]) -> pl.DataFrame:
+    """The result of a small query.
+
+    Raises:
+        SourceError: Its columns are not those of the schema.
+    """
+    cursor.execute(query)
+    try:
+        rows = pl.DataFrame(cursor.fetch_arrow())
+    except pl.exceptions.ComputeError as error:
+        raise of_stream(error, is_lost=is_lost(cursor.connection)) from error
+    expect_columns(rows, schema)
+    return rows
+
+
+def expect_columns(rows: pl.DataFrame, schema: type[dy.Schema]) -> None:
+    """Check the columns that were read.
+
+    Raises:
+        SourceError: They are not those of the schema.
+    """
+    for name, expected in pl.Schema(schema).items():
+        found = rows.schema[name]
+        if found != expected:
+            raise SourceError(f"column {name} was read as {found}; expected {expected}")
