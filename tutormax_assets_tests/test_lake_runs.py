@@ -11,7 +11,7 @@ from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.sample.frames import sample_frames
 from tutormax_assets.sample.lake import write_lake
 from tutormax_assets.source.contract import NEEDED_COLUMNS
-from tutormax_assets.source.lake import Lake
+from tutormax_assets.source.lake_files import Lake
 from tutormax_assets.source.postgres import Source
 from tutormax_assets.source.view import where_to_look
 from tutormax_assets_tests.conftest import (

@@ -79,7 +79,7 @@ def status() -> None:
     from tutormax_assets.database import embedded
     from tutormax_assets.database.connection import create_engine, describe, source_url
     from tutormax_assets.schema.status import status
-    from tutormax_assets.source.lake import Lake
+    from tutormax_assets.source.lake_files import Lake
 
     environment = settings()
     if environment.database_source == "embedded" and not embedded.is_running(environment.home_path):

@@ -10,7 +10,8 @@ from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
 from tutormax_assets.database import embedded
-from tutormax_assets.settings import Settings, postgres_url
+from tutormax_assets.settings import Settings
+from tutormax_assets.urls import postgres_url
 
 APPLICATION_NAME = "tutormax_assets"
 

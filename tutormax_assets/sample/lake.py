@@ -11,7 +11,7 @@ from upath import UPath
 from tutormax_assets.sample.frames import check_arguments
 from tutormax_assets.sample.platform import PlatformNotEmptyError, slices
 from tutormax_assets.source.contract import NEEDED_COLUMNS
-from tutormax_assets.source.lake import DAY, INSTANTS, WITHOUT_DAY, Lake
+from tutormax_assets.source.lake_files import DAY, INSTANTS, WITHOUT_DAY, Lake
 from tutormax_assets.storage.files import entries
 
 

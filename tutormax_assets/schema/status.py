@@ -26,7 +26,8 @@ from tutormax_assets.schema.changes import SchemaError
 from tutormax_assets.schema.migrations import VERSION_TABLE
 from tutormax_assets.schema.roles import WRITER_RIGHTS
 from tutormax_assets.source import contract
-from tutormax_assets.source.lake import Lake, breaches, open_view
+from tutormax_assets.source.lake import breaches, open_view
+from tutormax_assets.source.lake_files import Lake
 
 __all__ = [
     "SchemaError",

@@ -12,7 +12,7 @@ from tutormax_assets.database.connection import Timeouts, source_url
 from tutormax_assets.errors import UsageError
 from tutormax_assets.settings import Settings, SettingsError
 from tutormax_assets.source import lake, postgres
-from tutormax_assets.source.lake import Lake
+from tutormax_assets.source.lake_files import Lake
 from tutormax_assets.source.postgres import PlatformRows, Source
 from tutormax_assets.source.streams import Table
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange

@@ -27,14 +27,9 @@ from tutormax_assets.sample.frames import sample_frames
 from tutormax_assets.sample.lake import write_lake
 from tutormax_assets.settings import SettingsError
 from tutormax_assets.source import lake as lakes
-from tutormax_assets.source import streams
-from tutormax_assets.source.lake import (
-    Lake,
-    LakeChangedError,
-    LakeUnreachableError,
-    breaches,
-    open_view,
-)
+from tutormax_assets.source import lake_files, streams
+from tutormax_assets.source.lake import breaches, open_view
+from tutormax_assets.source.lake_files import Lake, LakeChangedError, LakeUnreachableError
 from tutormax_assets.source.postgres import Source
 from tutormax_assets.source.streams import SourceError
 from tutormax_assets.source.view import newest, open_shared_view, unknown_tutors
@@ -560,8 +555,9 @@ def test_days_of_another_timezone_are_refused(lake: Lake, table: str) -> None:
     (folder / "day=2025-11-01").rename(folder / "day=2025-11-02")
 
     assert refusal(lake) == (
-        f"The lake at {lake} cannot be used: table {table}, column {lakes.INSTANTS[table]}: found 1"
-        " rows in the folder of another day, expected each row in the folder day=YYYY-MM-DD of its"
+        f"The lake at {lake} cannot be used: table {table}, column {lake_files.INSTANTS[table]}:"
+        " found 1 rows in the folder of another day, expected each row in the folder"
+        " day=YYYY-MM-DD of its"
         " UTC day."
     )
 
@@ -767,9 +763,9 @@ def test_an_object_store_is_asked_for_ranges(
     lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = read(lake, **WINDOW)
-    listed = lakes._listed
+    listed = lake_files.list_files
     # The packages that list real stores are extras.
-    monkeypatch.setattr(lakes, "_listed", lambda _, table: listed(lake, table))
+    monkeypatch.setattr(lakes, "list_files", lambda _, table: listed(lake, table))
     with bucket(Path(lake.path).parent) as (address, ranges):
         for name, value in {
             "AWS_ENDPOINT_URL": address,
