@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from tutormax_assets.sample.breaches import break_rows
 from tutormax_assets.sample.kinds import (
     AVAILABILITY_CHANGE_SHARE,
     CIRCLE_STUDENTS,
@@ -118,7 +119,9 @@ def sample_frames(
     feedback = _feedback(rng, roster, tutor, sessions, stop)
     events = _events(rng, roster, tutor, sessions)
     if bad_rows > 0:
-        sessions, feedback, events = _broken(rng, bad_rows, roster.ids, sessions, feedback, events)
+        sessions, feedback, events = break_rows(
+            rng, bad_rows, roster.ids, sessions, feedback, events
+        )
     return {
         "tutors": _tutors(rng, roster, stop, len(sessions)),
         "students": students,
@@ -447,59 +450,3 @@ def _tutors(
             "behavioral_archetype": _words([kind.name for kind in KINDS], roster.kind),
         }
     )
-
-
-def _broken(
-    rng: np.random.Generator,
-    share: float,
-    tutor_ids: pl.Series,
-    sessions: pl.DataFrame,
-    feedback: pl.DataFrame,
-    events: pl.DataFrame,
-) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    breaches_of_sessions = [
-        {"engagement_score": pl.lit(1.7)},
-        {"engagement_score": pl.lit(-0.2)},
-        {"late_start_minutes": pl.lit(-5, dtype=pl.Int32)},
-        {"session_number": pl.lit(0, dtype=pl.Int32)},
-    ]
-    breaches_of_feedback = [
-        {"overall_rating": pl.lit(0, dtype=pl.Int32)},
-        {"overall_rating": pl.lit(6, dtype=pl.Int32)},
-    ]
-    if len(tutor_ids) > 1:
-        # The neighbour is a tutor that exists, as the foreign key demands.
-        neighbours = tutor_ids.gather((np.arange(len(tutor_ids)) + 1) % len(tutor_ids))
-        other = pl.col("tutor_id").replace_strict(tutor_ids, neighbours)
-        breaches_of_feedback.append({"tutor_id": other})
-    breaches_of_events = [
-        {
-            "event_type": pl.lit("message_response"),
-            "metadata": pl.lit(f'{{"response_time_minutes": {value}}}'),
-        }
-        for value in ('"fast"', "-5", '"NaN"')
-    ]
-    return (
-        _breach(rng, share, sessions, breaches_of_sessions),
-        _breach(rng, share, feedback, breaches_of_feedback),
-        _breach(rng, share, events, breaches_of_events),
-    )
-
-
-def _breach(
-    rng: np.random.Generator,
-    share: float,
-    frame: pl.DataFrame,
-    breaches: Sequence[dict[str, pl.Expr]],
-) -> pl.DataFrame:
-    """Overwrite columns in ``round(share * rows)`` rows; the breaches take turns."""
-    chosen = rng.choice(len(frame), round(share * len(frame)), replace=False)
-    turn = np.full(len(frame), -1)
-    turn[chosen] = np.arange(len(chosen)) % len(breaches)
-    for place, breach in enumerate(breaches):
-        is_hit = pl.lit(pl.Series(turn == place))
-        frame = frame.with_columns(
-            pl.when(is_hit).then(value).otherwise(name).alias(name)
-            for name, value in breach.items()
-        )
-    return frame
