@@ -26,7 +26,7 @@ from tutormax_assets.database import embedded
 from tutormax_assets.database.connection import conninfo, create_engine
 from tutormax_assets.database.tables import METRICS_TABLE, metrics_metadata, source_metadata
 from tutormax_assets.defs.log import LOGGER
-from tutormax_assets.storage.partition import scan_partition, stored_partition
+from tutormax_assets.storage.partition import open_partition, scan_partition
 
 TUTORMAX = str(Path(sys.executable).with_name("tutormax"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +143,7 @@ class Ground:
             *(
                 Path(str(file))
                 for listing in listings
-                for file in stored_partition(_folder(listing)).rows().files
+                for file in open_partition(_folder(listing)).rows().files
             ),
         }
         return [path for path in self.storage.rglob("*") if path.is_file() and path not in known]

@@ -34,7 +34,7 @@ def horizon(days: Sequence[date], *, window_days: int) -> tuple[date, date]:
     return min(days) - timedelta(days=window_days), max(days)
 
 
-def checked_reference_date(value: date | str, *, first: date, timezone: str) -> date:
+def parse_reference_date(value: date | str, *, first: date, timezone: str) -> date:
     """The date of a date or datetime, if it can be computed.
 
     Args:

@@ -401,7 +401,7 @@ class Settings(BaseSettings):
         return self.archive or str(self.home_path / "archive")
 
 
-def checked_retention_days(days: int) -> int:
+def check_retention_days(days: int) -> int:
     """The age in days up to which metrics stay, if it is one.
 
     Raises:

@@ -8,9 +8,9 @@ import pytest
 from tutormax_assets import dates
 from tutormax_assets.dates import (
     ReferenceDateError,
-    checked_reference_date,
     horizon,
     midnight,
+    parse_reference_date,
     today,
 )
 
@@ -124,7 +124,7 @@ def test_no_days_have_no_horizon() -> None:
 def test_a_reference_date_is_a_day_of_the_timezone(
     value: date | str, timezone: str, expected: date
 ) -> None:
-    found = checked_reference_date(value, first=FIRST, timezone=timezone)
+    found = parse_reference_date(value, first=FIRST, timezone=timezone)
 
     assert found == expected
     assert type(found) is date
@@ -158,4 +158,4 @@ def test_a_reference_date_is_a_day_of_the_timezone(
 )
 def test_other_dates_are_refused(value: date | str, timezone: str, message: str) -> None:
     with pytest.raises(ReferenceDateError, match=message):
-        checked_reference_date(value, first=FIRST, timezone=timezone)
+        parse_reference_date(value, first=FIRST, timezone=timezone)

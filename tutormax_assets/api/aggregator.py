@@ -16,10 +16,10 @@ from tutormax_assets.api.runs import aggregate
 from tutormax_assets.api.summary import AggregationResult, AggregationSummary
 from tutormax_assets.database.connection import engine_of
 from tutormax_assets.database.tables import tutor_performance_metrics
-from tutormax_assets.dates import checked_reference_date, today
-from tutormax_assets.defs.resources import RunOptions, checked_options
+from tutormax_assets.dates import parse_reference_date, today
+from tutormax_assets.defs.resources import RunOptions, parse_options
 from tutormax_assets.runs.partitions import partition_path
-from tutormax_assets.settings import Settings, checked_retention_days, load_settings
+from tutormax_assets.settings import Settings, check_retention_days, load_settings
 from tutormax_assets.storage.partition import scan_partition
 
 
@@ -47,7 +47,7 @@ class DailyMetricsAggregator:
             OptionsError: Another argument is unusable.
         """
         self.settings = load_settings()
-        self.reference_date = checked_reference_date(
+        self.reference_date = parse_reference_date(
             today(timezone=self.settings.timezone) if reference_date is None else reference_date,
             first=self.settings.first_date,
             timezone=self.settings.timezone,
@@ -99,7 +99,7 @@ class DailyMetricsAggregator:
     def _options(
         self, tutor_ids: Sequence[str] | None = None, include_inactive: bool = False
     ) -> RunOptions:
-        return checked_options(
+        return parse_options(
             tutor_ids=tutor_ids,
             include_inactive=include_inactive,
             batch_size=self.batch_size,
@@ -140,7 +140,7 @@ async def run_daily_aggregation(
         UnknownTutorsError: None of the tutors is in the platform's tutors.
         ArchiveError: The date is saved, but the archive cannot be written or not read back.
     """
-    checked_retention_days(retention_days)
+    check_retention_days(retention_days)
     aggregator = DailyMetricsAggregator(reference_date=reference_date)
     summary = await aggregator.run(tutor_ids=tutor_ids, include_inactive=include_inactive)
     if cleanup_old_metrics and summary.successful:

@@ -33,9 +33,9 @@ from tutormax_assets.runs.instance import (
     dagster_home,
     dagster_instance,
     make_pool,
-    runs_of_code_location,
 )
 from tutormax_assets.runs.killed_runs import PROCESS_TAG, end_killed_runs, this_process
+from tutormax_assets.runs.private_dagster import runs_of_code_location
 from tutormax_assets.runs.tags import ATTENDED_TAG, RANGE_END_TAG, RANGE_START_TAG, SOURCE_TAG
 from tutormax_assets.settings import Settings
 from tutormax_assets.source.streams import SourceError

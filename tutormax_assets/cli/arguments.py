@@ -17,12 +17,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 
 def reference_date(option: str, text: str | None, environment: "Settings") -> date:
     """The reference date that an option names, today when it was left out; exit 2 if it is none."""
-    from tutormax_assets.dates import ReferenceDateError, checked_reference_date, today
+    from tutormax_assets.dates import ReferenceDateError, parse_reference_date, today
 
     if text is None:
         return today(timezone=environment.timezone)
     try:
-        return checked_reference_date(
+        return parse_reference_date(
             text, first=environment.first_date, timezone=environment.timezone
         )
     except ReferenceDateError as error:

@@ -104,13 +104,13 @@ def run(
         )
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
-        from tutormax_assets.defs.resources import checked_options
+        from tutormax_assets.defs.resources import parse_options
 
         reference = reference_date("--date", day, environment)
         [summary] = with_progress(
             environment,
             [reference],
-            checked_options(
+            parse_options(
                 tutor_ids=_tutor_ids(tutors, tutor),
                 include_inactive=include_inactive,
                 batch_size=batch_size,
@@ -176,7 +176,7 @@ def backfill(
     """
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
-        from tutormax_assets.defs.resources import checked_options
+        from tutormax_assets.defs.resources import parse_options
 
         start = reference_date("--from", first, environment)
         end = reference_date("--to", last, environment)
@@ -185,7 +185,7 @@ def backfill(
         summaries = with_progress(
             environment,
             [start + timedelta(days=n) for n in range((end - start).days + 1)],
-            checked_options(
+            parse_options(
                 tutor_ids=_tutor_ids(tutors, tutor),
                 include_inactive=include_inactive,
                 batch_size=batch_size,

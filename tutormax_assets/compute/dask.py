@@ -90,7 +90,7 @@ class _Lines(logging.Handler):
         logging.getLogger(__name__).handle(record)
 
 
-def computed(expected: Mapping[str, str], sent: bytes) -> tuple[Any, list[tuple[int, str]]]:
+def execute_task(expected: Mapping[str, str], sent: bytes) -> tuple[Any, list[tuple[int, str]]]:
     """Call the function of a shard, on a worker.
 
     Args:
@@ -210,7 +210,7 @@ class Cluster:
                         # Where some workers are to be kept away from, the others are named.
                         workers = list(self._threads) if self._refused else None
                         future = executor.submit(
-                            computed,
+                            execute_task,
                             code(),
                             pickle.dumps((function, tasks[name])),
                             key=f"{function.__name__}-{name}-{uuid4().hex}",

@@ -24,8 +24,8 @@ from tutormax_assets.storage.partition import (
     Partition,
     list_partition,
     listing_state,
-    merged,
-    stored_partition,
+    merge_partition,
+    open_partition,
 )
 
 PartitionsByDate = dict[str, Partition]
@@ -68,8 +68,7 @@ class PartitionedParquetIOManager(dg.IOManager):
         """
         only = tuple(self.run_options.tutor_ids or ())
         return {
-            key: stored_partition(self.path(asset_key, key), tutor_ids=only)
-            for key in partition_keys
+            key: open_partition(self.path(asset_key, key), tutor_ids=only) for key in partition_keys
         }
 
     def whole_partition(self, asset_key: dg.AssetKey, partition_key: str) -> Partition:
@@ -78,7 +77,7 @@ class PartitionedParquetIOManager(dg.IOManager):
         Raises:
             FileNotFoundError: The partition has not been materialized.
         """
-        return stored_partition(self.path(asset_key, partition_key))
+        return open_partition(self.path(asset_key, partition_key))
 
     def rows_of_others(self, asset_key: dg.AssetKey, partition_key: str) -> pl.LazyFrame | None:
         """The stored rows of tutors that a filtered run leaves as they are, if there are any."""
@@ -115,7 +114,7 @@ class PartitionedParquetIOManager(dg.IOManager):
             started = perf_counter()
             self._renew_locks()
             if self.run_options.tutor_ids:
-                partition = merged(partition, only=self.run_options.tutor_ids)
+                partition = merge_partition(partition, only=self.run_options.tutor_ids)
             list_partition(partition)
             self._written[partition.path] = listing_state(partition.path)
             seconds = partition.seconds + perf_counter() - started

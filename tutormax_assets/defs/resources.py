@@ -61,7 +61,7 @@ class RunOptions(dg.ConfigurableResource[None]):
         )
 
 
-def checked_options(**values: Any) -> RunOptions:
+def parse_options(**values: Any) -> RunOptions:
     """The options of a run.
 
     Raises:

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import dagster as dg
 import sqlalchemy as sa
 from filelock import FileLock
 
-from tutormax_assets.runs.private_dagster import engines, job_origin
+from tutormax_assets.runs.private_dagster import engines
 from tutormax_assets.settings import Settings
 
 _NO_TIMEOUT = 0
@@ -92,30 +91,6 @@ def _probe(connection: Any, _record: object, _proxy: object) -> None:
             cursor.execute("SELECT 1")
     except Exception as error:
         raise sa.exc.DisconnectionError from error
-
-
-@contextmanager
-def runs_of_code_location(
-    instance: dg.DagsterInstance, *, code_location: str, job_name: str
-) -> Iterator[None]:
-    """Put runs of this process on record as runs of a code location, until the block ends.
-
-    The UI then shows them in the timeline and with their job, and can re-execute them. The code
-    location itself is neither loaded nor reached.
-
-    Args:
-        instance: Where the runs are on record.
-        code_location: Its name in the UI.
-        job_name: The job that is run.
-    """
-    recorder: Any = instance
-    recorder.create_run_for_job = partial(
-        instance.create_run_for_job, remote_job_origin=job_origin(code_location, job_name)
-    )
-    try:
-        yield
-    finally:
-        del recorder.create_run_for_job
 
 
 def make_pool(instance: dg.DagsterInstance, pool: str) -> None:

@@ -4,6 +4,9 @@ Nothing else in the package imports from ``dagster._core`` or touches a private 
 Dagster's.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -13,7 +16,6 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (  # n
 )
 from dagster._core.remote_origin import (  # noqa: TID251
     RegisteredCodeLocationOrigin,
-    RemoteJobOrigin,
     RemoteRepositoryOrigin,
 )
 
@@ -28,18 +30,30 @@ it, but the UI counts it only if it points to the partition's newest materializa
 """
 
 
-def job_origin(code_location: str, job_name: str) -> RemoteJobOrigin:
-    """What names a job of a code location on a run's record.
+@contextmanager
+def runs_of_code_location(
+    instance: dg.DagsterInstance, *, code_location: str, job_name: str
+) -> Iterator[None]:
+    """Put runs of this process on record as runs of a code location, until the block ends.
 
-    Without it, the UI shows a run neither in the timeline nor with its job, and cannot re-execute
-    it. ``dagster job execute`` leaves it out as well.
+    The UI then shows them in the timeline and with their job, and can re-execute them: it goes by
+    the origin on a run's record, for which ``execute_in_process`` has no argument. The code
+    location itself is neither loaded nor reached.
 
     Args:
+        instance: Where the runs are on record.
         code_location: Its name in the UI.
         job_name: The job that is run.
     """
     origin = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin(code_location), _REPOSITORY)
-    return origin.get_job_origin(job_name)
+    recorder: Any = instance
+    recorder.create_run_for_job = partial(
+        instance.create_run_for_job, remote_job_origin=origin.get_job_origin(job_name)
+    )
+    try:
+        yield
+    finally:
+        del recorder.create_run_for_job
 
 
 def engines(instance: dg.DagsterInstance) -> list[sa.Engine]:

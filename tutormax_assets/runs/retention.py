@@ -18,7 +18,7 @@ from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.dates import today
 from tutormax_assets.runs.partitions import PartitionFolder, delete_partition, partitions_before
 from tutormax_assets.runs.tags import PARTITION_TAG, RANGE_END_TAG, RANGE_START_TAG
-from tutormax_assets.settings import Settings, checked_retention_days
+from tutormax_assets.settings import Settings, check_retention_days
 from tutormax_assets.storage.files import make_private_folder
 
 MAX_DATES_PER_RUN = 366
@@ -112,7 +112,7 @@ class Retention:
             OptionsError: It is below 1 or out of range.
         """
         now = today(timezone=settings.timezone)
-        days = checked_retention_days(
+        days = check_retention_days(
             settings.retention_days if retention_days is None else retention_days
         )
         return cls(

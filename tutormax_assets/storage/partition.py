@@ -222,10 +222,10 @@ def scan_partition(path: UPath) -> pl.LazyFrame:
         FileNotFoundError: The partition has not been materialized.
         StorageError: Its listing is damaged.
     """
-    return stored_partition(path).rows().scan()
+    return open_partition(path).rows().scan()
 
 
-def stored_partition(path: UPath, *, tutor_ids: tuple[str, ...] = ()) -> Partition:
+def open_partition(path: UPath, *, tutor_ids: tuple[str, ...] = ()) -> Partition:
     """A partition as it is listed.
 
     Raises:
@@ -250,14 +250,14 @@ def stored_partition(path: UPath, *, tutor_ids: tuple[str, ...] = ()) -> Partiti
     return Partition(path, Shards(listing.bounds), listing.parts, tutor_ids, failed)
 
 
-def merged(partition: Partition, *, only: Sequence[str]) -> Partition:
+def merge_partition(partition: Partition, *, only: Sequence[str]) -> Partition:
     """The rows of some tutors in a partition, with those that are stored of the others.
 
     Raises:
         StorageError: The storage cannot be written.
     """
     try:
-        stored = stored_partition(partition.path)
+        stored = open_partition(partition.path)
     except FileNotFoundError:
         return partition
     parts = list(stored.parts)
@@ -311,7 +311,7 @@ def delete_files(path: UPath) -> None:
 def is_listed(path: UPath) -> bool:
     """Whether there is a partition, and not a folder that something else made."""
     try:
-        stored_partition(path)
+        open_partition(path)
     except (FileNotFoundError, StorageError):
         return False
     return True

@@ -34,9 +34,9 @@ from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.files import StorageError
 from tutormax_assets.storage.partition import (
     list_partition,
+    open_partition,
     partition_of,
     store_parts,
-    stored_partition,
 )
 from tutormax_assets.storage.shards import ALL_IN_ONE
 from tutormax_assets_tests.compute.clusters import PATIENCE, ROOT, DaskCluster, until
@@ -186,7 +186,7 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_saved(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    roster = stored_partition(UPath(platform.storage) / "tutor_roster" / f"{DAYS[1]}.parquet")
+    roster = open_partition(UPath(platform.storage) / "tutor_roster" / f"{DAYS[1]}.parquet")
     culprits = roster.rows(2).scan().collect()["tutor_id"].sort().to_list()
     (tmp_path / "sitecustomize.py").write_text(POISON.format(culprits[0]))
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -236,7 +236,7 @@ def test_a_shard_that_is_computed_again_counts_once(
     path = UPath(platform.storage) / "tutor_tiers" / f"{DAYS[1]}.parquet"
     again = {
         f"{attempt} of shard {number}": WritingTask(
-            stored_partition(path).rows(number),
+            open_partition(path).rows(number),
             day,
             midnight(day, timezone="UTC"),
             batch_size=5,
@@ -264,7 +264,7 @@ def test_a_shard_of_a_run_that_has_ended_is_not_written(
 ) -> None:
     day = date.fromisoformat(DAYS[1])
     path = UPath(platform.storage) / "tutor_tiers" / f"{DAYS[1]}.parquet"
-    rows = stored_partition(path).rows(0)
+    rows = open_partition(path).rows(0)
     once = retrying(max_retries=0, retry_delay_seconds=0, log=LOG)
     locks = DateLocks(platform.engine, [DAYS[1]], retrying=once, log=LOG)
 

@@ -28,10 +28,10 @@ from tutormax_assets.storage.files import (
 from tutormax_assets.storage.partition import (
     division,
     list_partition,
+    open_partition,
     partition_of,
     scan_partition,
     store_parts,
-    stored_partition,
 )
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 from tutormax_assets_tests.conftest import Platform, store
@@ -64,7 +64,7 @@ def test_a_partition_comes_back_as_it_was_stored(base_path: str, shards: Shards)
         store(path, rows, shards=shards)
 
         assert_frame_equal(scan_partition(path).collect(), rows)
-        partition = stored_partition(path)
+        partition = open_partition(path)
         assert partition.shards == shards
         assert len(list(path.iterdir())) == len(partition.parts) == len(shards)
         for number, part in enumerate(partition.parts):
@@ -99,7 +99,7 @@ def test_a_shard_without_rows_says_why(base_path: str, platform: Platform) -> No
 
     assert read == {day: frame({"a": 1, "c": 3}).to_dicts()}
     path = partition_path(base_path, dg.AssetKey("scores_asset"), day)
-    partition = stored_partition(path)
+    partition = open_partition(path)
     assert partition.failed == failed
     assert partition.rows(1).scan().collect().is_empty()
     assert division([partition]) == (shards, [0, 2], failed)
@@ -110,8 +110,8 @@ def test_a_shard_without_rows_says_why(base_path: str, platform: Platform) -> No
     # Rows of some tutors are there, and the others of their shard are still not.
     materialize(base_path, {day: {"b": 4}}, tutor_ids=["b"])
     assert stored(base_path, day) == frame({"a": 1, "b": 4, "c": 3}).to_dicts()
-    assert stored_partition(path).failed == failed
-    assert division([stored_partition(path, tutor_ids=("b",))]) == (ALL_IN_ONE, [None], {})
+    assert open_partition(path).failed == failed
+    assert division([open_partition(path, tutor_ids=("b",))]) == (ALL_IN_ONE, [None], {})
 
     other = replace(partition, shards=Shards(("x", "y")), failed={})
     with pytest.raises(StorageError, match=r"scores_asset.*failed.* divided in another way"):
@@ -267,13 +267,13 @@ def test_a_filtered_run_replaces_only_the_rows_of_its_tutors(
     day = "2025-11-07"
     materialize(base_path, {day: {"b": 1, "c": 1, "d": 1}}, shards=shards)
     path = partition_path(base_path, dg.AssetKey("scores_asset"), day)
-    before = stored_partition(path)
+    before = open_partition(path)
 
     _, read = materialize(base_path, {day: {"a": 2, "c": 2}}, tutor_ids=["a", "c", "d"])
 
     assert stored(base_path, day) == frame({"a": 2, "b": 1, "c": 2}).to_dicts()
     assert read == {day: frame({"a": 2, "c": 2}).to_dicts()}
-    after = stored_partition(path)
+    after = open_partition(path)
     assert after.shards == shards
     untouched = set(range(len(shards))) - shards.numbers_of(["a", "c", "d"])
     assert {n for n in range(len(shards)) if before.parts[n] == after.parts[n]} == untouched

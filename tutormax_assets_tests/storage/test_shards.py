@@ -32,7 +32,7 @@ from tutormax_assets.source.postgres import (
     View,
     open_view,
 )
-from tutormax_assets.storage.partition import stored_partition
+from tutormax_assets.storage.partition import open_partition
 from tutormax_assets.storage.shards import ALL_IN_ONE, TUTORS_OF_A_SHARD, Shards, TutorRange
 from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform, captured_log
 
@@ -190,7 +190,7 @@ def test_shards_do_not_show_whatever_their_number_and_however_it_changes(
         for asset, frame in stored(sharded).items():
             assert_frame_equal(frame, expected[asset], check_exact=True)
             path = partition_path(str(sharded.storage), dg.AssetKey(asset), DAY)
-            assert len(stored_partition(path).parts) == kept
+            assert len(open_partition(path).parts) == kept
         assert_frame_equal(sharded.metrics(), table, check_row_order=False)
 
 
@@ -246,7 +246,7 @@ def test_a_shard_that_fails_in_any_step_is_named_and_the_others_are_saved(
         for asset, frame in stored(sharded).items():
             of_step = asset in AFFECTED[step]
             path = partition_path(str(sharded.storage), dg.AssetKey(asset), DAY)
-            partition, rows = stored_partition(path), expected[asset]
+            partition, rows = open_partition(path), expected[asset]
             assert partition.failed == ({3: "poisoned"} if of_step else {})
             left = rows.filter(partition.shards.number() != 3)
             assert_frame_equal(frame, left if of_step else rows, check_exact=True)
@@ -272,13 +272,13 @@ def test_tutors_of_a_shard_that_failed_can_be_run_by_themselves(
 
     assert (summary.total_tutors, summary.all_saved) == (2, True)
     path = partition_path(str(sharded.storage), dg.AssetKey("tutor_tiers"), DAY)
-    partition = stored_partition(path)
+    partition = open_partition(path)
     assert partition.failed == {0: "poisoned"}
     assert partition.rows(0).count == 3 * 2
     assert set(sharded.metrics()["tutor_id"]) & set(culprits) == set(culprits[:2])
 
     [summary] = sharded.run(DAY)
-    assert (summary.all_saved, stored_partition(path).failed) == (True, {})
+    assert (summary.all_saved, open_partition(path).failed) == (True, {})
     assert set(culprits) < set(sharded.metrics()["tutor_id"])
 
 

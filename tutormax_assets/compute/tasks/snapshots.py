@@ -1,6 +1,6 @@
 """Reading the platform: what is good and what is set aside, sliced by reference date."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import partial
@@ -24,15 +24,13 @@ from tutormax_assets.storage.shards import Shards, TutorRange
 from tutormax_assets.storage.spool import spool_folder
 
 
-@dataclass(frozen=True)
-class SnapshotTask:
-    """Shards to read.
+@dataclass(frozen=True, kw_only=True)
+class SnapshotPlan:
+    """What is to be read and stored for the reference dates of a run.
 
     Attributes:
         view: The platform at the instant of the run, shared where another process computes.
-        tutor_range: The tutors of the shards.
-        shards: How they are divided.
-        first_shard: The number that the first of the shards has in the partitions.
+        shards: How tutors are divided.
         paths: The partitions to store, by asset and reference date.
         start: First instant.
         end: First instant after the last one.
@@ -44,9 +42,7 @@ class SnapshotTask:
     """
 
     view: View | SharedView
-    tutor_range: TutorRange
     shards: Shards
-    first_shard: int
     paths: Mapping[str, Mapping[date, UPath]]
     start: datetime
     end: datetime
@@ -55,6 +51,33 @@ class SnapshotTask:
     policy: Policy
     max_retries: int
     retry_delay_seconds: float
+
+    def task(self, numbers: Sequence[int]) -> "SnapshotTask":
+        """The task of neighbouring shards.
+
+        Args:
+            numbers: Those of the shards, ascending.
+        """
+        return SnapshotTask(
+            self, self.shards.of_numbers(numbers), numbers[0], self.shards.range_of(numbers)
+        )
+
+
+@dataclass(frozen=True)
+class SnapshotTask:
+    """Neighbouring shards to read.
+
+    Attributes:
+        plan: What is to be read and stored.
+        shards: How the tutors of these shards are divided.
+        first_shard: The number that the first of them has in the partitions.
+        tutor_range: Their tutors.
+    """
+
+    plan: SnapshotPlan
+    shards: Shards
+    first_shard: int
+    tutor_range: TutorRange
 
 
 @dataclass
@@ -96,29 +119,30 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
         SourceError: The platform cannot be read.
         StorageError: The storage cannot be written.
     """
+    plan = task.plan
     tables: list[Table] = [
         table
         for table in DATE_COLUMNS
-        if {snapshot_asset(table), set_aside_asset(table)} & task.paths.keys()
+        if {snapshot_asset(table), set_aside_asset(table)} & plan.paths.keys()
     ]
     report = SnapshotReport()
     view = (
-        open_shared_view(task.view, context.database.source)
-        if isinstance(task.view, SharedView)
-        else task.view
+        open_shared_view(plan.view, context.database.source)
+        if isinstance(plan.view, SharedView)
+        else plan.view
     )
     with spool_folder(context.home_path) as folder:
         attempt = retrying(
-            max_retries=task.max_retries if view.is_received else 0,
-            retry_delay_seconds=task.retry_delay_seconds,
+            max_retries=plan.max_retries if view.is_received else 0,
+            retry_delay_seconds=plan.retry_delay_seconds,
             log=context.log,
         ).copy(retry=tenacity.retry_if_exception(_may_pass_here))
         rows = attempt(
             view.rows,
             folder / "source",
             tables=tables,
-            start=task.start,
-            end=task.end,
+            start=plan.start,
+            end=plan.end,
             tutor_range=task.tutor_range,
         )
         report.count |= rows.count
@@ -128,14 +152,14 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
                 rows.sessions,
                 partial(
                     quality.good_sessions,
-                    policy=task.policy,
-                    timezone=task.timezone,
+                    policy=plan.policy,
+                    timezone=plan.timezone,
                     ids_are_unique=view.ids_are_unique,
                 ),
             ),
             "tutor_events": (
                 rows.events,
-                partial(quality.good_events, timezone=task.timezone),
+                partial(quality.good_events, timezone=plan.timezone),
             ),
         }
         for table in tables:
@@ -147,13 +171,13 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
                 (snapshot_asset(table), good, DATE_COLUMNS[table]),
                 (set_aside_asset(table), set_aside.lazy(), "date"),
             ):
-                paths = task.paths.get(asset, {})
+                paths = plan.paths.get(asset, {})
                 report.stored[asset] = {
                     day: [parts] for day, parts in _stored(task, frame, column, paths)
                 }
-            for day in {*task.paths.get(snapshot_asset(table), {})}:
+            for day in {*plan.paths.get(snapshot_asset(table), {})}:
                 of_day = set_aside.filter(
-                    within_window("date", reference_date=day, days=task.window_days)
+                    within_window("date", reference_date=day, days=plan.window_days)
                 )
                 report.reasons[table][day] = count_reasons(of_day)
     return report
@@ -174,7 +198,7 @@ def _stored(
     task: SnapshotTask, rows: pl.LazyFrame, column: str, paths: Mapping[date, UPath]
 ) -> Iterator[tuple[date, StoredParts]]:
     for day, path in paths.items():
-        of_day = rows.filter(within_window(column, reference_date=day, days=task.window_days))
+        of_day = rows.filter(within_window(column, reference_date=day, days=task.plan.window_days))
         yield day, store_parts(path, of_day, shards=task.shards, first=task.first_shard)
 
 

@@ -1,7 +1,7 @@
 """The platform as it was known when the run read it: roster, sessions and events."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
@@ -14,9 +14,10 @@ import polars as pl
 
 from tutormax_assets.compute import KilledShardError, ShardsError
 from tutormax_assets.compute.shard_map import Compute
+from tutormax_assets.compute.tasks.roster import choose_others, choose_roster
 from tutormax_assets.compute.tasks.snapshots import (
+    SnapshotPlan,
     SnapshotReport,
-    SnapshotTask,
     count_reasons,
     read_snapshots,
     sum_of_reasons,
@@ -152,26 +153,20 @@ def platform_snapshot_assets(
                     else Shards.of(roster["tutor_id"], count=number_of_shards)
                 )
 
-                seen = view.share() if compute.is_elsewhere else view
-
-                def task(numbers: Sequence[int]) -> SnapshotTask:
-                    return SnapshotTask(
-                        view=seen,
-                        tutor_range=shards.range_of(numbers),
-                        shards=shards.of_numbers(numbers),
-                        first_shard=numbers[0],
-                        paths=paths,
-                        start=midnight(first, timezone=daily.timezone),
-                        end=midnight(last, timezone=daily.timezone),
-                        window_days=window_days,
-                        timezone=daily.timezone,
-                        policy=metrics_policy.policy,
-                        max_retries=run_options.max_retries,
-                        retry_delay_seconds=run_options.retry_delay_seconds,
-                    )
-
+                plan = SnapshotPlan(
+                    view=view.share() if compute.is_elsewhere else view,
+                    shards=shards,
+                    paths=paths,
+                    start=midnight(first, timezone=daily.timezone),
+                    end=midnight(last, timezone=daily.timezone),
+                    window_days=window_days,
+                    timezone=daily.timezone,
+                    policy=metrics_policy.policy,
+                    max_retries=run_options.max_retries,
+                    retry_delay_seconds=run_options.retry_delay_seconds,
+                )
                 groups = compute.groups(range(len(shards)), log=context.log)
-                report = _read_groups(compute, groups, task, log=context.log)
+                report = _read_groups(compute, groups, plan, log=context.log)
                 report.read_seconds += seconds
                 suspects = [table for table, rows in report.count.items() if not rows]
                 for table in view.empty_tables(suspects):
@@ -213,7 +208,7 @@ def platform_snapshot_assets(
 def _read_groups(
     compute: Compute,
     groups: list[Sequence[int]],
-    task: Callable[[Sequence[int]], SnapshotTask],
+    plan: SnapshotPlan,
     *,
     log: logging.Logger,
 ) -> SnapshotReport:
@@ -228,7 +223,7 @@ def _read_groups(
     failed: dict[int, str] = {}
     while groups:
         named = {f"shards {numbers[0]} to {numbers[-1]}": numbers for numbers in groups}
-        tasks = {name: task(numbers) for name, numbers in named.items()}
+        tasks = {name: plan.task(numbers) for name, numbers in named.items()}
         try:
             for _, report in compute.map(read_snapshots, tasks, log=log):
                 reports.append(report)
@@ -257,36 +252,27 @@ def _read_groups(
 def _roster(
     context: dg.AssetExecutionContext, tutors: pl.DataFrame, run_options: RunOptions
 ) -> pl.DataFrame:
-    """The tutors to compute; says which of those asked for are not among them."""
+    """The tutors to compute; logs which of those asked for are not among them."""
     for problem in quality.tutor_problems(tutors):
         context.log.warning(problem)
-    active = quality.good_tutors(tutors.lazy(), include_inactive=False).collect()
-    if run_options.tutor_ids:
-        tutors = tutors.filter(pl.col("tutor_id").is_in(run_options.tutor_ids))
-    if unknown := sorted(set(run_options.tutor_ids or ()) - set(tutors["tutor_id"])):
-        context.log.warning(f"Unknown tutors are left out: {', '.join(unknown)}")
-    if run_options.tutor_ids and tutors.is_empty():
+    asked = run_options.tutor_ids
+    chosen = choose_roster(tutors, tutor_ids=asked, include_inactive=run_options.include_inactive)
+    unknown, inactive = ", ".join(chosen.unknown), ", ".join(chosen.inactive)
+    what_to_do = "Set include_inactive (`--include-inactive`) to compute them."
+    if unknown:
+        context.log.warning(f"Unknown tutors are left out: {unknown}")
+    if asked and chosen.tutors.is_empty():
         raise dg.Failure(
-            f"None of the tutors is known: {', '.join(unknown)}. Check the ids.",
+            f"None of the tutors is active: {inactive}. {what_to_do}"
+            if inactive
+            else f"None of the tutors is known: {unknown}. Check the ids.",
             allow_retries=False,
         )
-    roster = quality.good_tutors(
-        tutors.lazy(), include_inactive=run_options.include_inactive
-    ).collect()
-    if not run_options.tutor_ids:
-        context.log.info(f"Found {len(roster)} tutors to process")
-        return roster
-    if inactive := sorted(set(tutors["tutor_id"]) - set(roster["tutor_id"])):
-        what_to_do = "Set include_inactive (`--include-inactive`) to compute them."
-        if roster.is_empty():
-            raise dg.Failure(
-                f"None of the tutors is active: {', '.join(inactive)}. {what_to_do}",
-                allow_retries=False,
-            )
-        context.log.warning(f"Inactive tutors are left out: {', '.join(inactive)}. {what_to_do}")
-    of = len({*active["tutor_id"], *roster["tutor_id"]})
-    context.log.info(f"Found {len(roster)} of {of} tutors to process")
-    return roster
+    if inactive:
+        context.log.warning(f"Inactive tutors are left out: {inactive}. {what_to_do}")
+    of = f" of {chosen.total}" if asked else ""
+    context.log.info(f"Found {len(chosen.tutors)}{of} tutors to process")
+    return chosen.tutors
 
 
 def _left_out(
@@ -298,8 +284,7 @@ def _left_out(
         with suppress(FileNotFoundError):
             stored = storage.whole_partition(dg.AssetKey("tutor_roster"), key).rows().scan()
             computed = pl.concat([computed, stored.select("tutor_id").collect().to_series()])
-    everyone = quality.good_tutors(tutors.lazy(), include_inactive=True)
-    return everyone.filter(~pl.col("tutor_id").is_in(computed.implode())).collect()
+    return choose_others(tutors, computed)
 
 
 def _out(schema: type[dy.Schema], lineage: Lineage, description: str) -> dg.AssetOut:

@@ -91,7 +91,7 @@ def check_spec(
     )
 
 
-def checked_dates(context: dg.AssetCheckExecutionContext, asset: str) -> list[str]:
+def dates_to_check(context: dg.AssetCheckExecutionContext, asset: str) -> list[str]:
     """The reference dates that a run checks: its own, else the newest one of the asset.
 
     The UI executes the checks of an asset by themselves without naming a date.

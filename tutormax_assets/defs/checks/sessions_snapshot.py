@@ -14,7 +14,7 @@ from tutormax_assets.defs.checks import (
     Finding,
     Metadata,
     check_spec,
-    checked_dates,
+    dates_to_check,
     first_keys,
     partition,
     report,
@@ -85,7 +85,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         policy, limits = metrics_policy.policy, metrics_policy.policy.checks
         retrying = run_options.retrying(context.log)
-        days = {key: date.fromisoformat(key) for key in checked_dates(context, ASSET)}
+        days = {key: date.fromisoformat(key) for key in dates_to_check(context, ASSET)}
         summed = {}
         for key in days:
             sessions = partition(io_manager, ASSET, key)

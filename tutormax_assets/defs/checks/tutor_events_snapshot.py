@@ -8,7 +8,7 @@ import dagster as dg
 import polars as pl
 
 from tutormax_assets.defs.assets import PLATFORM_POOL
-from tutormax_assets.defs.checks import Finding, check_spec, checked_dates, partition, report
+from tutormax_assets.defs.checks import Finding, check_spec, dates_to_check, partition, report
 from tutormax_assets.defs.checks.source import (
     NOT_OF_ALL,
     day_volume_is_usual,
@@ -62,7 +62,7 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
         policy, limits = metrics_policy.policy, metrics_policy.policy.checks
         retrying = run_options.retrying(context.log)
         found: dict[str, dict[str, Finding]] = {}
-        for key in checked_dates(context, ASSET):
+        for key in dates_to_check(context, ASSET):
             day = date.fromisoformat(key)
             by_day, set_aside = pl.collect_all(
                 [

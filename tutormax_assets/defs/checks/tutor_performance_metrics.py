@@ -17,7 +17,7 @@ from tutormax_assets.defs.checks import (
     Finding,
     Metadata,
     check_spec,
-    checked_dates,
+    dates_to_check,
     first_keys,
     of_the_date,
     partition,
@@ -59,7 +59,7 @@ def tutor_performance_metrics_checks(
         run_options: RunOptions,
         io_manager: dg.ResourceParam[PartitionedParquetIOManager],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
-        days = {key: date.fromisoformat(key) for key in checked_dates(context, METRICS_TABLE)}
+        days = {key: date.fromisoformat(key) for key in dates_to_check(context, METRICS_TABLE)}
         retrying = run_options.retrying(context.log)
         table = read_metrics(
             database.engine,

@@ -13,7 +13,7 @@ from tutormax_assets.defs.checks import (
     Finding,
     Metadata,
     check_spec,
-    checked_dates,
+    dates_to_check,
     first_keys,
     last_saved,
     of_the_date,
@@ -64,7 +64,7 @@ def tutor_tiers_checks(
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         limits = metrics_policy.policy.checks
         found = {}
-        for key in checked_dates(context, ASSET):
+        for key in dates_to_check(context, ASSET):
             rows, roster, of_failed_shards = rows_and_roster(io_manager, ASSET, key)
             of_windows = partial(
                 every_tutor_has_all_windows,

@@ -12,7 +12,7 @@ from tutormax_assets.defs.checks import (
     Finding,
     Metadata,
     check_spec,
-    checked_dates,
+    dates_to_check,
     first_keys,
     last_saved,
     of_the_date,
@@ -63,7 +63,7 @@ def window_metrics_checks(
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         limits = metrics_policy.policy.checks
         found = {}
-        for key in checked_dates(context, asset):
+        for key in dates_to_check(context, asset):
             rows, roster, of_failed_shards = rows_and_roster(io_manager, asset, key)
             earlier = last_saved(context, io_manager, asset, key)
             found[key] = {
