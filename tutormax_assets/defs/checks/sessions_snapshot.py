@@ -30,9 +30,10 @@ from tutormax_assets.defs.checks.source import (
 )
 from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
+from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
 from tutormax_assets.source.platform import PlatformDatabase
-from tutormax_assets.source.view import where_to_look
+from tutormax_assets.source.view import AnySource, where_to_look
 
 ASSET = "sessions_snapshot"
 
@@ -44,8 +45,60 @@ _HINTS = {
 
 def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChecksDefinition:
     """Build the checks of ``sessions_snapshot``."""
+    specs = _specs(daily)
+
+    @dg.multi_asset_check(name=f"{ASSET}_checks", specs=specs, can_subset=True, pool=PLATFORM_POOL)
+    def checks(
+        context: dg.AssetCheckExecutionContext,
+        database: dg.ResourceParam[PlatformDatabase],
+        run_options: RunOptions,
+        metrics_policy: MetricsPolicy,
+        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+    ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+        policy, retrying = metrics_policy.policy, run_options.retrying(context.log)
+        found: dict[str, dict[str, Finding]] = {}
+        for key in dates_to_check(context, ASSET):
+            day = date.fromisoformat(key)
+            sessions = partition(io_manager, ASSET, key)
+            by_day, by_tutor, set_aside = pl.collect_all(
+                [
+                    sessions_by_day(sessions),
+                    sessions.group_by("tutor_id").len("rows"),
+                    partition(io_manager, "sessions_set_aside", key),
+                ],
+                engine="streaming",
+            )
+            tutors = tutors_when_read(io_manager, key)
+            found[key] = findings_of_rows(
+                by_day, by_tutor, set_aside, tutors, reference_date=day, policy=policy
+            )
+            if io_manager.active_tutors_left_out(key):
+                found[key] |= dict.fromkeys(OF_THE_PLATFORM, NOT_OF_ALL)
+                continue
+            newest = newest_date(
+                by_day,
+                database.source,
+                "sessions",
+                reference_date=day,
+                retrying=retrying,
+                timezone=daily.timezone,
+            )
+            found[key] |= findings_of_platform(
+                by_day,
+                rows_by_day(io_manager, "logins", key),
+                newest=newest,
+                source=database.source,
+                reference_date=day,
+                policy=policy,
+            )
+        yield from report(context, specs, found)
+
+    return checks
+
+
+def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
     spec = partial(check_spec, asset=ASSET, daily=daily)
-    specs = [
+    return [
         spec(
             "few_rows_set_aside",
             "Most sessions and feedback of each window keep the source contract.",
@@ -75,116 +128,121 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
         ),
     ]
 
-    @dg.multi_asset_check(name=f"{ASSET}_checks", specs=specs, can_subset=True, pool=PLATFORM_POOL)
-    def checks(
-        context: dg.AssetCheckExecutionContext,
-        database: dg.ResourceParam[PlatformDatabase],
-        run_options: RunOptions,
-        metrics_policy: MetricsPolicy,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
-    ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
-        policy, limits = metrics_policy.policy, metrics_policy.policy.checks
-        retrying = run_options.retrying(context.log)
-        days = {key: date.fromisoformat(key) for key in dates_to_check(context, ASSET)}
-        summed = {}
-        for key in days:
-            sessions = partition(io_manager, ASSET, key)
-            summed[key] = pl.collect_all(
-                [
-                    sessions_by_day(sessions),
-                    sessions.group_by("tutor_id").len("rows"),
-                    partition(io_manager, "sessions_set_aside", key),
-                ],
-                engine="streaming",
-            )
-        found: dict[str, dict[str, Finding]] = {}
-        for key, day in days.items():
-            by_day, by_tutor, set_aside = summed.pop(key)
-            found[key] = {
-                "few_rows_set_aside": few_rows_set_aside(
-                    rows_read(by_day, set_aside),
-                    set_aside,
-                    reference_date=day,
-                    windows=policy.windows,
-                    warn_share=limits.set_aside_warn_share,
-                    error_share=limits.set_aside_error_share,
-                    min_rows=limits.set_aside_min_rows,
-                    hints=_HINTS if policy.session_score_scale == 1 else None,
-                ),
-                "engagement_scores_fill_their_scale": engagement_scores_fill_their_scale(
-                    by_day["highest_score"].max(),  # type: ignore[arg-type]
-                    scale=policy.session_score_scale,
-                ),
-                "no_duplicate_sessions": no_duplicate_sessions(set_aside),
-                "feedback_is_of_the_sessions_tutor": feedback_is_of_the_sessions_tutor(
-                    set_aside,
-                    rated=int(by_day["rated"].sum()),
-                    warn_share=limits.other_tutor_feedback_share,
-                ),
-                "tutors_are_known": tutors_are_known(
-                    by_tutor,
-                    tutors_when_read(io_manager, key),
-                    error_share=limits.unknown_tutors_error_share,
-                ),
-            }
-            if io_manager.active_tutors_left_out(key):
-                found[key] |= dict.fromkeys(
-                    (
-                        "sessions_are_fresh",
-                        "feedback_is_fresh",
-                        "shortest_window_is_whole",
-                        "day_volume_is_usual",
-                    ),
-                    NOT_OF_ALL,
-                )
-                continue
-            newest = newest_date(
-                by_day,
-                database.source,
-                "sessions",
-                reference_date=day,
-                retrying=retrying,
-                timezone=daily.timezone,
-            )
-            found[key] |= {
-                "sessions_are_fresh": source_is_fresh(
-                    newest,
-                    what="sessions",
-                    reference_date=day,
-                    warn_days=limits.stale_warn_days,
-                    error_days=limits.stale_error_days,
-                    look_at=where_to_look(database.source, "sessions", instant="scheduled_start"),
-                ),
-                "feedback_is_fresh": source_is_fresh(
-                    by_day.filter(pl.col("rated") > 0)["date"].max(),  # type: ignore[arg-type]
-                    what="rated sessions",
-                    reference_date=day,
-                    warn_days=limits.stale_feedback_days,
-                    since=day - timedelta(days=policy.horizon_days),
-                    look_at=where_to_look(
-                        database.source, "student_feedback", instant="submitted_at"
-                    ),
-                ),
-                "shortest_window_is_whole": shortest_window_is_whole(
-                    by_day,
-                    rows_by_day(io_manager, "logins", key),
-                    what="sessions",
-                    reference_date=day,
-                    days=policy.windows[0],
-                    max_loss=limits.window_loss_error_share,
-                ),
-                "day_volume_is_usual": day_volume_is_usual(
-                    by_day,
-                    what="sessions",
-                    reference_date=day,
-                    min_share=limits.volume_share,
-                    min_deviations=limits.volume_deviations,
-                    min_weeks=limits.volume_min_weeks,
-                ),
-            }
-        yield from report(context, specs, found)
 
-    return checks
+OF_THE_PLATFORM = (
+    "sessions_are_fresh",
+    "feedback_is_fresh",
+    "shortest_window_is_whole",
+    "day_volume_is_usual",
+)
+"""The checks about the platform as a whole, which a run of some tutors does not know."""
+
+
+def findings_of_rows(
+    by_day: pl.DataFrame,
+    by_tutor: pl.DataFrame,
+    set_aside: pl.DataFrame,
+    tutors: pl.Series | None,
+    /,
+    *,
+    reference_date: date,
+    policy: Policy,
+) -> dict[str, Finding]:
+    """What the checks find in the rows of a partition, by name.
+
+    Args:
+        by_day: As ``sessions_by_day`` gives it.
+        by_tutor: ``tutor_id`` and number of ``rows``.
+        set_aside: ``SetAside``.
+        tutors: As ``tutors_when_read`` gives them.
+        reference_date: The reference date.
+        policy: Its windows, and the limits of checks.
+    """
+    limits = policy.checks
+    return {
+        "few_rows_set_aside": few_rows_set_aside(
+            rows_read(by_day, set_aside),
+            set_aside,
+            reference_date=reference_date,
+            windows=policy.windows,
+            warn_share=limits.set_aside_warn_share,
+            error_share=limits.set_aside_error_share,
+            min_rows=limits.set_aside_min_rows,
+            hints=_HINTS if policy.session_score_scale == 1 else None,
+        ),
+        "engagement_scores_fill_their_scale": engagement_scores_fill_their_scale(
+            by_day["highest_score"].max(),  # type: ignore[arg-type]
+            scale=policy.session_score_scale,
+        ),
+        "no_duplicate_sessions": no_duplicate_sessions(set_aside),
+        "feedback_is_of_the_sessions_tutor": feedback_is_of_the_sessions_tutor(
+            set_aside,
+            rated=int(by_day["rated"].sum()),
+            warn_share=limits.other_tutor_feedback_share,
+        ),
+        "tutors_are_known": tutors_are_known(
+            by_tutor,
+            tutors,
+            error_share=limits.unknown_tutors_error_share,
+        ),
+    }
+
+
+def findings_of_platform(
+    by_day: pl.DataFrame,
+    logins_by_day: pl.DataFrame,
+    /,
+    *,
+    newest: date | None,
+    source: AnySource,
+    reference_date: date,
+    policy: Policy,
+) -> dict[str, Finding]:
+    """What the checks about the platform as a whole find, by name.
+
+    Args:
+        by_day: As ``sessions_by_day`` gives it.
+        logins_by_day: As ``rows_by_day`` gives it.
+        newest: The day of the newest session.
+        source: Where the platform is read, for what a person is shown.
+        reference_date: The reference date.
+        policy: Its windows, and the limits of checks.
+    """
+    limits = policy.checks
+    return {
+        "sessions_are_fresh": source_is_fresh(
+            newest,
+            what="sessions",
+            reference_date=reference_date,
+            warn_days=limits.stale_warn_days,
+            error_days=limits.stale_error_days,
+            look_at=where_to_look(source, "sessions", instant="scheduled_start"),
+        ),
+        "feedback_is_fresh": source_is_fresh(
+            by_day.filter(pl.col("rated") > 0)["date"].max(),  # type: ignore[arg-type]
+            what="rated sessions",
+            reference_date=reference_date,
+            warn_days=limits.stale_feedback_days,
+            since=reference_date - timedelta(days=policy.horizon_days),
+            look_at=where_to_look(source, "student_feedback", instant="submitted_at"),
+        ),
+        "shortest_window_is_whole": shortest_window_is_whole(
+            by_day,
+            logins_by_day,
+            what="sessions",
+            reference_date=reference_date,
+            days=policy.windows[0],
+            max_loss=limits.window_loss_error_share,
+        ),
+        "day_volume_is_usual": day_volume_is_usual(
+            by_day,
+            what="sessions",
+            reference_date=reference_date,
+            min_share=limits.volume_share,
+            min_deviations=limits.volume_deviations,
+            min_weeks=limits.volume_min_weeks,
+        ),
+    }
 
 
 def sessions_by_day(sessions: pl.LazyFrame, /) -> pl.LazyFrame:
