@@ -22,7 +22,7 @@ def measure(platform: Platform, *, repeats: int) -> dict[str, Any]:
         What ``report`` shows, as JSON can hold it. ``python`` is the interpreter alone.
     """
     import_definitions = (
-        "from tutormax_assets.definitions import defs; defs.resolve_all_asset_specs()"
+        "from tutormax_assets.definitions import defs; defs().resolve_all_asset_specs()"
     )
     run = [TUTORMAX, "run", "--date", platform.end.isoformat(), "--json", "--quiet"]
     commands = {

@@ -1,5 +1,7 @@
 """The code location: every asset, job and resource, built from the settings."""
 
+from typing import Any
+
 import dagster as dg
 
 from tutormax_assets.defs.assets.metrics import metrics_asset_name, window_metrics_assets
@@ -62,13 +64,6 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             daily, backfills, freshness_policy=nightly_freshness(timezone=settings.timezone)
         ),
     ]
-    checks = [
-        sessions_snapshot_checks(daily),
-        tutor_events_snapshot_checks(daily),
-        *(window_metrics_checks(daily, days=days) for days in policy.windows),
-        tutor_tiers_checks(daily, windows=policy.windows),
-        tutor_performance_metrics_checks(daily, windows=policy.windows),
-    ]
     daily_metrics = dg.define_asset_job(
         JOB_NAME,
         selection=dg.AssetSelection.assets(*assets),
@@ -78,7 +73,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     retention = retention_job(settings, partitioned)
     return dg.Definitions(
         assets=[*platform_tables(settings.source), *assets],
-        asset_checks=checks,
+        asset_checks=_checks(daily, policy),
         jobs=[daily_metrics, retention],
         schedules=[nightly_schedule(daily_metrics, running=settings.automation)],
         sensors=[
@@ -86,20 +81,34 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             *alert_sensors(settings),
             retention_sensor(settings, partitioned, running=settings.automation),
         ],
-        resources={
-            "database": platform_database_resource(settings),
-            "compute": compute_resource(settings),
-            "run_options": RunOptions.configure_at_launch(),
-            "metrics_policy": MetricsPolicy.configure_at_launch(
-                base=dg.ResourceDefinition.hardcoded_resource(policy)
-            ),
-            "date_locks": date_locks_resource(settings),
-            "io_manager": parquet_io_manager(settings),
-        },
+        resources=_resources(settings, policy),
         loggers={"line": line_logger},
         # Stages take fractions of a second; a process each would cost seconds.
         executor=dg.in_process_executor,
     )
+
+
+def _checks(daily: dg.DailyPartitionsDefinition, policy: Policy) -> list[dg.AssetChecksDefinition]:
+    return [
+        sessions_snapshot_checks(daily),
+        tutor_events_snapshot_checks(daily),
+        *(window_metrics_checks(daily, days=days) for days in policy.windows),
+        tutor_tiers_checks(daily, windows=policy.windows),
+        tutor_performance_metrics_checks(daily, windows=policy.windows),
+    ]
+
+
+def _resources(settings: Settings, policy: Policy) -> dict[str, Any]:
+    return {
+        "database": platform_database_resource(settings),
+        "compute": compute_resource(settings),
+        "run_options": RunOptions.configure_at_launch(),
+        "metrics_policy": MetricsPolicy.configure_at_launch(
+            base=dg.ResourceDefinition.hardcoded_resource(policy)
+        ),
+        "date_locks": date_locks_resource(settings),
+        "io_manager": parquet_io_manager(settings),
+    }
 
 
 def kept_as_parquet(policy: Policy) -> list[dg.AssetKey]:
@@ -108,4 +117,7 @@ def kept_as_parquet(policy: Policy) -> list[dg.AssetKey]:
     return [dg.AssetKey(asset) for asset in (*SNAPSHOT_ASSETS, *windows, "tutor_tiers")]
 
 
-defs = build_definitions(load_settings())
+@dg.definitions
+def defs() -> dg.Definitions:
+    """The code location, as the environment says when Dagster loads it."""
+    return build_definitions(load_settings())

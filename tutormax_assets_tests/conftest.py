@@ -6,7 +6,6 @@ import os
 import shutil
 import sqlite3
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -141,19 +140,6 @@ def pytest_collection_finish() -> None:
     """Leave what has been imported out of every collection of garbage."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Import the code location before a test module does: it reads the environment."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryDirectory() as folder,
-        warnings.catch_warnings(),
-    ):
-        for message in _DAGSTERS_OWN_WARNINGS:
-            warnings.filterwarnings("ignore", message)
-        _forget_the_developers_environment(patch, Path(folder))
-        import tutormax_assets.definitions  # noqa: F401
 
 
 @pytest.hookimpl(optionalhook=True)

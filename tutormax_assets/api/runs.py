@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
 from time import perf_counter
@@ -49,6 +49,9 @@ logger = logging.getLogger(LOGGER)
 # Dagster configures Python's logging anew for each run, and two threads that do so at once can
 # wait for each other for ever. Processes need no such lock.
 _one_run_of_this_process = threading.Lock()
+
+
+_Outcome = tuple[dg.ExecuteInProcessResult, list[AggregationSummary]]
 
 
 def steps(settings: Settings, dates: int) -> int:
@@ -101,21 +104,7 @@ def aggregate(
         run = partial(_run_job, job, instance, settings, options=options, tags=tags)
         try:
             for chunk in _chunks(days, settings.max_dates_per_run or len(days)):
-                result, done = run(chunk)
-                of_chunk = [result.run_id]
-                if (
-                    len(chunk) > 1
-                    and any(_failed_as_a_whole(summary) for summary in done)
-                    and not is_of_every_date(result.all_events)
-                ):
-                    logger.warning(
-                        "The run of %s to %s failed; running each date by itself",
-                        chunk[0],
-                        chunk[-1],
-                    )
-                    of_days = [run([day]) for day in chunk]
-                    of_chunk = [result.run_id for result, _ in of_days]
-                    done = [summary for _, [summary] in of_days]
+                done, of_chunk = _run_dates(run, chunk)
                 summaries += done
                 run_ids += of_chunk
         finally:
@@ -128,6 +117,26 @@ def aggregate(
         for tutor_id, error in summary.first_errors():
             logger.error("%s: %s", tutor_id, error)
     return summaries
+
+
+def _run_dates(
+    run: Callable[[Sequence[date]], _Outcome], days: Sequence[date]
+) -> tuple[list[AggregationSummary], list[str]]:
+    """Run dates at once, and one by one if that fails for a reason that not all of them have.
+
+    Returns:
+        The summaries, and the ids of the runs that count.
+    """
+    result, summaries = run(days)
+    if (
+        len(days) == 1
+        or not any(_failed_as_a_whole(summary) for summary in summaries)
+        or is_of_every_date(result.all_events)
+    ):
+        return summaries, [result.run_id]
+    logger.warning("The run of %s to %s failed; running each date by itself", days[0], days[-1])
+    of_days = [run([day]) for day in days]
+    return [summary for _, [summary] in of_days], [result.run_id for result, _ in of_days]
 
 
 def _known_only(settings: Settings, options: RunOptions) -> tuple[RunOptions, list[str]]:
@@ -173,7 +182,7 @@ def _run_job(
     *,
     options: RunOptions,
     tags: Mapping[str, str],
-) -> tuple[dg.ExecuteInProcessResult, list[AggregationSummary]]:
+) -> _Outcome:
     started = perf_counter()
     keys = [day.isoformat() for day in days]
     tags = {**tags, "dagster/max_retries": "0"}
@@ -193,6 +202,14 @@ def _run_job(
     if is_interrupted(result.all_events):
         # Dagster catches what Ctrl-C and SIGTERM raise, to put it on record.
         raise KeyboardInterrupt
+    seconds = perf_counter() - started
+    return result, _summaries(result, days, timezone=settings.timezone, seconds=seconds)
+
+
+def _summaries(
+    result: dg.ExecuteInProcessResult, days: Sequence[date], *, timezone: str, seconds: float
+) -> list[AggregationSummary]:
+    """What a run says of each of its reference dates."""
     saved = {
         event.partition: event.step_materialization_data.materialization.metadata
         for event in result.get_asset_materialization_events()
@@ -209,8 +226,8 @@ def _run_job(
     error = _failure(result) or " ".join(blocked.values()) or None
     summaries = []
     for day in days:
-        summary = AggregationSummary(run_date=midnight(day, timezone=settings.timezone))
-        summary.total_runtime_seconds = (perf_counter() - started) / len(days)
+        summary = AggregationSummary(run_date=midnight(day, timezone=timezone))
+        summary.total_runtime_seconds = seconds / len(days)
         summary.set_aside = set_aside.get(day.isoformat(), [])
         summary.warnings = warnings.get(day.isoformat(), [])
         if day.isoformat() in saved:
@@ -224,7 +241,7 @@ def _run_job(
         if said is not None and not summary.errors:
             summary.errors.append({"tutor_id": SYSTEM, "error": said})
         summaries.append(summary)
-    return result, summaries
+    return summaries
 
 
 def _set_aside(result: dg.ExecuteInProcessResult) -> dict[str | None, list[dict[str, Any]]]:
