@@ -179,27 +179,12 @@ def status(
         present = inspector.has_table(METRICS_TABLE)
         missing = {table: _missing_rights(connection, table) for table in WRITER_RIGHTS}
         revision = None if "SELECT" in missing[VERSION_TABLE] else _revision(connection)
-        rows: int | None = 0
-        newest = None
-        deviations: tuple[str, ...] = ()
-        if "SELECT" in missing[METRICS_TABLE]:
-            rows = None
-        elif present and revision is None:
-            date = tutor_performance_metrics.c.calculation_date
-            in_range = is_a_date(date)
-            rows, newest = connection.execute(
-                sa.select(sa.func.count(), sa.func.max(date).filter(in_range))
-            ).one()
-        elif present:
-            found = old_rows.find_rows(connection, timezone=timezone)
-            rows, newest = found.rows, found.newest
-            deviations = tuple(_deviations(connection, found))
-        rows_set_aside: int | None = 0
-        if "SELECT" in missing[old_rows.SET_ASIDE_TABLE]:
-            rows_set_aside = None
-        elif inspector.has_table(old_rows.SET_ASIDE_TABLE):
-            count = sa.select(sa.func.count()).select_from(old_rows.set_aside)
-            rows_set_aside = connection.scalar(count)
+        is_readable = "SELECT" not in missing[METRICS_TABLE]
+        rows, newest, deviations = (
+            _contents(connection, revision, is_readable=is_readable, timezone=timezone)
+            if present or not is_readable
+            else (0, None, ())
+        )
         return SchemaStatus(
             sources=sources,
             metrics=(
@@ -213,7 +198,9 @@ def status(
             newest_revision=_newest_revision(),
             rows=rows,
             newest_calculation_date=newest,
-            rows_set_aside=rows_set_aside,
+            rows_set_aside=_rows_set_aside(
+                connection, is_readable="SELECT" not in missing[old_rows.SET_ASIDE_TABLE]
+            ),
             missing_rights=(
                 *obstacles.of_server(connection),
                 *_rights_lines(connection, missing),
@@ -225,6 +212,30 @@ def status(
             ),
             deviations=deviations,
         )
+
+
+def _contents(
+    connection: sa.Connection, revision: str | None, *, is_readable: bool, timezone: str
+) -> tuple[int | None, datetime | None, tuple[str, ...]]:
+    """Rows of the metrics table, its newest calculation date, and what is not as expected."""
+    if not is_readable:
+        return None, None, ()
+    if revision is None:
+        date = tutor_performance_metrics.c.calculation_date
+        newest = sa.func.max(date).filter(is_a_date(date))
+        rows, newest_date = connection.execute(sa.select(sa.func.count(), newest)).one()
+        return rows, newest_date, ()
+    found = old_rows.find_rows(connection, timezone=timezone)
+    return found.rows, found.newest, tuple(_deviations(connection, found))
+
+
+def _rows_set_aside(connection: sa.Connection, *, is_readable: bool) -> int | None:
+    """Number of rows set aside; none if it cannot be known."""
+    if not is_readable:
+        return None
+    if not sa.inspect(connection).has_table(old_rows.SET_ASIDE_TABLE):
+        return 0
+    return connection.scalar(sa.select(sa.func.count()).select_from(old_rows.set_aside))
 
 
 def _deviations(connection: sa.Connection, found: old_rows.RowsFound) -> Iterator[str]:

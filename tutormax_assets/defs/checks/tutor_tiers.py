@@ -27,6 +27,8 @@ from tutormax_assets.metrics.policy import window_name
 from tutormax_assets.metrics.schemas import TIERS
 
 ASSET = "tutor_tiers"
+
+_KEY = ["tutor_id", "window"]
 COUNTS = ("sessions_completed", "no_show_count")
 
 # Stands for the tutors of a tier that nobody is in, whose logarithm there is none of.
@@ -223,30 +225,8 @@ def tiers_are_steady(
     """
     if before is None:
         return Finding(True, "Not compared: the day before has not been computed.")
-    key = ["tutor_id", "window"]
-    counts = pl.concat(
-        frame.join(other, on=key, how="semi")
-        .group_by("window", pl.col("performance_tier").cast(pl.String).alias("tier"))
-        .len()
-        .with_columns(pl.lit(day).alias("day"))
-        for day, frame, other in (("now", rows, before), ("before", before, rows))
-    )
-    found = {(day, window, tier): count for window, tier, count, day in counts.iter_rows()}
     names = [window_name(days) for days in windows]
-    distributions = pl.DataFrame(
-        [
-            (name, tier, found.get(("before", name, tier), 0), found.get(("now", name, tier), 0))
-            for name in names
-            for tier in TIERS
-        ],
-        schema={
-            "window": pl.String,
-            "tier": pl.String,
-            "tutors_before": pl.Int64,
-            "tutors_now": pl.Int64,
-        },
-        orient="row",
-    )
+    distributions = _distributions(rows, before, names)
     sizes = dict(distributions.group_by("window").agg(pl.col("tutors_now").sum()).iter_rows())
     shifts = {
         name: population_stability_index(part["tutors_before"], part["tutors_now"])
@@ -267,7 +247,7 @@ def tiers_are_steady(
     shifted = {name: shift for name, shift in shifts.items() if shift > max_shift}
     if not shifted:
         return Finding(True, metadata=metadata)
-    moved = rows.join(before, on=key, suffix="_before").filter(
+    moved = rows.join(before, on=_KEY, suffix="_before").filter(
         pl.col("window").is_in(list(shifted)),
         pl.col("performance_tier").cast(pl.String)
         != pl.col("performance_tier_before").cast(pl.String),
@@ -280,6 +260,34 @@ def tiers_are_steady(
         {**metadata, "first_tutors_moved": first_keys(moved, "tutor_id", "window")},
         WARN,
         "Unless the policy was changed, read what the source checks and the null shares say.",
+    )
+
+
+def _distributions(
+    rows: pl.DataFrame, before: pl.DataFrame, windows: Sequence[str]
+) -> pl.DataFrame:
+    """Number of tutors by window and tier, before and now, of those who are in both."""
+    counts = pl.concat(
+        frame.join(other, on=_KEY, how="semi")
+        .group_by("window", pl.col("performance_tier").cast(pl.String).alias("tier"))
+        .len()
+        .with_columns(pl.lit(day).alias("day"))
+        for day, frame, other in (("now", rows, before), ("before", before, rows))
+    )
+    found = {(day, window, tier): count for window, tier, count, day in counts.iter_rows()}
+    return pl.DataFrame(
+        [
+            (name, tier, found.get(("before", name, tier), 0), found.get(("now", name, tier), 0))
+            for name in windows
+            for tier in TIERS
+        ],
+        schema={
+            "window": pl.String,
+            "tier": pl.String,
+            "tutors_before": pl.Int64,
+            "tutors_now": pl.Int64,
+        },
+        orient="row",
     )
 
 
