@@ -228,7 +228,7 @@ class Cluster:
                             yield name, report
                         elif isinstance(error, NoWorkerError):
                             # How long that is borne is for this process to say.
-                            queue.append(name)
+                            queue.appendleft(name)
                         elif isinstance(error, KilledShardError) and not alone:
                             log.warning("Shard %s is tried again alone: %s", name, error)
                             suspects.append(name)
@@ -237,7 +237,8 @@ class Cluster:
                         else:
                             errors[name] = error
         except DaskError as error:
-            names = [name for name, _ in islice(running.values(), _NAMED)]
+            # Where the scheduler has just given up the only ones, the next one is named.
+            names = [name for name, _ in islice(running.values(), _NAMED)] or list(queue)[:1]
             if not names:
                 raise
             raise DaskError(f"{error} Under way: {', '.join(names)}.") from error.__cause__
