@@ -21,6 +21,10 @@ def nightly_schedule(job: Any, *, running: bool) -> Any:
 
     Hour and timezone follow the partitions of the job; the tick of a date is for that date.
 
+    A job on a schedule, and not declarative automation: the platform's tables are external assets
+    that report no updates, so a condition could wait for nothing but the clock. And a night is one
+    run of one job, which alerts, the freshness policy and a re-execution refer to.
+
     Args:
         job: The asset job, partitioned by reference date.
         running: Whether it runs until someone stops it in the UI, or is stopped until someone
