@@ -6,7 +6,7 @@ import re
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 from urllib.parse import unquote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -16,9 +16,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from tutormax_assets import environment
 from tutormax_assets.dates import today
 from tutormax_assets.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 from tutormax_assets.urls import postgres_url
 
 POSTGRES_VARIABLES = (

@@ -138,10 +138,13 @@ def sentences() -> Iterator[None]:
 
 def settings() -> "Settings":
     """The environment, or exit 2 with what is wrong with it."""
+    from tutormax_assets.errors import TutormaxError
     from tutormax_assets.settings import load_settings
 
-    with sentences():
+    try:
         return load_settings()
+    except TutormaxError as error:
+        fail(str(error), code=error.exit_code)
 
 
 def log_to_stderr(*, verbose: bool = False, quiet: bool = False) -> None:

@@ -237,11 +237,12 @@ class Cluster:
                         else:
                             errors[name] = error
         except DaskError as error:
-            # Where the scheduler has just given up the only ones, the next one is named.
-            names = [name for name, _ in islice(running.values(), _NAMED)] or list(queue)[:1]
+            names = [name for name, _ in islice(running.values(), _NAMED)]
+            state = "Under way" if names else "Waiting"
+            names = names or list(islice(queue, _NAMED))
             if not names:
                 raise
-            raise DaskError(f"{error} Under way: {', '.join(names)}.") from error.__cause__
+            raise DaskError(f"{error} {state}: {', '.join(names)}.") from error.__cause__
         finally:
             if self._client.status != "closed":
                 executor.shutdown(wait=False)

@@ -58,7 +58,7 @@ class DateLocks:
 
         Args:
             engine: The database that holds the metrics.
-            keys: Reference dates in ISO form; with none, there is nothing to lock.
+            keys: Reference dates in ISO form, at least one.
             retrying: Takes the locks again when the failure may pass.
             log: Where it is said that, and for which date, another run is waited for.
         """
@@ -80,8 +80,6 @@ class DateLocks:
         Raises:
             MetricsTableError: The database cannot be reached.
         """
-        if not self._keys:
-            return
         try:
             self._retrying(self._take)
         except sa.exc.DBAPIError as error:

@@ -17,10 +17,7 @@ from tutormax_assets.database.connection import (
     limit_transaction,
     transaction_limits,
 )
-from tutormax_assets.database.faults import (
-    of_stream,
-    reason,
-)
+from tutormax_assets.database.faults import is_timeout, of_stream, reason
 from tutormax_assets.database.tables import (
     METRICS_TABLE,
     tutor_performance_metrics,
@@ -47,7 +44,7 @@ class MetricsTableError(TutormaxError):
 
 
 class MetricsTableTimeoutError(MetricsTableError):
-    """A statement took too long; one that writes less may not."""
+    """A statement took too long; one that reads or writes less may not."""
 
     affects_every_date = False
 
@@ -130,7 +127,8 @@ def count_rows_at_other_times(
 
 
 def _cannot_be_read(error: Exception) -> MetricsTableError:
-    return MetricsTableError(
+    kind = MetricsTableTimeoutError if is_timeout(error) else MetricsTableError
+    return kind(
         f"{METRICS_TABLE} cannot be read: {reason(error)}."
         " `tutormax db status` shows what is there."
     )

@@ -147,7 +147,9 @@ def parquet_io_manager(settings: Settings) -> dg.IOManagerDefinition:
     """The IO manager of the Parquet partitions that the settings name."""
 
     @dg.io_manager(
-        required_resource_keys={"run_options", "date_locks"}, description="Parquet partitions."
+        config_schema={},
+        required_resource_keys={"run_options", "date_locks"},
+        description="Parquet partitions.",
     )
     def io_manager(context: dg.InitResourceContext) -> PartitionedParquetIOManager:
         return PartitionedParquetIOManager(
@@ -168,23 +170,26 @@ def date_locks_resource(settings: Settings) -> dg.ResourceDefinition:
     """
 
     @dg.resource(
+        config_schema={},
         required_resource_keys={"run_options", "database"},
         description="Keeps other runs of the same reference dates waiting.",
     )
-    def date_locks(context: dg.InitResourceContext) -> Iterator[DateLocks]:
+    def date_locks(context: dg.InitResourceContext) -> Iterator[DateLocks | None]:
         log: Any = context.log
         try:
             make_private_folder(settings.storage_path, group=settings.files_group)
             if context.instance is not None:
                 # A worker that Dagster started comes by here before its first step.
                 pool_connections(context.instance)
-            locks = DateLocks(
-                context.resources.database.engine,
-                _reference_dates(context),
-                retrying=context.resources.run_options.retrying(log),
-                log=log,
-            )
-            locks.take()
+            locks = None
+            if keys := _reference_dates(context):
+                locks = DateLocks(
+                    context.resources.database.engine,
+                    keys,
+                    retrying=context.resources.run_options.retrying(log),
+                    log=log,
+                )
+                locks.take()
         except Exception as error:
             # The run's page shows what Dagster makes of a resource that fails.
             log.error(str(error))
@@ -192,7 +197,8 @@ def date_locks_resource(settings: Settings) -> dg.ResourceDefinition:
         try:
             yield locks
         finally:
-            locks.release()
+            if locks is not None:
+                locks.release()
 
     return date_locks
 

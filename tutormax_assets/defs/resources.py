@@ -82,7 +82,9 @@ def parse_options(**values: Any) -> RunOptions:
 def platform_database_resource(settings: Settings) -> dg.ResourceDefinition:
     """The platform's database of a run, without a config: no password shows in the UI."""
 
-    @dg.resource(description="The platform's PostgreSQL, as the environment names it.")
+    @dg.resource(
+        config_schema={}, description="The platform's PostgreSQL, as the settings name it."
+    )
     def database(_: dg.InitResourceContext) -> Iterator[PlatformDatabase]:
         with closing(PlatformDatabase(settings)) as opened:
             yield opened
@@ -94,6 +96,7 @@ def compute_resource(settings: Settings) -> dg.ResourceDefinition:
     """Where the shards of a run are computed, without a config: steps are the same for both."""
 
     @dg.resource(
+        config_schema={},
         required_resource_keys={"database"},
         description="Computes shards of tutors in the run's process or on a Dask cluster.",
     )

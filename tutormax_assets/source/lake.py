@@ -4,7 +4,7 @@ The files are listed once, and only those are read. A lake has no snapshots, so 
 counts only if the listing of these files is still the same afterwards.
 
 Sessions and their feedback are split by the session's id into files, a part of which fits into
-memory. Polars scans files where they are if it can; others are fetched, a few at a time.
+memory.
 """
 
 import shutil
@@ -172,7 +172,7 @@ class LakeView:
         return None
 
     def _read_sessions(
-        self, folder: Path, start: datetime, end: datetime, only: "TutorFilter"
+        self, folder: Path, start: datetime, end: datetime, only: TutorFilter
     ) -> list[pl.LazyFrame]:
         fetched = folder / "fetched"
         files = files_of_days(self.files["sessions"], start, end)
@@ -206,7 +206,7 @@ class LakeView:
         ]
 
     def _read_events(
-        self, folder: Path, start: datetime, end: datetime, only: "TutorFilter"
+        self, folder: Path, start: datetime, end: datetime, only: TutorFilter
     ) -> list[pl.LazyFrame]:
         files = files_of_days(self.files["tutor_events"], start, end)
         path = folder / "tutor_events"

@@ -1,4 +1,7 @@
-"""The files of a lake: listing them, and scanning those of a table in the form of the contract."""
+"""The files of a lake: listing them, and scanning those of a table in the form of the contract.
+
+Polars scans files where they are if it can; others are fetched, a few at a time.
+"""
 
 import io
 import json

@@ -3,14 +3,8 @@
 The transaction is REPEATABLE READ and READ ONLY, so that roster, sessions, feedback and events are
 of the same instant. Its locks are those of any SELECT: no INSERT, UPDATE or DELETE waits for them.
 
-A statement with bound parameters makes the driver leave the binary COPY protocol, which doubles
-its time. So ids are bound to a transaction-local setting first, which the query reads; instants are
-bound by the client, since the server would read a setting anew for each row.
-
-Rows stream from the server into files, so that memory does not grow with them. Sessions and their
-feedback are read apart and joined here, which costs server and client together half of what the
-server's join costs. Both are split by the session's id, and a part of each fits into memory. Events
-are read meanwhile, by another connection that is given the snapshot of the first.
+Sessions and feedback are read by one connection, and events meanwhile by another that is given the
+snapshot of the first.
 """
 
 import json

@@ -1,4 +1,9 @@
-"""Streaming the result of a query into Arrow files, and reading small results."""
+"""Streaming the result of a query into Arrow files, and reading small results.
+
+Rows stream from the server into files, so that memory does not grow with them. Sessions and their
+feedback are read apart and joined here, which costs server and client together half of what the
+server's join costs. Both are split by the session's id, and a part of each fits into memory.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

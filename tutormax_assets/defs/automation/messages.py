@@ -60,7 +60,7 @@ def findings_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Findings:
             found.worst = evaluation.severity
         name = f"{evaluation.asset_key.to_user_string()}: {evaluation.check_name}"
         problem, advice = _problem_and_advice(evaluation)
-        reason = f". {_shortened(problem)}" if problem else ""
+        reason = f". {' '.join(problem.split())}" if problem else ""
         blocked = evaluation.blocking and evaluation.severity is not _WARN
         line = (
             f"check {name} ({evaluation.severity.value}{', blocking' if blocked else ''}){reason}"
@@ -181,11 +181,8 @@ def first_sentence(text: str) -> str:
     """The first sentence of a text, cut where it is very long."""
     line = text.strip().splitlines()[0] if text.strip() else "it gave no reason"
     end = re.search(r"[.!?](?=\s)", line)
-    return _shortened(line[: end.end()] if end else line)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "…"
+    sentence = line[: end.end()] if end else line
+    return sentence if len(sentence) <= MAX_CHARACTERS else sentence[:MAX_CHARACTERS] + "…"
 
 
 def _problem_and_advice(evaluation: dg.AssetCheckEvaluation) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from tutormax_assets.storage.files import StorageError
 _LOOK_BACK_DAYS = 7
 
 ADVICE_METADATA = "advice"
-"""Name of the metadata that holds the advice of a check that did not pass."""
+"""Name of the metadata that holds what to do about what a check found."""
 
 FIRST_KEYS = 10
 """How many of the offending keys the metadata of a failed check names."""

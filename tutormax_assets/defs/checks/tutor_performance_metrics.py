@@ -162,8 +162,8 @@ def rows_are_as_computed(
         return Finding(True, metadata=metadata)
     # A key that is there twice is what every_tutor_has_all_windows finds.
     once = stored.unique(_KEY, keep="first", maintain_order=True)
-    different = expected.join(once, on=_KEY, suffix="stored_rows").filter(
-        pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}stored_rows")) for name in values)
+    different = expected.join(once, on=_KEY, suffix="_stored").filter(
+        pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_stored")) for name in values)
     )
     rows = pl.concat(
         [
