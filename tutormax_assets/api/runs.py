@@ -69,8 +69,8 @@ def aggregate(
     be computed does not lose the others; unless it failed for a reason that has nothing to do with
     the dates, such as a database that is down.
 
-    The runs that count are told of in one alert, if anything went wrong in any of them. So are
-    earlier ones whose process was killed before it could tell.
+    One alert reports the runs that count if anything went wrong in them, and earlier runs whose
+    process was killed before it could report them.
 
     Args:
         settings: Where everything is.

@@ -80,7 +80,7 @@ class AggregationSummary:
         return not self.errors
 
     def first_errors(self) -> Iterator[tuple[str, str]]:
-        """Whom or what the first errors are of, and what they say; how many more there are."""
+        """Yield the subject and message of the first errors, then how many remain."""
         for error in self.errors[:MOST_ERRORS_SHOWN]:
             yield error["tutor_id"], error["error"]
         more = len(self.errors) - MOST_ERRORS_SHOWN

@@ -75,7 +75,7 @@ def demo(
             _heading("2. The table before the run")
             _table_state(engine)
             _heading("3. The run")
-            # Nobody is to be told of what is wrong with rows that were made up.
+            # What is wrong with generated rows is nobody's alert.
             unheard = environment.model_copy(update={"alerts": None})
             [summary] = with_progress(unheard, [day], RunOptions(), source="tutormax demo")
             show(summary_block(summary))

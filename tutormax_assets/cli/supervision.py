@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1
 def in_a_child(command: Callable[[], None]) -> NoReturn:
     """Run a command in a child process, wait for it, and exit as it did.
 
-    A child that a signal or a library ended is told of on standard error and in Dagster's records,
+    A child that a signal or a library ended is reported on standard error and in Dagster's records,
     and makes this process exit with 1.
     """
     parent = os.getpid()

@@ -2,7 +2,7 @@
 
 A run has its reference dates to itself, from before its first step to its end. One that is filtered
 to some tutors reads only those tutors and replaces only their rows. Rows do not pass through the IO
-manager: who computes a shard stores it, and the manager lists what was stored.
+manager: the process that computes a shard stores it, and the manager lists what was stored.
 """
 
 from collections.abc import Iterable, Iterator

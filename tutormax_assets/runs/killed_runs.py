@@ -62,7 +62,7 @@ def end_killed_runs(
     Args:
         instance: Where the runs are on record.
         home: The Dagster home.
-        log: Where it is told of each run.
+        log: Where each run is reported.
         pid: A process that is known to be gone.
         reason: Why that one is gone.
 

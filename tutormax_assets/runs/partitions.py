@@ -71,7 +71,7 @@ def partitions_before(
 def delete_partition(engine: sa.Engine, partition: PartitionFolder) -> bool:
     """Delete a partition unless a run computes its date; one that is gone already is fine.
 
-    It does not wait for the run, which may in turn need the place in the pool that who waits has.
+    Does not wait: the running run may need the pool slot that this caller holds.
 
     Returns:
         Whether it is gone.

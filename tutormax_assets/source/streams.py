@@ -197,7 +197,7 @@ def _stream(
         n_rows: int | None,
         batch_size: int | None,
     ) -> Iterator[pl.DataFrame]:
-        # Who writes everything asks for no selection.
+        # Where every column is written, no selection is needed.
         for batch in batches(cursor.fetch_arrow()):
             expect_columns(batch, schema)
             yield batch

@@ -1,7 +1,7 @@
 """Telling the people on call: of a failed run, of checks that did not pass, of a late night.
 
 What belongs together is one message: all that failed in a run, and all dates of a range that are
-run one by one. A run that ``tutormax`` executes itself is told of by that process, since it may
+run one by one. A run that ``tutormax`` executes itself is reported by that process, since it may
 run where no daemon is.
 """
 
