@@ -135,12 +135,13 @@ class Cluster:
         self._threads: dict[str, int] = {}
         self._asked: set[str] = set()
         self._refused: dict[str, str] = {}
-        self._seen_at = monotonic()
         self._client = _connected(settings)
         # Another one would mean that the scheduler has forgotten what this run had there.
         self._connection = self._client.scheduler_comm
         try:
             self._ask_scheduler()
+            # Connecting may have taken longer than a run waits for workers.
+            self._seen_at = monotonic()
             self._look(log)
             if self._refused:
                 raise DaskError(f"{self._refusal().lstrip()} {_SAME_VERSION}")
