@@ -180,7 +180,7 @@ def test_shards_do_not_show_whatever_their_number_and_however_it_changes(
     expected, table = stored(small_platform), small_platform.metrics()
     ids = expected["tutor_roster"]["tutor_id"].to_list()
     # A filtered run keeps the shards that are there.
-    for shards, tutor_ids, kept in ((7, None, 7), (3, ids[2:9], 7)):
+    for shards, tutor_ids, kept in ((7, None, 7), (3, ids[2:9], 7), (10_000, None, len(ids))):
         monkeypatch.setenv("TUTORMAX_SHARDS", str(shards))
         sharded = Platform(load_settings(), small_platform.engine)
 
