@@ -37,8 +37,6 @@ from tutormax_assets.storage.partition import (
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 
 if TYPE_CHECKING:
-    import dagster as dg
-
     from tutormax_assets.api.summary import AggregationSummary
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -293,16 +291,6 @@ def _opened_dagster_home() -> tempfile.TemporaryDirectory[str]:
     with dagster_instance(Settings(dagster_home=Path(folder.name))):
         pass
     return folder
-
-
-@contextmanager
-def instance_of(platform: "Platform") -> Iterator["dg.DagsterInstance"]:
-    """The platform's Dagster instance, its event log kept open as the command line does."""
-    from tutormax_assets.runs.event_log import event_log_kept_open
-    from tutormax_assets.runs.instance import dagster_instance
-
-    with dagster_instance(platform.settings) as instance, event_log_kept_open(instance):
-        yield instance
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from polars.testing import assert_frame_equal
 from tutormax_assets.api.summary import AggregationSummary
 from tutormax_assets.database import tables
 from tutormax_assets.definitions import JOB_NAME, build_definitions
+from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests.conftest import (
     GOLDEN,
@@ -24,7 +25,6 @@ from tutormax_assets_tests.conftest import (
     PASSWORD,
     Platform,
     captured_log,
-    instance_of,
     new_database,
     open_platform,
 )
@@ -250,7 +250,7 @@ def test_unknown_and_inactive_tutors_are_named_and_the_others_are_computed(
 
 def run_with_policy(platform: Platform, overrides: dict[str, Any]) -> dg.ExecuteInProcessResult:
     job = build_definitions(platform.settings).resolve_job_def(JOB_NAME)
-    with instance_of(platform) as instance:
+    with dagster_instance(platform.settings) as instance:
         return job.execute_in_process(
             instance=instance,
             partition_key=DAY,

@@ -21,7 +21,6 @@ from tutormax_assets.defs.automation.alerts import tell_of_runs
 from tutormax_assets.defs.checks import is_blocked_by, sentence
 from tutormax_assets.defs.log import LOGGER
 from tutormax_assets.defs.resources import RunOptions
-from tutormax_assets.runs.event_log import event_log_kept_open
 from tutormax_assets.runs.failures import (
     error_sentence,
     is_blocking_check,
@@ -93,7 +92,6 @@ def aggregate(
     home = dagster_home(settings)
     with (
         dagster_instance(settings) as instance,
-        event_log_kept_open(instance),
         runs_of_code_location(instance, code_location=settings.code_location, job_name=JOB_NAME),
         this_process(home) as process,
     ):

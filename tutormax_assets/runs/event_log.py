@@ -1,73 +1,115 @@
-"""Dagster's event log in SQLite, kept open while this process executes runs.
+"""Dagster's event log in SQLite, with connections that stay open; ``dagster.yaml`` names it.
 
-Dagster opens and closes the file anew for every statement of every event: each time it makes an
-SQLAlchemy engine, compiles the statement, and has SQLite copy its journal back and sync it to the
-disk. A range run records a thousand events, so that would take longer than what they tell of.
+Dagster's own class opens and closes the file anew for every statement of every event: each time it
+makes an SQLAlchemy engine, compiles the statement, and has SQLite copy its journal back and sync it
+to the disk. A range run records a thousand events, so that would take longer than what they tell
+of.
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import dagster as dg
 import sqlalchemy as sa
+
+from tutormax_assets.runs.private_dagster import ConfigurableClassData, SqliteEventLogStorage
 
 _INDEX = "index"
 _BUSY_TIMEOUT_SECONDS = 30
 
 
-@contextmanager
-def event_log_kept_open(instance: dg.DagsterInstance) -> Iterator[None]:
-    """Let one connection to each file of the event log serve all events until the block ends.
+class PooledSqliteEventLogStorage(SqliteEventLogStorage):
+    """The event log below the Dagster home, with one connection to each file that is in use.
 
-    What is recorded, where, and in which transactions does not change, and other processes read and
-    write the files as before. After a power failure, and only then, the last events may be missing;
-    a run without its end is then put on record as failed, like one whose process was killed.
-
-    Args:
-        instance: Left as it is if its event log is in PostgreSQL, whose connections have a pool.
+    What is recorded, where, and in which transactions is as with Dagster's own class, and processes
+    with either class read and write the same files. After a power failure, and only then, the last
+    events may be missing; a run without its end is then put on record as failed, like one whose
+    process was killed.
     """
-    log: Any = instance.event_log_storage
-    if not log.is_run_sharded:
-        yield
-        return
-    engines: dict[str, sa.Engine] = {}
-    opened = {"run_connection": log.run_connection, "index_connection": log.index_connection}
 
-    def engine(shard: str) -> sa.Engine:
-        if shard not in engines:
-            for other in engines.keys() - {_INDEX}:
-                engines.pop(other).dispose()
-            engines[shard] = _engine(log.conn_string_for_shard(shard))
-        return engines[shard]
+    def __init__(self, inst_data: ConfigurableClassData | None = None) -> None:
+        """Leave the files alone until the instance says where its home is."""
+        self._of_yaml = inst_data
+        self._engines: dict[str, sa.Engine] = {}
+        self._tables: set[str] = set()
+        self._in_use = threading.RLock()
+
+    @classmethod
+    def config_type(cls) -> Mapping[str, Any]:
+        """No configuration: the files are where Dagster's own class has them."""
+        return {}
+
+    @classmethod
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData | None, _config_value: Mapping[str, Any]
+    ) -> Self:
+        """The storage of an instance that is being opened."""
+        return cls(inst_data)
+
+    def register_instance(self, instance: dg.DagsterInstance) -> None:
+        """Open the files in the home of the instance."""
+        super().__init__(str(Path(instance.root_directory, "history", "runs")), self._of_yaml)
+        super().register_instance(instance)
 
     @contextmanager
-    def run_connection(run_id: str) -> Iterator[sa.Connection]:
-        if run_id not in engines:
-            # The file has its journal before Dagster makes the tables, one transaction each.
-            with engine(run_id).connect(), opened["run_connection"](run_id):
-                pass
-        with engine(run_id).begin() as connection:
-            yield connection
-        # The UI shows what is new when the file changes; the journal beside it is what changed.
-        Path(log.path_for_shard(run_id)).touch()
+    def run_connection(self, run_id: str | None = None) -> Iterator[sa.Connection]:
+        """A transaction in the file of a run, which is made if it is not there."""
+        if run_id is None:
+            raise ValueError("found no id of a run, expected one: each run has a file of its own")
+        with self._in_use:
+            if run_id not in self._engines:
+                # The file has its journal before Dagster makes the tables, a transaction each.
+                with self._engine(run_id).connect(), super().run_connection(run_id):
+                    pass
+            with self._engine(run_id).begin() as connection:
+                yield connection
 
     @contextmanager
-    def index_connection() -> Iterator[sa.Connection]:
-        with engine(_INDEX).begin() as connection:
+    def index_connection(self) -> Iterator[sa.Connection]:
+        """A transaction in the file that all runs share."""
+        with self._in_use, self._engine(_INDEX).begin() as connection:
             yield connection
 
-    log.run_connection = run_connection
-    log.index_connection = index_connection
-    log.has_table = cache(log.has_table)
-    try:
-        yield
-    finally:
-        del log.run_connection, log.index_connection, log.has_table
-        for one in engines.values():
-            one.dispose()
+    def store_event(self, event: dg.EventLogEntry) -> None:
+        """Record an event, and have those who watch its run told."""
+        super().store_event(event)
+        # They wait for the file to change; what has changed is the journal beside it.
+        Path(self.path_for_shard(event.run_id)).touch()
+
+    def has_table(self, table_name: str) -> bool:
+        """Whether the file that all runs share has a table."""
+        if table_name not in self._tables:
+            with self.index_connection() as connection:
+                if not sa.inspect(connection).has_table(table_name):
+                    return False
+            self._tables.add(table_name)
+        return True
+
+    def wipe(self) -> None:
+        """Delete all events."""
+        self._close()
+        super().wipe()
+
+    def dispose(self) -> None:
+        """Close the files."""
+        super().dispose()
+        self._close()
+
+    def _engine(self, shard: str) -> sa.Engine:
+        """The engine of a file; of the files of runs only the one used last stays open."""
+        if shard not in self._engines:
+            for other in self._engines.keys() - {_INDEX, shard} if shard != _INDEX else ():
+                self._engines.pop(other).dispose()
+            self._engines[shard] = _engine(self.conn_string_for_shard(shard))
+        return self._engines[shard]
+
+    def _close(self) -> None:
+        with self._in_use:
+            while self._engines:
+                self._engines.popitem()[1].dispose()
 
 
 def _engine(url: str) -> sa.Engine:

@@ -18,6 +18,10 @@ from dagster._core.remote_origin import (  # noqa: TID251
     RegisteredCodeLocationOrigin,
     RemoteRepositoryOrigin,
 )
+from dagster._core.storage.event_log import (  # noqa: TID251
+    SqliteEventLogStorage as SqliteEventLogStorage,
+)
+from dagster._serdes import ConfigurableClassData as ConfigurableClassData
 
 _REPOSITORY = "__repository__"
 """Dagster's name for the definitions of a code location."""

@@ -1,7 +1,8 @@
-"""Dagster's event log stays open while runs are executed, and holds what it would hold anyway."""
+"""The event log whose connections stay open holds what Dagster's own would hold."""
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from tutormax_assets.runs.event_log import event_log_kept_open
+from tutormax_assets.runs.instance import dagster_instance
+from tutormax_assets.settings import Settings
 
 KEYS = ["2025-11-06", "2025-11-07"]
+WRITTEN_AT = {"create_timestamp", "created_timestamp", "migration_completed"}
 
 
 @dg.asset(partitions_def=dg.StaticPartitionsDefinition(KEYS))
@@ -32,9 +35,25 @@ job = dg.Definitions(
 
 @pytest.fixture
 def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}")
-    with dg.DagsterInstance.from_config(str(tmp_path)) as opened:
-        yield opened
+    with opened(tmp_path) as instance:
+        yield instance
+
+
+@contextmanager
+def opened(home: Path) -> Iterator[dg.DagsterInstance]:
+    """An instance with the package's configuration."""
+    with dagster_instance(Settings(dagster_home=home)) as instance:
+        yield instance
+
+
+@contextmanager
+def of_dagster(home: Path) -> Iterator[dg.DagsterInstance]:
+    """An instance with Dagster's own event log, in the same files."""
+    home.mkdir(exist_ok=True)
+    (home / "dagster.yaml").unlink(missing_ok=True)
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}")
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        yield instance
 
 
 def run(instance: dg.DagsterInstance, key: str = KEYS[0]) -> str:
@@ -47,6 +66,24 @@ def recorded(instance: dg.DagsterInstance, run_id: str) -> list[str]:
         for entry in instance.all_logs(run_id)
         if entry.dagster_event is not None
     ]
+
+
+def stored(home: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of all tables of the log, without the times at which they were written."""
+    rows = {}
+    for path in (home / "history" / "runs").glob("*.db"):
+        engine = sa.create_engine(f"sqlite:///{path}")
+        tables = sa.MetaData()
+        tables.reflect(engine)
+        with engine.connect() as connection:
+            for table in tables.tables.values():
+                found = connection.execute(table.select()).mappings()
+                rows[f"{path.name} {table}"] = [
+                    {name: value for name, value in row.items() if name not in WRITTEN_AT}
+                    for row in found
+                ]
+        engine.dispose()
+    return rows
 
 
 @contextmanager
@@ -64,31 +101,52 @@ def connections() -> Iterator[list[str]]:
         sa.event.remove(sa.Engine, "connect", note)
 
 
-def test_the_same_events_are_recorded(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    closed = run(instance)
-    with event_log_kept_open(instance):
-        kept_open = run(instance)
+def test_the_same_rows_are_stored(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    run_id = run(instance)
+    events = instance.all_logs(run_id)
+    homes = {opened: tmp_path / "pooled", of_dagster: tmp_path / "dagster"}
+    for open_instance, home in homes.items():
+        with open_instance(home) as another:
+            for event in events:
+                another.event_log_storage.store_event(event)
 
-    with dg.DagsterInstance.from_config(str(tmp_path)) as another:
-        assert recorded(another, kept_open) == recorded(another, closed)
+    pooled, dagster = (stored(home) for home in homes.values())
+    assert pooled == dagster
+    assert {name for name, found in pooled.items() if found} >= {
+        f"{run_id}.db event_logs",
+        "index.db event_logs",
+        "index.db asset_keys",
+        "index.db asset_check_executions",
+    }
+
+
+def test_either_class_reads_what_the_other_has_recorded(tmp_path: Path) -> None:
+    with opened(tmp_path) as instance:
+        first = run(instance)
+    with of_dagster(tmp_path) as instance:
+        assert "ASSET_MATERIALIZATION" in recorded(instance, first)
+        second = run(instance, KEYS[1])
+    (tmp_path / "dagster.yaml").unlink()
+    with opened(tmp_path) as instance:
+        assert recorded(instance, first) == recorded(instance, second)
+        assert set(instance.get_materialized_partitions(rows.key)) == set(KEYS)
 
 
 def test_an_event_needs_no_new_connection(instance: dg.DagsterInstance) -> None:
-    with event_log_kept_open(instance):
-        dagster_run = instance.get_run_by_id(run(instance))
-        assert dagster_run is not None
-        with connections() as opened:
-            for _ in range(3):
-                instance.report_engine_event("Something new", dagster_run)
-                assert instance.fetch_materializations(rows.key, limit=1).records
+    dagster_run = instance.get_run_by_id(run(instance))
+    assert dagster_run is not None
+    with connections() as made:
+        for _ in range(3):
+            instance.report_engine_event("Something new", dagster_run)
+            assert instance.fetch_materializations(rows.key, limit=1).records
 
-    assert opened == []
+    assert [file for file in made if file in ("index", dagster_run.run_id)] == []
 
 
 def test_runs_one_after_the_other_and_readers_see_everything(
     instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
-    with event_log_kept_open(instance), dg.DagsterInstance.from_config(str(tmp_path)) as reader:
+    with opened(tmp_path) as reader:
         first, second = run(instance, KEYS[0]), run(instance, KEYS[1])
         again = recorded(instance, first)
 
@@ -100,18 +158,38 @@ def test_runs_one_after_the_other_and_readers_see_everything(
         assert len(events) == 1
 
 
-def test_afterwards_it_is_as_before(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    with event_log_kept_open(instance):
-        run(instance)
+def test_nothing_stays_open_after_the_instance(tmp_path: Path) -> None:
+    with opened(tmp_path) as instance:
+        run_id = run(instance)
 
     assert not list(tmp_path.rglob("*.db-wal"))
-    assert "ASSET_MATERIALIZATION" in recorded(instance, run(instance))
+    with opened(tmp_path) as instance:
+        assert "ASSET_MATERIALIZATION" in recorded(instance, run_id)
+
+
+def test_threads_record_and_read_at_the_same_time(instance: dg.DagsterInstance) -> None:
+    of_runs = [run(instance, key) for key in KEYS]
+    runs = [instance.get_run_by_id(run_id) for run_id in of_runs]
+
+    def record(dagster_run: dg.DagsterRun) -> list[str]:
+        for _ in range(10):
+            instance.report_engine_event("Something new", dagster_run)
+            instance.fetch_materializations(rows.key, limit=1)
+        return recorded(instance, dagster_run.run_id)
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        of_threads = list(pool.map(record, runs))
+
+    assert [events.count("ENGINE_EVENT") for events in of_threads] == [
+        recorded(instance, run_id).count("ENGINE_EVENT") for run_id in of_runs
+    ]
+    assert all(events.count("ENGINE_EVENT") >= 10 for events in of_threads)
 
 
 def test_who_watches_a_run_is_told_of_its_events(
     instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
-    with event_log_kept_open(instance), dg.DagsterInstance.from_config(str(tmp_path)) as ui:
+    with opened(tmp_path) as ui:
         dagster_run = instance.get_run_by_id(run(instance))
         assert dagster_run is not None
         cursor = ui.get_records_for_run(dagster_run.run_id).cursor
@@ -123,6 +201,9 @@ def test_who_watches_a_run_is_told_of_its_events(
         assert told.wait(timeout=30)
 
 
-def test_a_log_that_is_no_file_is_left_alone() -> None:
-    with dg.DagsterInstance.ephemeral() as instance, event_log_kept_open(instance):
-        assert "ASSET_MATERIALIZATION" in recorded(instance, run(instance))
+def test_deleted_runs_are_gone_and_new_ones_recorded(instance: dg.DagsterInstance) -> None:
+    run_id = run(instance)
+    instance.event_log_storage.wipe()
+
+    assert recorded(instance, run_id) == []
+    assert "ASSET_MATERIALIZATION" in recorded(instance, run(instance))

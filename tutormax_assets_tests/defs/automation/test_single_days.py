@@ -9,6 +9,7 @@ import pytest
 
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.automation.single_days import MAX_DATES
+from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.tags import (
     ATTENDED_TAG,
     RANGE_DATES_TAG,
@@ -18,7 +19,7 @@ from tutormax_assets.runs.tags import (
     partition_keys,
 )
 from tutormax_assets.settings import load_settings
-from tutormax_assets_tests.conftest import Platform, instance_of
+from tutormax_assets_tests.conftest import Platform
 
 IN_LOCATION = "single_days_of_failed_ranges"
 ON_COMMAND_LINE = "single_days_of_failed_command_line_ranges"
@@ -64,7 +65,7 @@ def test_one_bad_date_of_a_range_does_not_lose_the_others(small_platform: Platfo
         "resources": {"run_options": {"config": {"batch_size": 7}}},
         "loggers": {"line": {}},
     }
-    with instance_of(small_platform) as instance:
+    with dagster_instance(small_platform.settings) as instance:
         ranged = job.execute_in_process(
             instance=instance, run_config=config, tags=RANGE, raise_on_error=False
         )
@@ -157,7 +158,7 @@ def test_a_range_that_fails_whatever_the_date_is_left_alone(small_platform: Plat
     small_platform.execute("ALTER TABLE sessions RENAME TO gone")
     job = build_definitions(small_platform.settings).resolve_job_def(JOB_NAME)
     options = {"resources": {"run_options": {"config": {"max_retries": 0}}}}
-    with instance_of(small_platform) as instance:
+    with dagster_instance(small_platform.settings) as instance:
         result = job.execute_in_process(
             run_config=options, instance=instance, raise_on_error=False, tags=RANGE
         )

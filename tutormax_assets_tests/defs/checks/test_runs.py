@@ -17,13 +17,13 @@ from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.automation.alerts import late_dates
 from tutormax_assets.defs.checks.sessions_snapshot import sessions_by_day
 from tutormax_assets.runs.failures import step_failure
+from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.tags import RANGE_END_TAG, RANGE_START_TAG
 from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets_tests.cli.conftest import Invoke, invoke  # noqa: F401
 from tutormax_assets_tests.conftest import (
     Platform,
     captured_log,
-    instance_of,
     new_database,
     open_platform,
 )
@@ -95,7 +95,7 @@ def run_range(
 ) -> dg.ExecuteInProcessResult:
     """The job for all days in one run, as a backfill in the UI launches it."""
     job = build_definitions(platform.settings).resolve_job_def(JOB_NAME)
-    with instance_of(platform) as instance:
+    with dagster_instance(platform.settings) as instance:
         return job.execute_in_process(
             instance=instance,
             tags={RANGE_START_TAG: days[0], RANGE_END_TAG: days[-1]},
@@ -120,7 +120,7 @@ def run_checks(
     definitions = dg.Definitions.merge(
         build_definitions(platform.settings), dg.Definitions(jobs=[job])
     )
-    with instance_of(platform) as instance:
+    with dagster_instance(platform.settings) as instance:
         return definitions.resolve_job_def("checks").execute_in_process(
             instance=instance,
             # partition_key= is refused for a job without assets.
@@ -139,7 +139,7 @@ def statuses(platform: Platform) -> Statuses:
     assert daily is not None
     keys = [dg.AssetCheckKey(dg.AssetKey(asset), name) for asset, name in ALL]
     found: dict[str, set[tuple[str, str, str]]] = {}
-    with instance_of(platform) as instance:
+    with dagster_instance(platform.settings) as instance:
         states = instance.event_log_storage.get_asset_check_state([(key, daily) for key in keys])
     for key, state in states.items():
         for status, subset in state.subsets.items():
@@ -152,7 +152,7 @@ def statuses(platform: Platform) -> Statuses:
 
 def errors_on_the_page(platform: Platform, run_id: str) -> list[str]:
     """What the page of a run shows at the level of errors: messages, and traces behind them."""
-    with instance_of(platform) as instance:
+    with dagster_instance(platform.settings) as instance:
         entries = instance.all_logs(run_id)
     return [
         f"{entry.user_message} {getattr(entry.dagster_event, 'event_specific_data', '')}"
@@ -218,7 +218,7 @@ def test_a_good_day_passes_in_a_run_of_its_own_and_in_a_range(good: Platform) ->
     assert result.success
     assert set(evaluations(result)) == {(*check, day) for check in ALL for day in DAYS[:2]}
     assert statuses(good) == {"SUCCEEDED": {(*check, day) for check in ALL for day in DAYS[:2]}}
-    with instance_of(good) as instance:
+    with dagster_instance(good.settings) as instance:
         for (asset, _, day), one in evaluations(result).items():
             [newest] = instance.fetch_materializations(
                 dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[day]), limit=1
@@ -236,7 +236,7 @@ def test_a_new_materialization_takes_the_old_status_away(good: Platform) -> None
     good.run(LAST)
     job = dg.define_asset_job("tiers", dg.AssetSelection.assets("tutor_tiers").without_checks())
     definitions = dg.Definitions.merge(build_definitions(good.settings), dg.Definitions(jobs=[job]))
-    with instance_of(good) as instance:
+    with dagster_instance(good.settings) as instance:
         definitions.resolve_job_def("tiers").execute_in_process(
             instance=instance, partition_key=LAST, run_config={"loggers": {"line": {}}}
         )
@@ -504,7 +504,7 @@ def test_a_filtered_run_does_not_make_a_missing_night_look_done(
 
     def is_late() -> bool:
         day = date.fromisoformat(LAST)
-        with instance_of(good) as instance:
+        with dagster_instance(good.settings) as instance:
             return late_dates(instance, after=day - timedelta(days=1), up_to=day) == [day]
 
     inactive = invoke("run", "--date", LAST, "--tutors", "T000003", "--json")
@@ -612,7 +612,7 @@ def test_shifts_are_judged_against_the_last_date_that_was_saved(good: Platform) 
         "null_shares_are_steady",
         "tiers_are_steady",
     }
-    with instance_of(good) as instance:
+    with dagster_instance(good.settings) as instance:
         [run, *_] = instance.get_runs(limit=1)
         said = [
             event.event_log_entry.dagster_event.asset_check_evaluation_data.description  # type: ignore[union-attr]
@@ -664,7 +664,7 @@ def test_the_table_is_checked_again_when_asked_for(good: Platform) -> None:
     assert step_failure(too_early).startswith(f"{table} has no date to check. Materialize")
 
     good.run(LAST)
-    with instance_of(good) as instance:
+    with dagster_instance(good.settings) as instance:
         # The newest date is not the one that was materialized last.
         instance.report_runless_asset_event(dg.AssetMaterialization(table, partition=DAYS[0]))
     newest = run_checks(good, None, *CHECKS)
