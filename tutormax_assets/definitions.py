@@ -18,13 +18,14 @@ from tutormax_assets.defs.checks.tutor_events_snapshot import tutor_events_snaps
 from tutormax_assets.defs.checks.tutor_performance_metrics import tutor_performance_metrics_checks
 from tutormax_assets.defs.checks.tutor_tiers import tutor_tiers_checks
 from tutormax_assets.defs.checks.window_metrics import window_metrics_checks
-from tutormax_assets.defs.io_manager import date_locks_resource, parquet_io_manager
 from tutormax_assets.defs.log import line_logger
 from tutormax_assets.defs.resources import (
     MetricsPolicy,
     RunOptions,
     compute_resource,
+    date_locks_resource,
     load_policy,
+    partition_store_resource,
     platform_database_resource,
 )
 from tutormax_assets.metrics.policy import Policy
@@ -107,7 +108,7 @@ def _resources(settings: Settings, policy: Policy) -> dict[str, Any]:
             base=dg.ResourceDefinition.hardcoded_resource(policy)
         ),
         "date_locks": date_locks_resource(settings),
-        "io_manager": parquet_io_manager(settings),
+        "partition_store": partition_store_resource(settings),
     }
 
 

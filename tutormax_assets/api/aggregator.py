@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import Sequence
 from datetime import date
 
-import dagster as dg
 import polars as pl
 import sqlalchemy as sa
 
@@ -18,9 +17,9 @@ from tutormax_assets.database.connection import engine_of
 from tutormax_assets.database.tables import tutor_performance_metrics
 from tutormax_assets.dates import parse_reference_date, today
 from tutormax_assets.defs.resources import RunOptions, parse_options
-from tutormax_assets.runs.partitions import partition_path
 from tutormax_assets.settings import Settings, check_retention_days, load_settings
 from tutormax_assets.storage.partition import scan_partition
+from tutormax_assets.storage.store import partition_path
 
 
 class DailyMetricsAggregator:
@@ -152,9 +151,7 @@ def _results(
     settings: Settings, summary: AggregationSummary, options: RunOptions
 ) -> list[AggregationResult]:
     roster = scan_partition(
-        partition_path(
-            settings.storage_path, dg.AssetKey("tutor_roster"), str(summary.run_date.date())
-        )
+        partition_path(settings.storage_path, "tutor_roster", str(summary.run_date.date()))
     )
     if options.tutor_ids:
         roster = roster.filter(pl.col("tutor_id").is_in(options.tutor_ids))

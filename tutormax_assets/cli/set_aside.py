@@ -24,17 +24,16 @@ def set_aside(
     Exit code: 0 shown, 1 the date has not been computed, 2 wrong use.
     """
     import polars as pl
-    from dagster import AssetKey
 
-    from tutormax_assets.runs.partitions import partition_path
     from tutormax_assets.storage.partition import scan_partition
+    from tutormax_assets.storage.store import partition_path
 
     environment = settings()
     key = reference_date("--date", day, environment).isoformat()
     try:
         with sentences():
             rows = pl.concat(
-                scan_partition(partition_path(environment.storage_path, AssetKey(asset), key))
+                scan_partition(partition_path(environment.storage_path, asset, key))
                 for asset in _ASSETS
             ).collect()
     except FileNotFoundError as error:

@@ -1,8 +1,8 @@
-"""What a run is given: its options, the platform's database and the metrics policy."""
+"""What a run is given: its options, the platform's database, its dates and the partitions."""
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,15 @@ import tenacity
 from pydantic import Field, ValidationError, field_validator
 
 from tutormax_assets.compute.shard_map import Compute
+from tutormax_assets.database.date_locks import DateLocks
 from tutormax_assets.database.faults import retrying
 from tutormax_assets.metrics.policy import Policy, PolicyError
+from tutormax_assets.runs.instance import pool_connections
+from tutormax_assets.runs.tags import partition_keys
 from tutormax_assets.settings import OptionsError, Settings, SettingsError
 from tutormax_assets.source.platform import PlatformDatabase
+from tutormax_assets.storage.files import make_private_folder
+from tutormax_assets.storage.store import PartitionStore
 
 
 class RunOptions(dg.ConfigurableResource[None]):
@@ -107,6 +112,67 @@ def compute_resource(settings: Settings) -> dg.ResourceDefinition:
     return compute
 
 
+def date_locks_resource(settings: Settings) -> dg.ResourceDefinition:
+    """The locks that a run has on its reference dates, from before its first step to its end.
+
+    Dagster makes it ready when the run has no place in a pool yet that the run which is waited for
+    may need. Where an executor makes each step a process, the dates are locked for a step at a
+    time.
+    """
+
+    @dg.resource(
+        config_schema={},
+        required_resource_keys={"run_options", "database"},
+        description="Keeps other runs of the same reference dates waiting.",
+    )
+    def date_locks(context: dg.InitResourceContext) -> Iterator[DateLocks | None]:
+        log: Any = context.log
+        try:
+            make_private_folder(settings.storage_path, group=settings.files_group)
+            if context.instance is not None:
+                # A worker that Dagster started comes by here before its first step.
+                pool_connections(context.instance)
+            locks = None
+            if keys := _reference_dates(context):
+                locks = DateLocks(
+                    context.resources.database.engine,
+                    keys,
+                    retrying=context.resources.run_options.retrying(log),
+                    log=log,
+                )
+                locks.take()
+        except Exception as error:
+            # The run's page shows what Dagster makes of a resource that fails.
+            log.error(str(error))
+            raise
+        try:
+            yield locks
+        finally:
+            if locks is not None:
+                locks.release()
+
+    return date_locks
+
+
+def partition_store_resource(settings: Settings) -> dg.ResourceDefinition:
+    """The Parquet partitions that the settings name, as the options of the run restrict them."""
+
+    @dg.resource(
+        config_schema={},
+        required_resource_keys={"run_options", "date_locks"},
+        description="Parquet partitions.",
+    )
+    def partition_store(context: dg.InitResourceContext) -> PartitionStore:
+        locks: DateLocks | None = context.resources.date_locks
+        return PartitionStore(
+            settings.storage_path,
+            tutor_ids=context.resources.run_options.tutor_ids or (),
+            renew_locks=locks.renew if locks else lambda: False,
+        )
+
+    return partition_store
+
+
 class MetricsPolicy(dg.ConfigurableResource[None]):
     """Thresholds, weights and limits: the contract's, the TOML file's, then the run's overrides."""
 
@@ -150,3 +216,17 @@ def load_policy(settings: Settings) -> Policy:
             f"TUTORMAX_POLICY names {settings.policy}, which cannot be read: {error.strerror}"
         ) from None
     return Policy.from_toml(text)
+
+
+def newest_dates(instance: dg.DagsterInstance, asset_keys: Iterable[dg.AssetKey]) -> list[str]:
+    """The newest reference date of each asset that has been materialized, ascending."""
+    of_assets = (instance.get_materialized_partitions(key) for key in asset_keys)
+    return sorted({max(keys) for keys in of_assets if keys})
+
+
+def _reference_dates(context: dg.InitResourceContext) -> list[str]:
+    """The reference dates that a run works on."""
+    if context.run is None or context.instance is None:
+        return []
+    checked = {check.asset_key for check in context.run.asset_check_selection or ()}
+    return partition_keys(context.run) or newest_dates(context.instance, checked)

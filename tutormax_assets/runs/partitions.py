@@ -12,10 +12,8 @@ from upath import UPath
 
 from tutormax_assets.database.date_locks import date_lock
 from tutormax_assets.storage.files import StorageError, entries
-from tutormax_assets.storage.partition import (
-    delete_files,
-    is_listed,
-)
+from tutormax_assets.storage.partition import delete_files, is_listed
+from tutormax_assets.storage.store import partition_path
 
 
 @dataclass(frozen=True)
@@ -26,11 +24,6 @@ class PartitionFolder:
     partition_key: str
     path: UPath
     size_bytes: int
-
-
-def partition_path(base_path: str, asset_key: dg.AssetKey, partition_key: str) -> UPath:
-    """The folder of a partition of an asset."""
-    return UPath(base_path).joinpath(*asset_key.path, f"{partition_key}.parquet")
 
 
 def partitions_before(
@@ -53,7 +46,7 @@ def partitions_before(
                 key = entry.stem
                 if entry.suffix != ".parquet" or not _is_date(key) or key >= before.isoformat():
                     continue
-                path = partition_path(base_path, asset_key, key)
+                path = partition_path(base_path, asset_key.to_user_string(), key)
                 if asset_key not in asset_keys and not is_listed(path):
                     continue
                 with suppress(FileNotFoundError):  # Another cleanup was faster.

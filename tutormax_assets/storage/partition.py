@@ -102,6 +102,10 @@ class Partition:
         files = tuple(self.path / part.name for part in parts)
         return Rows(files, sum(part.rows for part in parts), self.tutor_ids)
 
+    def with_seconds(self, seconds: float) -> "Partition":
+        """The partition, whose storing took so much longer."""
+        return replace(self, seconds=self.seconds + seconds)
+
 
 class Division(NamedTuple):
     """How the tutors of some partitions are divided.
@@ -315,15 +319,6 @@ def is_listed(path: UPath) -> bool:
     except (FileNotFoundError, StorageError):
         return False
     return True
-
-
-def listing_state(path: UPath) -> tuple[int, float, int] | None:
-    """What changes whenever the partition is listed anew; none without a listing."""
-    listing = _listing_path(path)
-    if not listing.exists():
-        return None
-    found = listing.stat()
-    return found.st_ino, found.st_mtime, found.st_size
 
 
 def _delete_unlisted(path: UPath, names: Iterable[str]) -> None:

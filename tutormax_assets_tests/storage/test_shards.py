@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import dagster as dg
 import polars as pl
 import pytest
 import sqlalchemy as sa
@@ -22,7 +21,6 @@ from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.faults import may_pass
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions
-from tutormax_assets.runs.partitions import partition_path
 from tutormax_assets.settings import load_settings
 from tutormax_assets.source.postgres import (
     PlatformRows,
@@ -34,6 +32,7 @@ from tutormax_assets.source.postgres import (
 )
 from tutormax_assets.storage.partition import open_partition
 from tutormax_assets.storage.shards import ALL_IN_ONE, TUTORS_OF_A_SHARD, Shards, TutorRange
+from tutormax_assets.storage.store import partition_path
 from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform, captured_log
 
 DAY = "2025-11-07"
@@ -189,7 +188,7 @@ def test_shards_do_not_show_whatever_their_number_and_however_it_changes(
         assert summary.all_saved
         for asset, frame in stored(sharded).items():
             assert_frame_equal(frame, expected[asset], check_exact=True)
-            path = partition_path(str(sharded.storage), dg.AssetKey(asset), DAY)
+            path = partition_path(str(sharded.storage), asset, DAY)
             assert len(open_partition(path).parts) == kept
         assert_frame_equal(sharded.metrics(), table, check_row_order=False)
 
@@ -245,7 +244,7 @@ def test_a_shard_that_fails_in_any_step_is_named_and_the_others_are_saved(
         )
         for asset, frame in stored(sharded).items():
             of_step = asset in AFFECTED[step]
-            path = partition_path(str(sharded.storage), dg.AssetKey(asset), DAY)
+            path = partition_path(str(sharded.storage), asset, DAY)
             partition, rows = open_partition(path), expected[asset]
             assert partition.failed == ({3: "poisoned"} if of_step else {})
             left = rows.filter(partition.shards.number() != 3)
@@ -271,7 +270,7 @@ def test_tutors_of_a_shard_that_failed_can_be_run_by_themselves(
     [summary] = sharded.run(DAY, tutor_ids=culprits[:2])
 
     assert (summary.total_tutors, summary.all_saved) == (2, True)
-    path = partition_path(str(sharded.storage), dg.AssetKey("tutor_tiers"), DAY)
+    path = partition_path(str(sharded.storage), "tutor_tiers", DAY)
     partition = open_partition(path)
     assert partition.failed == {0: "poisoned"}
     assert partition.rows(0).count == 3 * 2

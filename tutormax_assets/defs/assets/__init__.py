@@ -1,6 +1,7 @@
-"""The assets, one file a stage; each body takes frames, calls a pure function and returns frames.
+"""The assets, one file a stage: each plans tasks, has them computed and keeps what they stored.
 
-They are built by functions, because the timezone and the windows are settings.
+They are built by functions, because the timezone and the windows are settings. Rows do not pass
+through Dagster: the process that computes a shard stores it, and the partition store lists it.
 """
 
 import warnings
@@ -10,6 +11,9 @@ from typing import Any
 
 import dagster as dg
 import dataframely as dy
+
+from tutormax_assets.storage.partition import Partition
+from tutormax_assets.storage.store import PartitionStore
 
 # Range runs rest on it, and the version that it may change in is pinned.
 warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
@@ -23,6 +27,34 @@ PLATFORM_POOL = "platform"
 def reference_dates(context: dg.AssetExecutionContext) -> dict[str, date]:
     """The reference dates of a run by partition key: one, or all of a range."""
     return {key: date.fromisoformat(key) for key in context.partition_keys}
+
+
+def keep_partitions(
+    context: dg.AssetExecutionContext,
+    store: PartitionStore,
+    asset: str,
+    partitions: Mapping[str, Partition],
+) -> None:
+    """Make partitions of an asset, by key, those that are read, and record what they hold.
+
+    Raises:
+        StorageError: The storage cannot be written, or another run has written what this one had
+            kept.
+    """
+    for key, partition in store.keep(partitions).items():
+        failed = {str(number): partition.failed[number] for number in sorted(partition.failed)}
+        context.add_asset_metadata(
+            {
+                "path": dg.MetadataValue.path(str(partition.path)),
+                "shards": len(partition.parts),
+                **({"failed_shards": dg.MetadataValue.json(failed)} if failed else {}),
+                "size_bytes": sum(part.size_bytes for part in partition.parts),
+                "dagster/partition_row_count": sum(part.rows for part in partition.parts),
+                "write_seconds": round(partition.seconds, 3),
+            },
+            asset_key=asset,
+            partition_key=key,
+        )
 
 
 Lineage = Mapping[str, Sequence[tuple[str, str]]]

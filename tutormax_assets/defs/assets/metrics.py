@@ -6,14 +6,15 @@ import dagster as dg
 
 from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.windows import collect_windows, compute_windows, plan_windows
-from tutormax_assets.defs.assets import OWNERS, frame_metadata
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
+from tutormax_assets.defs.assets import OWNERS, frame_metadata, keep_partitions
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.schemas import WindowMetrics
+from tutormax_assets.storage.store import PartitionStore
 
-_SESSIONS, _EVENTS = "sessions_snapshot", "tutor_events_snapshot"
+_ROSTER, _SESSIONS, _EVENTS = "tutor_roster", "sessions_snapshot", "tutor_events_snapshot"
+_READ = (_ROSTER, _SESSIONS, _EVENTS)
 _LINEAGE = {
-    "tutor_id": [("tutor_roster", "tutor_id")],
+    "tutor_id": [(_ROSTER, "tutor_id")],
     "sessions_completed": [(_SESSIONS, "started"), (_SESSIONS, "no_show")],
     "avg_rating": [(_SESSIONS, "overall_rating")],
     "first_session_success_rate": [(_SESSIONS, "session_number"), (_SESSIONS, "overall_rating")],
@@ -44,33 +45,28 @@ def window_metrics_assets(
 
     @dg.multi_asset(
         name="window_metrics",
-        outs={metrics_asset_name(days): _out(days) for days in windows},
+        specs=[_spec(days) for days in windows],
         can_subset=True,
         partitions_def=daily,
         backfill_policy=backfill_policy,
-        group_name="metrics",
     )
     def metrics_of_windows(
         context: dg.AssetExecutionContext,
         compute: dg.ResourceParam[Compute],
         metrics_policy: MetricsPolicy,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
-        tutor_roster: PartitionsByDate,
-        sessions_snapshot: PartitionsByDate,
-        tutor_events_snapshot: PartitionsByDate,
-    ) -> Iterator[dg.Output[PartitionsByDate]]:
+        partition_store: dg.ResourceParam[PartitionStore],
+    ) -> Iterator[dg.MaterializeResult[None]]:
         """Go through the snapshots of each reference date once for all windows."""
+        keys = context.partition_keys
         selected = {
             days: asset
             for days in windows
-            if (asset := dg.AssetKey(metrics_asset_name(days))) in context.selected_asset_keys
+            if dg.AssetKey(asset := metrics_asset_name(days)) in context.selected_asset_keys
         }
         plan = plan_windows(
-            tutor_roster,
-            sessions_snapshot,
-            tutor_events_snapshot,
+            *(partition_store.partitions(asset, keys) for asset in _READ),
             paths={
-                days: {key: io_manager.path(asset, key) for key in tutor_roster}
+                days: {key: partition_store.path(asset, key) for key in keys}
                 for days, asset in selected.items()
             },
             policy=metrics_policy.policy,
@@ -85,14 +81,18 @@ def window_metrics_assets(
                 partition_key=key,
             )
         for days, asset in selected.items():
-            yield dg.Output(dict(found.partitions[days]), asset.to_python_identifier())
+            keep_partitions(context, partition_store, asset, found.partitions[days])
+            yield dg.MaterializeResult(asset_key=asset)
 
     return metrics_of_windows
 
 
-def _out(days: int) -> dg.AssetOut:
-    return dg.AssetOut(
-        is_required=False,
+def _spec(days: int) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        metrics_asset_name(days),
+        deps=_READ,
+        skippable=True,
+        group_name="metrics",
         description=(
             f"The eight metrics of every tutor of the roster over the {days} days before a "
             "reference date. One row per tutor per reference date."

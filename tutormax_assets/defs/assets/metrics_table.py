@@ -20,12 +20,14 @@ from tutormax_assets.database.metrics_reading import DateCounts, MetricsTableErr
 from tutormax_assets.database.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.dates import midnight
 from tutormax_assets.defs.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.partition import Division
 from tutormax_assets.storage.shards import shard_name
+from tutormax_assets.storage.store import PartitionStore
+
+_TIERS = "tutor_tiers"
 
 SUMMARY_METADATA = "summary"
 """Metadata key under which a materialization says what was saved and what was not."""
@@ -40,6 +42,7 @@ def tutor_performance_metrics_asset(
     """Build the asset ``tutor_performance_metrics``."""
 
     @dg.asset(
+        deps=[_TIERS],
         partitions_def=daily,
         backfill_policy=backfill_policy,
         freshness_policy=freshness_policy,
@@ -56,9 +59,8 @@ def tutor_performance_metrics_asset(
         database: dg.ResourceParam[PlatformDatabase],
         compute: dg.ResourceParam[Compute],
         run_options: RunOptions,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+        partition_store: dg.ResourceParam[PartitionStore],
         date_locks: dg.ResourceParam[DateLocks],
-        tutor_tiers: PartitionsByDate,
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetMaterialization | dg.AssetObservation]:
         """Metrics and tiers as kept in PostgreSQL: one row per tutor, reference date and window.
 
@@ -66,6 +68,7 @@ def tutor_performance_metrics_asset(
         stay as they are. A run of some tutors does not materialize a date that no run of all
         tutors has: it counts as missing until one does.
         """
+        tiers = partition_store.partitions(_TIERS, context.partition_keys)
         written: dict[str, Mapping[str, Any]] = {}
         broken_off: dict[str, Mapping[str, Any]] = {}
         partial: dict[str, Mapping[str, Any]] = {}
@@ -75,7 +78,7 @@ def tutor_performance_metrics_asset(
         for key, day in reference_dates(context).items():
             plan = plan_writing(
                 key,
-                tutor_tiers[key],
+                tiers[key],
                 timezone=daily.timezone,
                 batch_size=run_options.batch_size,
                 max_retries=run_options.max_retries,
@@ -83,7 +86,7 @@ def tutor_performance_metrics_asset(
                 holder=date_locks.holder if compute.is_elsewhere else None,
             )
             divided = plan.division
-            not_computed = _not_computed(io_manager, key, divided)
+            not_computed = _not_computed(partition_store, key, divided)
             reports: dict[str, WritingReport] = {}
             try:
                 for name, report in compute.map(write_table, plan.tasks, log=context.log):
@@ -104,7 +107,7 @@ def tutor_performance_metrics_asset(
                 metadata |= _of_the_date(
                     retrying(count_rows, database.engine, midnight(day, timezone=daily.timezone)),
                     tutors=metadata["successful"],
-                    of=metadata["total_tutors"] + io_manager.active_tutors_of_others(key),
+                    of=metadata["total_tutors"] + partition_store.active_tutors_of_others(key),
                 )
             shards += len(divided.shards)
             if divided.failed:
@@ -147,9 +150,7 @@ def _column_metadata() -> Mapping[str, Any]:
         )
         for column in tutor_performance_metrics.columns
     ]
-    lineage = {
-        name: [("tutor_tiers", name)] for name in described if name in tutor_performance_metrics.c
-    }
+    lineage = {name: [(_TIERS, name)] for name in described if name in tutor_performance_metrics.c}
     return {"dagster/column_schema": dg.TableSchema(columns), **lineage_metadata(lineage)}
 
 
@@ -183,13 +184,11 @@ def _is_materialized(context: dg.AssetExecutionContext, key: str) -> bool:
     return bool(context.instance.fetch_materializations(wanted, limit=1).records)
 
 
-def _not_computed(
-    storage: PartitionedParquetIOManager, key: str, divided: Division
-) -> list[WritingSummary]:
+def _not_computed(store: PartitionStore, key: str, divided: Division) -> list[WritingSummary]:
     """The summaries of the shards that an earlier step could not compute."""
     if not divided.failed:
         return []
-    roster = storage.partitions(dg.AssetKey("tutor_roster"), [key])[key].rows().scan()
+    roster = store.partitions("tutor_roster", [key])[key].rows().scan()
     return [
         summary_of_skipped(
             roster.filter(divided.shards.number() == number), f"{shard_name(key, number)}: {why}"

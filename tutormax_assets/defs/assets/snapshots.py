@@ -30,9 +30,9 @@ from tutormax_assets.defs.assets import (
     PLATFORM_POOL,
     Lineage,
     frame_metadata,
+    keep_partitions,
     reference_dates,
 )
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import (
@@ -41,11 +41,11 @@ from tutormax_assets.metrics.schemas import (
     TutorEventsSnapshot,
     TutorRoster,
 )
-from tutormax_assets.source.contract import NEEDED_COLUMNS
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.view import View, open_view
 from tutormax_assets.storage.partition import partition_of, store_parts
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
+from tutormax_assets.storage.store import PartitionStore
 
 SET_ASIDE_METADATA = "set_aside_by_reason"
 """Metadata key under which a materialization says which values were not used, and why."""
@@ -72,55 +72,11 @@ def platform_snapshot_assets(
 
     @dg.multi_asset(
         name="platform_snapshot",
-        outs={
-            "tutor_roster": _out(
-                _SCHEMAS["tutor_roster"],
-                _ROSTER_LINEAGE,
-                "The tutors that a reference date is computed for: active ones unless the run says "
-                "all. One row per tutor per reference date, as known when it ran.",
-            ),
-            "tutors_left_out": _out(
-                _SCHEMAS["tutors_left_out"],
-                _ROSTER_LINEAGE,
-                "The platform's other tutors, who are not computed: inactive ones, and active ones "
-                "while only runs of some tutors have computed the date. One row per tutor per "
-                "reference date, as known when it ran.",
-            ),
-            "sessions_snapshot": _out(
-                _SCHEMAS["sessions_snapshot"],
-                _SESSIONS_LINEAGE,
-                "Sessions of the days before a reference date that the longest window spans, with "
-                "their rating; values that break the source contract are null. One row per "
-                "session per reference date, as known when it ran.",
-            ),
-            "sessions_set_aside": _out(
-                _SCHEMAS["sessions_set_aside"],
-                _set_aside_lineage("sessions", "session_id", "scheduled_start"),
-                "Values of sessions and feedback that break the source contract, by the keys of "
-                "their rows. One row per broken value per reference date.",
-            ),
-            "tutor_events_snapshot": _out(
-                _SCHEMAS["tutor_events_snapshot"],
-                _EVENTS_LINEAGE,
-                "Logins and message responses of the days before a reference date that the "
-                "longest window spans. One row per event per reference date, as known when it ran.",
-            ),
-            "tutor_events_set_aside": _out(
-                _SCHEMAS["tutor_events_set_aside"],
-                _set_aside_lineage("tutor_events", "event_id", "event_timestamp"),
-                "Response times that break the source contract, by the keys of their rows. One "
-                "row per broken value per reference date.",
-            ),
-        },
-        deps=list(NEEDED_COLUMNS),
-        internal_asset_deps={
-            asset: {dg.AssetKey(table) for table in tables} for asset, tables in _READ_FROM.items()
-        },
+        specs=[_spec(asset) for asset in _READ_FROM],
         can_subset=True,
         partitions_def=daily,
         backfill_policy=backfill_policy,
         pool=PLATFORM_POOL,
-        group_name="snapshots",
     )
     def platform_snapshot(
         context: dg.AssetExecutionContext,
@@ -128,8 +84,8 @@ def platform_snapshot_assets(
         compute: dg.ResourceParam[Compute],
         run_options: RunOptions,
         metrics_policy: MetricsPolicy,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
-    ) -> Iterator[dg.Output[PartitionsByDate]]:
+        partition_store: dg.ResourceParam[PartitionStore],
+    ) -> Iterator[dg.MaterializeResult[None]]:
         """Read the platform at one instant for all reference dates of the run; slice by date."""
         days = reference_dates(context)
         selected = [
@@ -137,7 +93,7 @@ def platform_snapshot_assets(
         ]
         first, last = horizon(list(days.values()), window_days=window_days)
         paths = {
-            asset: {day: io_manager.path(dg.AssetKey(asset), key) for key, day in days.items()}
+            asset: {day: partition_store.path(asset, key) for key, day in days.items()}
             for asset in selected
         }
 
@@ -181,7 +137,7 @@ def platform_snapshot_assets(
             report.stored["tutors_left_out"] = {
                 day: [store_parts(path, left_out.lazy(), shards=shards)]
                 for day, path in paths.get("tutors_left_out", {}).items()
-                for left_out in [_left_out(io_manager, tutors, roster, day.isoformat())]
+                for left_out in [_left_out(partition_store, tutors, roster, day.isoformat())]
             }
             return view, shards, report
 
@@ -189,7 +145,7 @@ def platform_snapshot_assets(
         _log(context, report)
         for asset in selected:
             for key, day in days.items():
-                _add_metadata(context, asset, key, view, report, day, io_manager)
+                _add_metadata(context, asset, key, view, report, day, partition_store)
             partitions = {
                 key: partition_of(
                     paths[asset][day],
@@ -200,7 +156,8 @@ def platform_snapshot_assets(
                 )
                 for key, day in days.items()
             }
-            yield dg.Output(partitions, asset)
+            keep_partitions(context, partition_store, asset, partitions)
+            yield dg.MaterializeResult(asset_key=asset)
 
     return platform_snapshot
 
@@ -276,24 +233,27 @@ def _roster(
 
 
 def _left_out(
-    storage: PartitionedParquetIOManager, tutors: pl.DataFrame, roster: pl.DataFrame, key: str
+    store: PartitionStore, tutors: pl.DataFrame, roster: pl.DataFrame, key: str
 ) -> pl.DataFrame:
     """The platform's tutors who are not in a date's roster once it holds that of the run."""
     computed = roster["tutor_id"]
-    if storage.run_options.tutor_ids:
+    if store.tutor_ids:
         with suppress(FileNotFoundError):
-            stored = storage.whole_partition(dg.AssetKey("tutor_roster"), key).rows().scan()
+            stored = store.whole_partition("tutor_roster", key).rows().scan()
             computed = pl.concat([computed, stored.select("tutor_id").collect().to_series()])
     return choose_others(tutors, computed)
 
 
-def _out(schema: type[dy.Schema], lineage: Lineage, description: str) -> dg.AssetOut:
-    return dg.AssetOut(
-        is_required=False,
-        description=description,
+def _spec(asset: str) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        asset,
+        deps=_READ_FROM[asset],
+        skippable=True,
+        description=_DESCRIPTIONS[asset],
+        group_name="snapshots",
         owners=OWNERS,
         kinds={"polars", "parquet"},
-        metadata=frame_metadata(schema, lineage),
+        metadata=frame_metadata(_SCHEMAS[asset], _LINEAGE[asset]),
     )
 
 
@@ -313,7 +273,7 @@ def _add_metadata(
     view: View,
     report: SnapshotReport,
     day: date,
-    storage: PartitionedParquetIOManager,
+    store: PartitionStore,
 ) -> None:
     table = _READ_FROM[asset][0]
     context.add_asset_metadata(
@@ -330,9 +290,9 @@ def _add_metadata(
         return
     reasons = report.reasons[table][day]
     metadata: dict[str, Any] = {"clean_seconds": round(report.clean_seconds[table], 3)}
-    if storage.run_options.tutor_ids:
+    if store.tutor_ids:
         metadata[SET_ASIDE_BY_RUN_METADATA] = _reasons_table(reasons)
-        others = storage.rows_of_others(dg.AssetKey(f"{table}_set_aside"), key)
+        others = store.rows_of_others(f"{table}_set_aside", key)
         if others is not None:
             reasons = sum_of_reasons([reasons, count_reasons(others.collect())])
     metadata |= {
@@ -358,6 +318,34 @@ _SCHEMAS: dict[str, type[dy.Schema]] = {
     "sessions_set_aside": SetAside,
     "tutor_events_snapshot": TutorEventsSnapshot,
     "tutor_events_set_aside": SetAside,
+}
+_DESCRIPTIONS = {
+    "tutor_roster": (
+        "The tutors that a reference date is computed for: active ones unless the run says "
+        "all. One row per tutor per reference date, as known when it ran."
+    ),
+    "tutors_left_out": (
+        "The platform's other tutors, who are not computed: inactive ones, and active ones "
+        "while only runs of some tutors have computed the date. One row per tutor per "
+        "reference date, as known when it ran."
+    ),
+    "sessions_snapshot": (
+        "Sessions of the days before a reference date that the longest window spans, with "
+        "their rating; values that break the source contract are null. One row per "
+        "session per reference date, as known when it ran."
+    ),
+    "sessions_set_aside": (
+        "Values of sessions and feedback that break the source contract, by the keys of "
+        "their rows. One row per broken value per reference date."
+    ),
+    "tutor_events_snapshot": (
+        "Logins and message responses of the days before a reference date that the "
+        "longest window spans. One row per event per reference date, as known when it ran."
+    ),
+    "tutor_events_set_aside": (
+        "Response times that break the source contract, by the keys of their rows. One "
+        "row per broken value per reference date."
+    ),
 }
 # The first one is the table whose rows an asset has one row of each.
 _READ_FROM: dict[str, tuple[str, ...]] = {
@@ -404,6 +392,15 @@ def _set_aside_lineage(table: str, key: str, instant: str) -> dict[str, list[tup
         "date": [(table, instant)],
     }
 
+
+_LINEAGE: Mapping[str, Lineage] = {
+    "tutor_roster": _ROSTER_LINEAGE,
+    "tutors_left_out": _ROSTER_LINEAGE,
+    "sessions_snapshot": _SESSIONS_LINEAGE,
+    "sessions_set_aside": _set_aside_lineage("sessions", "session_id", "scheduled_start"),
+    "tutor_events_snapshot": _EVENTS_LINEAGE,
+    "tutor_events_set_aside": _set_aside_lineage("tutor_events", "event_id", "event_timestamp"),
+}
 
 SNAPSHOT_ASSETS = tuple(_READ_FROM)
 """The assets that are read from the platform."""

@@ -13,13 +13,16 @@ from tutormax_assets.compute.tasks.tiers import (
     sum_of_counts,
     tier_counts,
 )
-from tutormax_assets.defs.assets import OWNERS, frame_metadata
+from tutormax_assets.defs.assets import OWNERS, frame_metadata, keep_partitions
 from tutormax_assets.defs.assets.distribution import distribution_image
 from tutormax_assets.defs.assets.metrics import metrics_asset_name
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from tutormax_assets.metrics.schemas import TIERS, TutorTiers, WindowMetrics
+from tutormax_assets.storage.partition import Partition
+from tutormax_assets.storage.store import PartitionStore
+
+_ASSET = "tutor_tiers"
 
 
 def tutor_tiers_asset(
@@ -31,7 +34,7 @@ def tutor_tiers_asset(
     """Build the asset ``tutor_tiers``."""
 
     @dg.asset(
-        ins={metrics_asset_name(days): dg.AssetIn() for days in windows},
+        deps=[metrics_asset_name(days) for days in windows],
         partitions_def=daily,
         backfill_policy=backfill_policy,
         group_name="metrics",
@@ -43,28 +46,31 @@ def tutor_tiers_asset(
         context: dg.AssetExecutionContext,
         compute: dg.ResourceParam[Compute],
         metrics_policy: MetricsPolicy,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
-        **metrics_by_window: PartitionsByDate,
-    ) -> PartitionsByDate:
+        partition_store: dg.ResourceParam[PartitionStore],
+    ) -> None:
         """The metrics of all windows with their flags and the tier that follows.
 
         One row per tutor and window per reference date.
         """
-        tiers: PartitionsByDate = {}
+        metrics = [
+            partition_store.partitions(metrics_asset_name(days), context.partition_keys)
+            for days in windows
+        ]
+        tiers: dict[str, Partition] = {}
         for key in context.partition_keys:
             plan = plan_tiers(
                 key,
-                [metrics_by_window[metrics_asset_name(days)][key] for days in windows],
-                path=io_manager.path(context.asset_key, key),
+                [of_window[key] for of_window in metrics],
+                path=partition_store.path(_ASSET, key),
                 policy=metrics_policy.policy,
             )
             reports, errors = compute.gather(compute_tiers, plan.tasks, log=context.log)
             tiers[key] = collect_tiers(plan, reports, errors)
             counts = [report.counts for report in reports.values()]
-            if (others := io_manager.rows_of_others(context.asset_key, key)) is not None:
+            if (others := partition_store.rows_of_others(_ASSET, key)) is not None:
                 counts.append(tier_counts(others.collect()))
             context.add_asset_metadata(_metadata(sum_of_counts(counts)), partition_key=key)
-        return tiers
+        keep_partitions(context, partition_store, _ASSET, tiers)
 
     return tutor_tiers
 

@@ -15,10 +15,11 @@ import dagster as dg
 import polars as pl
 
 from tutormax_assets.database.tables import METRICS_TABLE
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, newest_dates
+from tutormax_assets.defs.resources import newest_dates
 from tutormax_assets.runs.private_dagster import TargetMaterialization
 from tutormax_assets.runs.tags import partition_keys
 from tutormax_assets.storage.files import StorageError
+from tutormax_assets.storage.store import PartitionStore
 
 # A longer outage changes so much that a comparison says little.
 _LOOK_BACK_DAYS = 7
@@ -159,17 +160,17 @@ def is_blocked_by(evaluation: dg.AssetCheckEvaluation) -> bool:
     return bool(not evaluation.passed and evaluation.blocking and evaluation.severity is ERROR)
 
 
-def partition(storage: PartitionedParquetIOManager, asset: str, partition_key: str) -> pl.LazyFrame:
+def partition(store: PartitionStore, asset: str, partition_key: str) -> pl.LazyFrame:
     """A partition of an asset with all of its tutors, whichever the run is filtered to.
 
     The status of a check is the date's. It is read here and not as an input of the check, of which
     Dagster records two events.
     """
-    return storage.whole_partition(dg.AssetKey(asset), partition_key).rows().scan()
+    return store.whole_partition(asset, partition_key).rows().scan()
 
 
 def rows_and_roster(
-    storage: PartitionedParquetIOManager, asset: str, partition_key: str
+    store: PartitionStore, asset: str, partition_key: str
 ) -> tuple[pl.DataFrame, pl.DataFrame, Finding | None]:
     """A partition with a row for each tutor, and the tutors who should have one.
 
@@ -178,8 +179,8 @@ def rows_and_roster(
         if there are any. That is a warning: the other tutors are computed and saved all the same,
         and the step that saves them fails.
     """
-    stored = storage.whole_partition(dg.AssetKey(asset), partition_key)
-    tutors = partition(storage, "tutor_roster", partition_key)
+    stored = store.whole_partition(asset, partition_key)
+    tutors = partition(store, "tutor_roster", partition_key)
     rows, tutors_and_shards = pl.collect_all(
         [stored.rows().scan(), tutors.with_columns(stored.shards.number().alias("shard"))]
     )
@@ -248,7 +249,7 @@ class Earlier(NamedTuple):
 
 def last_saved(
     context: dg.AssetCheckExecutionContext,
-    storage: PartitionedParquetIOManager,
+    store: PartitionStore,
     asset: str,
     partition_key: str,
 ) -> Earlier:
@@ -266,7 +267,7 @@ def last_saved(
             "the day before" if days == 1 else f"{before}, the last date before it that is saved"
         )
         with suppress(OSError, StorageError, pl.exceptions.PolarsError):
-            return Earlier(partition(storage, asset, before).collect(), since)
+            return Earlier(partition(store, asset, before).collect(), since)
         break
     return Earlier(None, "the day before")
 

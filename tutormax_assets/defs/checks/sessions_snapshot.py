@@ -28,12 +28,12 @@ from tutormax_assets.defs.checks.source import (
     shortest_window_is_whole,
     source_is_fresh,
 )
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.view import AnySource, where_to_look
+from tutormax_assets.storage.store import PartitionStore
 
 ASSET = "sessions_snapshot"
 
@@ -53,26 +53,26 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
         database: dg.ResourceParam[PlatformDatabase],
         run_options: RunOptions,
         metrics_policy: MetricsPolicy,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+        partition_store: dg.ResourceParam[PartitionStore],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         policy, retrying = metrics_policy.policy, run_options.retrying(context.log)
         found: dict[str, dict[str, Finding]] = {}
         for key in dates_to_check(context, ASSET):
             day = date.fromisoformat(key)
-            sessions = partition(io_manager, ASSET, key)
+            sessions = partition(partition_store, ASSET, key)
             by_day, by_tutor, set_aside = pl.collect_all(
                 [
                     sessions_by_day(sessions),
                     sessions.group_by("tutor_id").len("rows"),
-                    partition(io_manager, "sessions_set_aside", key),
+                    partition(partition_store, "sessions_set_aside", key),
                 ],
                 engine="streaming",
             )
-            tutors = tutors_when_read(io_manager, key)
+            tutors = tutors_when_read(partition_store, key)
             found[key] = findings_of_rows(
                 by_day, by_tutor, set_aside, tutors, reference_date=day, policy=policy
             )
-            if io_manager.active_tutors_left_out(key):
+            if partition_store.active_tutors_left_out(key):
                 found[key] |= dict.fromkeys(OF_THE_PLATFORM, NOT_OF_ALL)
                 continue
             newest = newest_date(
@@ -85,7 +85,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
             )
             found[key] |= findings_of_platform(
                 by_day,
-                rows_by_day(io_manager, "logins", key),
+                rows_by_day(partition_store, "logins", key),
                 newest=newest,
                 source=database.source,
                 reference_date=day,
@@ -374,11 +374,11 @@ def feedback_is_of_the_sessions_tutor(
     )
 
 
-def tutors_when_read(storage: PartitionedParquetIOManager, partition_key: str) -> pl.Series | None:
+def tutors_when_read(store: PartitionStore, partition_key: str) -> pl.Series | None:
     """All tutors of the platform at the instant at which its sessions were read, if known."""
     try:
         tutors = [
-            partition(storage, asset, partition_key).select("tutor_id")
+            partition(store, asset, partition_key).select("tutor_id")
             for asset in ("tutor_roster", "tutors_left_out")
         ]
     except FileNotFoundError:

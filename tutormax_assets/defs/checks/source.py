@@ -10,11 +10,11 @@ import tenacity
 
 from tutormax_assets.dates import midnight
 from tutormax_assets.defs.checks import ERROR, WARN, Finding, Metadata, first_keys, partition
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
 from tutormax_assets.metrics.policy import window_name
 from tutormax_assets.metrics.schemas import LOGIN
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.source import view
+from tutormax_assets.storage.store import PartitionStore
 
 NOT_OF_ALL = Finding(
     passed=True, problem="Not compared: only runs of some tutors have read this date so far."
@@ -255,7 +255,7 @@ def shortest_window_is_whole(
 
 
 def rows_by_day(
-    storage: PartitionedParquetIOManager,
+    store: PartitionStore,
     what: Literal["sessions", "logins"],
     partition_key: str,
 ) -> pl.DataFrame:
@@ -265,7 +265,7 @@ def rows_by_day(
         "logins": ("tutor_events_snapshot", "event_date"),
     }[what]
     try:
-        rows = partition(storage, asset, partition_key)
+        rows = partition(store, asset, partition_key)
     except FileNotFoundError:
         return pl.DataFrame(schema={"date": pl.Date, "rows": pl.Int64})
     if what == "logins":

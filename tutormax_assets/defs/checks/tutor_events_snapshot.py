@@ -18,11 +18,11 @@ from tutormax_assets.defs.checks.source import (
     shortest_window_is_whole,
     source_is_fresh,
 )
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.view import AnySource, where_to_look
+from tutormax_assets.storage.store import PartitionStore
 
 ASSET = "tutor_events_snapshot"
 
@@ -37,7 +37,7 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
         database: dg.ResourceParam[PlatformDatabase],
         run_options: RunOptions,
         metrics_policy: MetricsPolicy,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+        partition_store: dg.ResourceParam[PartitionStore],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         policy, limits = metrics_policy.policy, metrics_policy.policy.checks
         retrying = run_options.retrying(context.log)
@@ -46,8 +46,8 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
             day = date.fromisoformat(key)
             by_day, set_aside = pl.collect_all(
                 [
-                    events_by_day(partition(io_manager, ASSET, key)),
-                    partition(io_manager, "tutor_events_set_aside", key),
+                    events_by_day(partition(partition_store, ASSET, key)),
+                    partition(partition_store, "tutor_events_set_aside", key),
                 ],
                 engine="streaming",
             )
@@ -62,7 +62,7 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
                     min_rows=limits.set_aside_min_rows,
                 )
             }
-            if io_manager.active_tutors_left_out(key):
+            if partition_store.active_tutors_left_out(key):
                 found[key] |= dict.fromkeys(OF_THE_PLATFORM, NOT_OF_ALL)
                 continue
             newest = newest_date(
@@ -75,8 +75,8 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
             )
             found[key] |= findings_of_platform(
                 by_day,
-                rows_by_day(io_manager, "logins", key),
-                rows_by_day(io_manager, "sessions", key),
+                rows_by_day(partition_store, "logins", key),
+                rows_by_day(partition_store, "sessions", key),
                 newest=newest,
                 source=database.source,
                 reference_date=day,

@@ -24,11 +24,11 @@ from tutormax_assets.defs.checks import (
     report,
 )
 from tutormax_assets.defs.checks.tutor_tiers import every_tutor_has_all_windows
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.schema.old_rows import WINDOW_OF_A_POLICY
 from tutormax_assets.source import view
 from tutormax_assets.source.platform import PlatformDatabase
+from tutormax_assets.storage.store import PartitionStore
 
 _KEY = ["tutor_id", "window"]
 
@@ -57,7 +57,7 @@ def tutor_performance_metrics_checks(
         context: dg.AssetCheckExecutionContext,
         database: dg.ResourceParam[PlatformDatabase],
         run_options: RunOptions,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+        partition_store: dg.ResourceParam[PartitionStore],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         days = {key: date.fromisoformat(key) for key in dates_to_check(context, METRICS_TABLE)}
         retrying = run_options.retrying(context.log)
@@ -83,8 +83,8 @@ def tutor_performance_metrics_checks(
         for (key, day), rows, at_other_times in zip(days.items(), table, others, strict=True):
             computed, roster = pl.collect_all(
                 [
-                    partition(io_manager, "tutor_tiers", key),
-                    partition(io_manager, "tutor_roster", key),
+                    partition(partition_store, "tutor_tiers", key),
+                    partition(partition_store, "tutor_roster", key),
                 ]
             )
             # Rows of tutors who are not computed any more stay in the table.

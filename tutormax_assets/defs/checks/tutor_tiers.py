@@ -21,10 +21,10 @@ from tutormax_assets.defs.checks import (
     rows_and_roster,
     unless_failed,
 )
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.policy import window_name
 from tutormax_assets.metrics.schemas import TIERS
+from tutormax_assets.storage.store import PartitionStore
 
 ASSET = "tutor_tiers"
 
@@ -62,12 +62,12 @@ def tutor_tiers_checks(
         context: dg.AssetCheckExecutionContext,
         run_options: RunOptions,
         metrics_policy: MetricsPolicy,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+        partition_store: dg.ResourceParam[PartitionStore],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         limits = metrics_policy.policy.checks
         found = {}
         for key in dates_to_check(context, ASSET):
-            rows, roster, of_failed_shards = rows_and_roster(io_manager, ASSET, key)
+            rows, roster, of_failed_shards = rows_and_roster(partition_store, ASSET, key)
             of_windows = partial(
                 every_tutor_has_all_windows,
                 windows=windows,
@@ -75,13 +75,13 @@ def tutor_tiers_checks(
                 " for all tutors.",
             )
             shrinking = partial(counts_never_shrink, windows=windows)
-            earlier = last_saved(context, io_manager, ASSET, key)
+            earlier = last_saved(context, partition_store, ASSET, key)
             found[key] = {
                 "every_tutor_has_a_tier": unless_failed(
                     of_the_date(of_windows, rows, roster, tutor_ids=run_options.tutor_ids),
                     of_failed_shards
                     or active_tutors_are_computed(
-                        len(roster), io_manager.active_tutors_left_out(key), reference_date=key
+                        len(roster), partition_store.active_tutors_left_out(key), reference_date=key
                     ),
                 ),
                 "counts_never_shrink": of_the_date(

@@ -20,10 +20,10 @@ from tutormax_assets.defs.checks import (
     rows_and_roster,
     unless_failed,
 )
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.policy import window_name
 from tutormax_assets.metrics.schemas import WindowMetrics
+from tutormax_assets.storage.store import PartitionStore
 
 
 def window_metrics_checks(
@@ -59,13 +59,13 @@ def window_metrics_checks(
         context: dg.AssetCheckExecutionContext,
         run_options: RunOptions,
         metrics_policy: MetricsPolicy,
-        io_manager: dg.ResourceParam[PartitionedParquetIOManager],
+        partition_store: dg.ResourceParam[PartitionStore],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         limits = metrics_policy.policy.checks
         found = {}
         for key in dates_to_check(context, asset):
-            rows, roster, of_failed_shards = rows_and_roster(io_manager, asset, key)
-            earlier = last_saved(context, io_manager, asset, key)
+            rows, roster, of_failed_shards = rows_and_roster(partition_store, asset, key)
+            earlier = last_saved(context, partition_store, asset, key)
             found[key] = {
                 "values_in_range": values_in_range(rows, window=window_name(days)),
                 "one_row_per_tutor": unless_failed(

@@ -13,13 +13,12 @@ from polars.testing import assert_frame_equal
 from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks import windows
 from tutormax_assets.defs.assets.metrics import window_metrics_assets
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager
-from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
+from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.policy import Policy
-from tutormax_assets.runs.partitions import partition_path
 from tutormax_assets.settings import Settings
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.partition import delete_files, scan_partition
+from tutormax_assets.storage.store import PartitionStore, partition_path
 from tutormax_assets_tests.conftest import Platform, store
 from tutormax_assets_tests.metrics.rows import events, roster, sessions
 
@@ -44,7 +43,7 @@ def base_path(platform: Platform, tmp_path: Path) -> str:
             "tutor_events_snapshot": events({"event_date": day - timedelta(days=30)}),
         }
         for asset, rows in frames.items():
-            path = partition_path(base_path, dg.AssetKey(asset), day.isoformat())
+            path = partition_path(base_path, asset, day.isoformat())
             store(path, rows.collect())
     return base_path
 
@@ -63,7 +62,7 @@ def materialize(
         resources={
             "compute": Compute(Settings(), PlatformDatabase(Settings())),
             "metrics_policy": MetricsPolicy(base=Policy()),
-            "io_manager": PartitionedParquetIOManager(base_path, run_options=RunOptions()),
+            "partition_store": PartitionStore(base_path),
         },
         tags={
             "dagster/asset_partition_range_start": days[0].isoformat(),
@@ -81,8 +80,8 @@ def materialize(
 
 
 def stored(base_path: str, window: int, day: date) -> pl.DataFrame:
-    asset = dg.AssetKey(f"metrics_{window}day")
-    return scan_partition(partition_path(base_path, asset, day.isoformat())).collect()
+    path = partition_path(base_path, f"metrics_{window}day", day.isoformat())
+    return scan_partition(path).collect()
 
 
 def test_each_date_is_computed_from_its_own_partitions(base_path: str) -> None:
@@ -100,7 +99,7 @@ def test_each_date_is_computed_from_its_own_partitions(base_path: str) -> None:
 def test_only_selected_windows_are_computed_and_come_out_the_same(base_path: str) -> None:
     materialize(base_path, DAYS)
     together = stored(base_path, 30, DAYS[1])
-    path = partition_path(base_path, dg.AssetKey("metrics_30day"), DAYS[1].isoformat())
+    path = partition_path(base_path, "metrics_30day", DAYS[1].isoformat())
     delete_files(path)
 
     found = materialize(base_path, [DAYS[1]], windows=[30])
@@ -129,3 +128,19 @@ def test_the_computing_of_a_date_is_counted_once(base_path: str) -> None:
     assert len(found) == 2 * len(DAYS)
     for (asset, _), metadata in found.items():
         assert ("all_windows_compute_seconds" in metadata) == (asset == "metrics_30day")
+
+
+def test_a_materialization_says_what_its_partition_holds(base_path: str) -> None:
+    found = materialize(base_path, DAYS, windows=[7])
+
+    for day in DAYS:
+        path = partition_path(base_path, "metrics_7day", day.isoformat())
+        metadata = found["metrics_7day", day.isoformat()]
+        timeless = {name: metadata[name] for name in metadata if not name.endswith("_seconds")}
+        assert timeless == {
+            "path": str(path),
+            "shards": 1,
+            "size_bytes": sum(part.stat().st_size for part in path.iterdir()),
+            "dagster/partition_row_count": 2,
+        }
+        assert metadata["write_seconds"] > 0

@@ -25,10 +25,10 @@ from tutormax_assets.dates import midnight, today
 from tutormax_assets.defs.automation.retention import JOB_NAME, retention_job, retention_sensor
 from tutormax_assets.defs.resources import platform_database_resource
 from tutormax_assets.runs.instance import dagster_instance
-from tutormax_assets.runs.partitions import partition_path
 from tutormax_assets.runs.retention import CleanupReport, Retention, clean_up
 from tutormax_assets.settings import load_settings
 from tutormax_assets.storage.files import StorageError, read_parquet
+from tutormax_assets.storage.store import partition_path
 from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform, captured_log, store
 
 ASSETS = [dg.AssetKey("sessions_snapshot"), dg.AssetKey("tutor_tiers")]
@@ -61,7 +61,9 @@ def add_metrics(platform: Platform, *days: date) -> pl.DataFrame:
 def add_partitions(platform: Platform, *days: date) -> None:
     for asset_key in ASSETS:
         for day in days:
-            path = partition_path(platform.settings.storage_path, asset_key, str(day))
+            path = partition_path(
+                platform.settings.storage_path, asset_key.to_user_string(), str(day)
+            )
             store(path, pl.DataFrame({"tutor_id": ["t1"]}))
 
 

@@ -3,21 +3,17 @@
 import errno
 import grp
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import dagster as dg
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 from upath import UPath
 
-from tutormax_assets.defs.io_manager import PartitionedParquetIOManager, PartitionsByDate
-from tutormax_assets.defs.resources import RunOptions
-from tutormax_assets.runs.partitions import partition_path
 from tutormax_assets.storage.files import (
     StorageError,
     StoredFile,
@@ -34,10 +30,10 @@ from tutormax_assets.storage.partition import (
     store_parts,
 )
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
-from tutormax_assets_tests.conftest import Platform, store
+from tutormax_assets.storage.store import PartitionStore, partition_path
+from tutormax_assets_tests.conftest import store
 
-KEY = dg.AssetKey("scores")
-DAYS = dg.DailyPartitionsDefinition("2025-11-01")
+KEY = "scores"
 
 
 def frame(scores: Mapping[str, int]) -> pl.DataFrame:
@@ -58,8 +54,8 @@ def base_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("shards", [ALL_IN_ONE, Shards(("b", "x"))])
 def test_a_partition_comes_back_as_it_was_stored(base_path: str, shards: Shards) -> None:
-    path = partition_path(base_path, dg.AssetKey(["folder", "scores"]), "2025-11-07")
-    assert path.parts[-3:] == ("folder", "scores", "2025-11-07.parquet")
+    path = partition_path(base_path, KEY, "2025-11-07")
+    assert path.parts[-2:] == (KEY, "2025-11-07.parquet")
     for rows in (frame({"a": 1, "b": 2, "é": 3}), frame({"c": 3}), frame({"a": 1}).clear()):
         store(path, rows, shards=shards)
 
@@ -90,31 +86,26 @@ def test_what_is_not_listed_is_not_read(base_path: str) -> None:
     assert [entry.name for entry in path.iterdir()] == [twice[1].parts[0].name]
 
 
-def test_a_shard_without_rows_says_why(base_path: str, platform: Platform) -> None:
+def test_a_shard_without_rows_says_why(base_path: str) -> None:
     day, shards, failed = "2025-11-07", Shards(("b", "c")), {1: "no memory"}
 
-    result, read = materialize(
-        base_path, {day: {"a": 1, "b": 2, "c": 3}}, shards=shards, failed=failed
-    )
+    read = compute(base_path, {day: {"a": 1, "b": 2, "c": 3}}, shards=shards, failed=failed)
 
     assert read == {day: frame({"a": 1, "c": 3}).to_dicts()}
-    path = partition_path(base_path, dg.AssetKey("scores_asset"), day)
+    path = partition_path(base_path, KEY, day)
     partition = open_partition(path)
     assert partition.failed == failed
     assert partition.rows(1).scan().collect().is_empty()
     assert division([partition]) == (shards, [0, 2], failed)
-    [event, *_] = result.get_asset_materialization_events()
-    metadata = event.step_materialization_data.materialization.metadata
-    assert metadata["failed_shards"].value == {"1": "no memory"}
 
     # Rows of some tutors are there, and the others of their shard are still not.
-    materialize(base_path, {day: {"b": 4}}, tutor_ids=["b"])
+    compute(base_path, {day: {"b": 4}}, tutor_ids=["b"])
     assert stored(base_path, day) == frame({"a": 1, "b": 4, "c": 3}).to_dicts()
     assert open_partition(path).failed == failed
     assert division([open_partition(path, tutor_ids=("b",))]) == (ALL_IN_ONE, [None], {})
 
     other = replace(partition, shards=Shards(("x", "y")), failed={})
-    with pytest.raises(StorageError, match=r"scores_asset.*failed.* divided in another way"):
+    with pytest.raises(StorageError, match=r"scores.*failed.* divided in another way"):
         division([other, partition])
 
 
@@ -178,98 +169,76 @@ def test_a_write_that_fails_leaves_the_old_partition_and_nothing_else(
     assert sorted(path.parent.rglob("*")) == before
 
 
-def materialize(
+def compute(
     base_path: str,
     scores: Mapping[str, Mapping[str, int]],
     *,
-    tutor_ids: list[str] | None = None,
+    tutor_ids: Sequence[str] = (),
     shards: Shards = ALL_IN_ONE,
     failed: Mapping[int, str] | None = None,
-) -> tuple[dg.ExecuteInProcessResult, dict[str, list[dict[str, Any]]]]:
-    """Store the scores by day as an asset, and say what one that depends on it reads."""
-    read: dict[str, list[dict[str, Any]]] = {}
-
-    @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
-    def scores_asset() -> PartitionsByDate:
-        paths = {day: partition_path(base_path, dg.AssetKey("scores_asset"), day) for day in scores}
-        return {
-            day: partition_of(path, shards, parts, failed=failed, no_rows=rows.clear())
-            for day, path in paths.items()
-            for rows in [frame(scores[day])]
-            for parts in [
-                [
-                    store_parts(path, rows.filter(shards.number() == number).lazy(), first=number)
-                    for number in range(len(shards))
-                    if number not in (failed or {})
-                ]
-            ]
-        }
-
-    @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
-    def reader(scores_asset: PartitionsByDate) -> dg.MaterializeResult:  # type: ignore[type-arg]
-        read.update(
-            {
-                day: partition.rows().scan().sort("tutor_id").collect().to_dicts()
-                for day, partition in scores_asset.items()
-            }
-        )
-        return dg.MaterializeResult()
-
-    days = sorted(scores)
-    options = RunOptions(tutor_ids=tutor_ids or None)
-    result = dg.materialize(
-        [scores_asset, reader],
-        resources={"io_manager": PartitionedParquetIOManager(base_path, run_options=options)},
-        tags={
-            "dagster/asset_partition_range_start": days[0],
-            "dagster/asset_partition_range_end": days[-1],
-        },
-    )
-    return result, read
+) -> dict[str, list[dict[str, Any]]]:
+    """Keep the scores by day, as a run of some tutors does, and read what it reads of them."""
+    store = PartitionStore(base_path, tutor_ids=tutor_ids)
+    partitions = {}
+    for day, of_day in scores.items():
+        rows, path = frame(of_day), store.path(KEY, day)
+        parts = [
+            store_parts(path, rows.filter(shards.number() == number).lazy(), first=number)
+            for number in range(len(shards))
+            if number not in (failed or {})
+        ]
+        partitions[day] = partition_of(path, shards, parts, failed=failed, no_rows=rows.clear())
+    store.keep(partitions)
+    return {
+        day: partition.rows().scan().sort("tutor_id").collect().to_dicts()
+        for day, partition in store.partitions(KEY, scores).items()
+    }
 
 
 def stored(base_path: str, day: str) -> list[dict[str, Any]]:
-    path = partition_path(base_path, dg.AssetKey("scores_asset"), day)
+    path = partition_path(base_path, KEY, day)
     return scan_partition(path).sort("tutor_id").collect().to_dicts()
 
 
-def test_a_run_stores_and_reads_each_day(base_path: str, platform: Platform) -> None:
+def test_a_run_stores_and_reads_each_day(base_path: str) -> None:
     one, two = {"a": 1, "b": 2}, {"a": 3}
 
-    result, read = materialize(base_path, {"2025-11-06": one, "2025-11-07": two})
-
-    assert read == {
+    assert compute(base_path, {"2025-11-06": one, "2025-11-07": two}) == {
         "2025-11-06": frame(one).to_dicts(),
         "2025-11-07": frame(two).to_dicts(),
     }
-    materializations = {
-        str(event.partition): event.step_materialization_data.materialization.metadata
-        for event in result.get_asset_materialization_events()
-        if event.asset_key == dg.AssetKey("scores_asset")
-    }
-    for day, rows in {"2025-11-06": one, "2025-11-07": two}.items():
-        path = partition_path(base_path, dg.AssetKey("scores_asset"), day)
-        metadata = {name: value.value for name, value in materializations[day].items()}
-        assert "write_seconds" in metadata
-        timeless = {name: metadata[name] for name in metadata if not name.endswith("_seconds")}
-        assert timeless == {
-            "path": str(path),
-            "shards": 1,
-            "size_bytes": sum(part.stat().st_size for part in path.iterdir()),
-            "dagster/partition_row_count": len(rows),
-        }
+
+
+def test_a_partition_that_another_run_wrote_meanwhile_stays(base_path: str) -> None:
+    lost = False
+    store = PartitionStore(base_path, renew_locks=lambda: lost)
+    path = store.path(KEY, "2025-11-07")
+
+    def keep(score: int) -> None:
+        parts = [store_parts(path, frame({"a": score}).lazy())]
+        store.keep({"2025-11-07": partition_of(path, ALL_IN_ONE, parts)})
+
+    keep(1)
+    lost = True
+    keep(2)
+    compute(base_path, {"2025-11-07": {"a": 3}})
+
+    for use in (lambda: keep(4), lambda: store.partitions(KEY, ["2025-11-07"])):
+        with pytest.raises(StorageError, match="was written by another run"):
+            use()
+    assert stored(base_path, "2025-11-07") == frame({"a": 3}).to_dicts()
 
 
 @pytest.mark.parametrize("shards", [ALL_IN_ONE, Shards(("c",)), Shards(("b", "c", "d", "e"))])
 def test_a_filtered_run_replaces_only_the_rows_of_its_tutors(
-    base_path: str, platform: Platform, shards: Shards
+    base_path: str, shards: Shards
 ) -> None:
     day = "2025-11-07"
-    materialize(base_path, {day: {"b": 1, "c": 1, "d": 1}}, shards=shards)
-    path = partition_path(base_path, dg.AssetKey("scores_asset"), day)
+    compute(base_path, {day: {"b": 1, "c": 1, "d": 1}}, shards=shards)
+    path = partition_path(base_path, KEY, day)
     before = open_partition(path)
 
-    _, read = materialize(base_path, {day: {"a": 2, "c": 2}}, tutor_ids=["a", "c", "d"])
+    read = compute(base_path, {day: {"a": 2, "c": 2}}, tutor_ids=["a", "c", "d"])
 
     assert stored(base_path, day) == frame({"a": 2, "b": 1, "c": 2}).to_dicts()
     assert read == {day: frame({"a": 2, "c": 2}).to_dicts()}
@@ -280,8 +249,8 @@ def test_a_filtered_run_replaces_only_the_rows_of_its_tutors(
     assert {entry.name for entry in path.iterdir()} == {part.name for part in after.parts}
 
 
-def test_a_filtered_run_may_be_the_first_of_a_day(base_path: str, platform: Platform) -> None:
-    materialize(base_path, {"2025-11-07": {"a": 1}}, tutor_ids=["a"])
+def test_a_filtered_run_may_be_the_first_of_a_day(base_path: str) -> None:
+    compute(base_path, {"2025-11-07": {"a": 1}}, tutor_ids=["a"])
 
     assert stored(base_path, "2025-11-07") == frame({"a": 1}).to_dicts()
 
