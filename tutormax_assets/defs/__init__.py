@@ -1,1 +1,1 @@
-"""What Dagster sees: assets, checks, automation, resources, the IO manager."""
+"""What Dagster sees: assets, checks, automation and resources."""

@@ -1,7 +1,7 @@
 """Writing a shard to the table that dashboards, managers and churn models read."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from itertools import islice
@@ -191,6 +191,15 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
 def summary_of_skipped(tutors: pl.LazyFrame, reason: str) -> WritingSummary:
     """The summary of tutors that were not tried, all for one reason."""
     return _summary(tutors.select("tutor_id").collect(), [], reason=reason)
+
+
+def skip_unwritten(plan: WritingPlan, reports: Container[str], reason: str) -> list[WritingSummary]:
+    """The summaries of the shards of a plan that have no report, all for one reason."""
+    return [
+        summary_of_skipped(task.tiers.scan(), reason)
+        for name, task in plan.tasks.items()
+        if name not in reports
+    ]
 
 
 def sum_of_summaries(summaries: Iterable[WritingSummary]) -> WritingSummary:

@@ -1,7 +1,8 @@
 """Reading the platform: what is good and what is set aside, sliced by reference date."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
@@ -11,26 +12,26 @@ import polars as pl
 import tenacity
 from upath import UPath
 
+from tutormax_assets.compute import KilledShardError, ShardsError
 from tutormax_assets.compute.context import TaskContext
-from tutormax_assets.database.faults import may_pass, retrying
+from tutormax_assets.compute.shard_map import Compute
+from tutormax_assets.database.faults import may_pass, reason, retrying
 from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.source.postgres import SnapshotGoneError
 from tutormax_assets.source.streams import Table
 from tutormax_assets.source.view import SharedView, View, open_shared_view
-from tutormax_assets.storage.partition import StoredParts, store_parts
+from tutormax_assets.storage.partition import Partition, StoredParts, partition_of, store_parts
 from tutormax_assets.storage.shards import Shards, TutorRange
 from tutormax_assets.storage.spool import spool_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotPlan:
+class SnapshotRequest:
     """What is to be read and stored for the reference dates of a run.
 
     Attributes:
-        view: The platform at the instant of the run, shared where another process computes.
-        shards: How tutors are divided.
         paths: The partitions to store, by asset and reference date.
         start: First instant.
         end: First instant after the last one.
@@ -41,8 +42,6 @@ class SnapshotPlan:
         retry_delay_seconds: Seconds before the first retry.
     """
 
-    view: View | SharedView
-    shards: Shards
     paths: Mapping[str, Mapping[date, UPath]]
     start: datetime
     end: datetime
@@ -51,6 +50,21 @@ class SnapshotPlan:
     policy: Policy
     max_retries: int
     retry_delay_seconds: float
+
+
+@dataclass(frozen=True)
+class SnapshotPlan:
+    """A request that is to be read shard by shard.
+
+    Attributes:
+        request: What is to be read and stored.
+        view: The platform at the instant of the run, shared where another process computes.
+        shards: How tutors are divided.
+    """
+
+    request: SnapshotRequest
+    view: View | SharedView
+    shards: Shards
 
     def task(self, numbers: Sequence[int]) -> "SnapshotTask":
         """The task of neighbouring shards.
@@ -119,11 +133,11 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
         SourceError: The platform cannot be read.
         StorageError: The storage cannot be written.
     """
-    plan = task.plan
+    plan, request = task.plan, task.plan.request
     tables: list[Table] = [
         table
         for table in DATE_COLUMNS
-        if {snapshot_asset(table), set_aside_asset(table)} & plan.paths.keys()
+        if {snapshot_asset(table), set_aside_asset(table)} & request.paths.keys()
     ]
     report = SnapshotReport()
     view = (
@@ -133,16 +147,16 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
     )
     with spool_folder(context.home_path) as folder:
         attempt = retrying(
-            max_retries=plan.max_retries if view.is_received else 0,
-            retry_delay_seconds=plan.retry_delay_seconds,
+            max_retries=request.max_retries if view.is_received else 0,
+            retry_delay_seconds=request.retry_delay_seconds,
             log=context.log,
         ).copy(retry=tenacity.retry_if_exception(_may_pass_here))
         rows = attempt(
             view.rows,
             folder / "source",
             tables=tables,
-            start=plan.start,
-            end=plan.end,
+            start=request.start,
+            end=request.end,
             tutor_range=task.tutor_range,
         )
         report.count |= rows.count
@@ -152,14 +166,14 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
                 rows.sessions,
                 partial(
                     quality.good_sessions,
-                    policy=plan.policy,
-                    timezone=plan.timezone,
+                    policy=request.policy,
+                    timezone=request.timezone,
                     ids_are_unique=view.ids_are_unique,
                 ),
             ),
             "tutor_events": (
                 rows.events,
-                partial(quality.good_events, timezone=plan.timezone),
+                partial(quality.good_events, timezone=request.timezone),
             ),
         }
         for table in tables:
@@ -171,16 +185,94 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
                 (snapshot_asset(table), good, DATE_COLUMNS[table]),
                 (set_aside_asset(table), set_aside.lazy(), "date"),
             ):
-                paths = plan.paths.get(asset, {})
+                paths = request.paths.get(asset, {})
                 report.stored[asset] = {
                     day: [parts] for day, parts in _stored(task, frame, column, paths)
                 }
-            for day in {*plan.paths.get(snapshot_asset(table), {})}:
+            for day in {*request.paths.get(snapshot_asset(table), {})}:
                 of_day = set_aside.filter(
-                    within_window("date", reference_date=day, days=plan.window_days)
+                    within_window("date", reference_date=day, days=request.window_days)
                 )
                 report.reasons[table][day] = count_reasons(of_day)
     return report
+
+
+def read_groups(
+    compute: Compute,
+    groups: list[Sequence[int]],
+    plan: SnapshotPlan,
+    *,
+    log: logging.Logger,
+) -> SnapshotReport:
+    """Read groups of shards; those of one that fails are read one by one, to keep the others.
+
+    Args:
+        compute: Where they are read.
+        groups: The numbers of neighbouring shards.
+        plan: What is to be read of them.
+        log: Where failures are told.
+
+    Raises:
+        ShardsError: No group could be read.
+        Exception: What may pass when all is read again, as ``may_pass`` says.
+        KilledShardError: The only shard could not be read.
+    """
+    reports: list[SnapshotReport] = []
+    failed: dict[int, str] = {}
+    while groups:
+        named = {f"shards {numbers[0]} to {numbers[-1]}": numbers for numbers in groups}
+        tasks = {name: plan.task(numbers) for name, numbers in named.items()}
+        try:
+            for _, report in compute.map(read_snapshots, tasks, log=log):
+                reports.append(report)
+        except KilledShardError as error:
+            [(only, numbers)] = named.items()
+            if len(numbers) == 1:
+                raise
+            errors: Mapping[str, BaseException] = {only: error}
+        except ShardsError as error:
+            errors = error.errors
+            if not reports and not any(map(may_pass, errors.values())):
+                raise
+        else:
+            break
+        for failure in filter(may_pass, errors.values()):
+            raise failure
+        groups = []
+        for name, failure in errors.items():
+            if len(named[name]) > 1:
+                groups += [[number] for number in named[name]]
+            else:
+                failed[named[name][0]] = reason(failure)
+    return replace(sum_of_reports(reports), failed=failed)
+
+
+def collect_snapshots(
+    request: SnapshotRequest,
+    asset: str,
+    report: SnapshotReport,
+    shards: Shards,
+    *,
+    no_rows: pl.DataFrame,
+) -> dict[str, Partition]:
+    """The partitions of an asset by reference date in ISO form.
+
+    Args:
+        request: What was to be stored.
+        asset: The asset.
+        report: What was stored of it, and which shards could not be read.
+        shards: How tutors are divided.
+        no_rows: What is stored of those that could not be read.
+
+    Raises:
+        StorageError: The storage cannot be written.
+    """
+    return {
+        day.isoformat(): partition_of(
+            path, shards, report.stored[asset][day], failed=report.failed, no_rows=no_rows
+        )
+        for day, path in request.paths[asset].items()
+    }
 
 
 def _may_pass_here(error: BaseException) -> bool:
@@ -198,7 +290,9 @@ def _stored(
     task: SnapshotTask, rows: pl.LazyFrame, column: str, paths: Mapping[date, UPath]
 ) -> Iterator[tuple[date, StoredParts]]:
     for day, path in paths.items():
-        of_day = rows.filter(within_window(column, reference_date=day, days=task.plan.window_days))
+        of_day = rows.filter(
+            within_window(column, reference_date=day, days=task.plan.request.window_days)
+        )
         yield day, store_parts(path, of_day, shards=task.shards, first=task.first_shard)
 
 

@@ -1,6 +1,8 @@
 """The PostgreSQL table that dashboards, managers and churn models read."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
@@ -8,9 +10,11 @@ import dagster as dg
 from tutormax_assets.compute import DaskError, EarlierStepError, KilledShardError, ShardsError
 from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.metrics_table import (
+    WritingPlan,
     WritingReport,
     WritingSummary,
     plan_writing,
+    skip_unwritten,
     sum_of_summaries,
     summary_of_skipped,
     write_table,
@@ -68,71 +72,37 @@ def tutor_performance_metrics_asset(
         stay as they are. A run of some tutors does not materialize a date that no run of all
         tutors has: it counts as missing until one does.
         """
-        tiers = partition_store.partitions(_TIERS, context.partition_keys)
-        written: dict[str, Mapping[str, Any]] = {}
-        broken_off: dict[str, Mapping[str, Any]] = {}
-        partial: dict[str, Mapping[str, Any]] = {}
-        failed: dict[str, BaseException] = {}
-        shards = 0
-        retrying = run_options.retrying(context.log)
+        saved = _Saved(context.asset_key)
+        partitions = partition_store.partitions(_TIERS, context.partition_keys)
         for key, day in reference_dates(context).items():
             plan = plan_writing(
                 key,
-                tiers[key],
+                partitions[key],
                 timezone=daily.timezone,
                 batch_size=run_options.batch_size,
                 max_retries=run_options.max_retries,
                 retry_delay_seconds=run_options.retry_delay_seconds,
                 holder=date_locks.holder if compute.is_elsewhere else None,
             )
-            divided = plan.division
-            not_computed = _not_computed(partition_store, key, divided)
-            reports: dict[str, WritingReport] = {}
-            try:
-                for name, report in compute.map(write_table, plan.tasks, log=context.log):
-                    reports[name] = report
-                    if report.failure is not None:
-                        raise report.failure
-            except (MetricsTableError, ShardsError, DaskError, KilledShardError) as error:
-                not_written = [
-                    summary_of_skipped(task.tiers.scan(), str(error))
-                    for name, task in plan.tasks.items()
-                    if name not in reports
-                ]
-                broken_off[key] = _metadata(reports.values(), [*not_computed, *not_written])
-                yield from _without_output(context.asset_key, written, broken_off, partial)
-                raise
-            metadata = _metadata(reports.values(), not_computed)
+            reports, error = _write(compute, plan, log=context.log)
+            not_written = _not_computed(partition_store, key, plan.division)
+            if error is not None:
+                not_written += skip_unwritten(plan, reports, str(error))
+                saved.broken_off[key] = _metadata(reports, not_written)
+                yield from saved.without_output()
+                raise error
+            metadata = _metadata(reports, not_written)
             if run_options.tutor_ids:
                 metadata |= _of_the_date(
-                    retrying(count_rows, database.engine, midnight(day, timezone=daily.timezone)),
+                    run_options.retrying(context.log)(
+                        count_rows, database.engine, midnight(day, timezone=daily.timezone)
+                    ),
                     tutors=metadata["successful"],
                     of=metadata["total_tutors"] + partition_store.active_tutors_of_others(key),
                 )
-            shards += len(divided.shards)
-            if divided.failed:
-                broken_off[key] = metadata
-                failed |= {
-                    shard_name(key, number): EarlierStepError(why)
-                    for number, why in divided.failed.items()
-                }
-            elif run_options.tutor_ids and not _is_materialized(context, key):
-                partial[key] = metadata
-            else:
-                context.add_asset_metadata(metadata, partition_key=key)
-                written[key] = metadata
-        if failed or partial:
-            yield from _without_output(context.asset_key, written, broken_off, partial)
-        if failed:
-            raise ShardsError(failed, of=shards)
-        if not partial:
-            yield dg.MaterializeResult()
-        elif not_saved := [key for key, metadata in partial.items() if metadata["failed"]]:
-            # Elsewhere the checks of the table find it; without an output they do not run.
-            raise dg.Failure(
-                f"Some tutors of {', '.join(not_saved)} could not be saved. The summary says why.",
-                allow_retries=False,
-            )
+            is_partial = bool(run_options.tutor_ids) and not _is_materialized(context, key)
+            saved.add(key, plan.division, metadata, is_partial=is_partial)
+        yield from saved.events(context)
 
     return tutor_performance_metrics
 
@@ -154,17 +124,105 @@ def _column_metadata() -> Mapping[str, Any]:
     return {"dagster/column_schema": dg.TableSchema(columns), **lineage_metadata(lineage)}
 
 
+@dataclass
+class _Saved:
+    """What a run has saved, by reference date.
+
+    Attributes:
+        asset_key: The table's.
+        written: Metadata of dates that are saved.
+        broken_off: Of dates that shards are missing of.
+        partial: Of dates that only runs of some tutors have computed.
+        failed: Why shards are missing, by name.
+        shards: How many shards all dates have.
+    """
+
+    asset_key: dg.AssetKey
+    written: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    broken_off: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    partial: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    failed: dict[str, BaseException] = field(default_factory=dict)
+    shards: int = 0
+
+    def add(
+        self, key: str, divided: Division, metadata: Mapping[str, Any], *, is_partial: bool
+    ) -> None:
+        """Add a date that was written to its end."""
+        self.shards += len(divided.shards)
+        if divided.failed:
+            self.broken_off[key] = metadata
+            self.failed |= {
+                shard_name(key, number): EarlierStepError(why)
+                for number, why in divided.failed.items()
+            }
+        elif is_partial:
+            self.partial[key] = metadata
+        else:
+            self.written[key] = metadata
+
+    def events(
+        self, context: dg.AssetExecutionContext
+    ) -> Iterator[dg.MaterializeResult[None] | dg.AssetMaterialization | dg.AssetObservation]:
+        """What the step says of all dates.
+
+        Raises:
+            ShardsError: An earlier step could not compute some shards; the others are saved.
+            dagster.Failure: Some tutors of a run of some tutors could not be saved.
+        """
+        if not self.failed and not self.partial:
+            for key, metadata in self.written.items():
+                context.add_asset_metadata(metadata, partition_key=key)
+            yield dg.MaterializeResult()
+            return
+        yield from self.without_output()
+        if self.failed:
+            raise ShardsError(self.failed, of=self.shards)
+        if not_saved := [key for key, metadata in self.partial.items() if metadata["failed"]]:
+            # Elsewhere the checks of the table find it; without an output they do not run.
+            raise dg.Failure(
+                f"Some tutors of {', '.join(not_saved)} could not be saved. The summary says why.",
+                allow_retries=False,
+            )
+
+    def without_output(self) -> Iterator[dg.AssetMaterialization | dg.AssetObservation]:
+        """What a step without an output has saved: the output would have said so.
+
+        A date that was broken off is not materialized: it is observed, if any of it was saved. One
+        that only runs of some tutors have computed is observed.
+        """
+        for key, metadata in self.written.items():
+            yield dg.AssetMaterialization(self.asset_key, partition=key, metadata=metadata)
+        saved_in_part = {key: of for key, of in self.broken_off.items() if of["successful"]}
+        for key, metadata in {**saved_in_part, **self.partial}.items():
+            yield dg.AssetObservation(self.asset_key, partition=key, metadata=metadata)
+
+
+def _write(
+    compute: Compute, plan: WritingPlan, *, log: logging.Logger
+) -> tuple[dict[str, WritingReport], Exception | None]:
+    """The reports of the shards that were written, and why the others were not."""
+    reports: dict[str, WritingReport] = {}
+    try:
+        for name, report in compute.map(write_table, plan.tasks, log=log):
+            reports[name] = report
+            if report.failure is not None:
+                return reports, report.failure
+    except (MetricsTableError, ShardsError, DaskError, KilledShardError) as error:
+        return reports, error
+    return reports, None
+
+
 def _metadata(
-    reports: Iterable[WritingReport], not_written: Sequence[WritingSummary]
+    reports: Mapping[str, WritingReport], not_written: Sequence[WritingSummary]
 ) -> dict[str, Any]:
-    reports = list(reports)
-    summary = sum_of_summaries([*(report.summary for report in reports), *not_written]).to_dict()
+    written = [report.summary for report in reports.values()]
+    summary = sum_of_summaries([*written, *not_written]).to_dict()
     return {
         SUMMARY_METADATA: dg.MetadataValue.json(summary),
         **{name: value for name, value in summary.items() if name != "errors"},
         "tutors_computed": f"{summary['successful']} of {summary['total_tutors']}",
         "dagster/partition_row_count": summary["total_metrics_saved"],
-        "write_seconds": round(sum(report.seconds for report in reports), 3),
+        "write_seconds": round(sum(report.seconds for report in reports.values()), 3),
     }
 
 
@@ -195,21 +253,3 @@ def _not_computed(store: PartitionStore, key: str, divided: Division) -> list[Wr
         )
         for number, why in divided.failed.items()
     ]
-
-
-def _without_output(
-    asset_key: dg.AssetKey,
-    written: Mapping[str, Mapping[str, Any]],
-    broken_off: Mapping[str, Mapping[str, Any]],
-    partial: Mapping[str, Mapping[str, Any]],
-) -> Iterator[dg.AssetMaterialization | dg.AssetObservation]:
-    """What a step without an output has saved: the output would have said so.
-
-    A date that was broken off is not materialized: it is observed, if any of it was saved. One that
-    only runs of some tutors have computed is observed.
-    """
-    for key, metadata in written.items():
-        yield dg.AssetMaterialization(asset_key, partition=key, metadata=metadata)
-    saved_in_part = {key: of for key, of in broken_off.items() if of["successful"]}
-    for key, metadata in {**saved_in_part, **partial}.items():
-        yield dg.AssetObservation(asset_key, partition=key, metadata=metadata)

@@ -1,29 +1,27 @@
 """The platform as it was known when the run read it: roster, sessions and events."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from datetime import date
+from datetime import date, datetime
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import dagster as dg
 import dataframely as dy
 import polars as pl
+from upath import UPath
 
-from tutormax_assets.compute import KilledShardError, ShardsError
 from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.roster import choose_others, choose_roster
 from tutormax_assets.compute.tasks.snapshots import (
     SnapshotPlan,
     SnapshotReport,
+    SnapshotRequest,
+    collect_snapshots,
     count_reasons,
-    read_snapshots,
+    read_groups,
     sum_of_reasons,
-    sum_of_reports,
 )
-from tutormax_assets.database.faults import may_pass, reason
 from tutormax_assets.dates import horizon, midnight
 from tutormax_assets.defs.assets import (
     OWNERS,
@@ -43,7 +41,7 @@ from tutormax_assets.metrics.schemas import (
 )
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.view import View, open_view
-from tutormax_assets.storage.partition import partition_of, store_parts
+from tutormax_assets.storage.partition import store_parts
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 from tutormax_assets.storage.store import PartitionStore
 
@@ -87,123 +85,120 @@ def platform_snapshot_assets(
         partition_store: dg.ResourceParam[PartitionStore],
     ) -> Iterator[dg.MaterializeResult[None]]:
         """Read the platform at one instant for all reference dates of the run; slice by date."""
-        days = reference_dates(context)
-        selected = [
-            asset for asset in _READ_FROM if dg.AssetKey(asset) in context.selected_asset_keys
-        ]
-        first, last = horizon(list(days.values()), window_days=window_days)
-        paths = {
-            asset: {day: partition_store.path(asset, key) for key, day in days.items()}
-            for asset in selected
-        }
+        first, last = horizon(list(reference_dates(context).values()), window_days=window_days)
+        request = SnapshotRequest(
+            paths=_paths(context, partition_store),
+            start=midnight(first, timezone=daily.timezone),
+            end=midnight(last, timezone=daily.timezone),
+            window_days=window_days,
+            timezone=daily.timezone,
+            policy=metrics_policy.policy,
+            max_retries=run_options.max_retries,
+            retry_delay_seconds=run_options.retry_delay_seconds,
+        )
 
-        def read() -> tuple[View, Shards, SnapshotReport]:
-            started = perf_counter()
-            with open_view(database.source, tutor_ids=run_options.tutor_ids or ()) as view:
-                tutors = view.tutors()
-                seconds = perf_counter() - started
-                roster = _roster(context, tutors, run_options)
-                shards = (
-                    ALL_IN_ONE
-                    if run_options.tutor_ids
-                    else Shards.of(roster["tutor_id"], count=number_of_shards)
-                )
+        def read() -> _PlatformRead:
+            with open_view(database.source, tutor_ids=partition_store.tutor_ids) as view:
+                return _read(context, request, view, compute, run_options, number_of_shards)
 
-                plan = SnapshotPlan(
-                    view=view.share() if compute.is_elsewhere else view,
-                    shards=shards,
-                    paths=paths,
-                    start=midnight(first, timezone=daily.timezone),
-                    end=midnight(last, timezone=daily.timezone),
-                    window_days=window_days,
-                    timezone=daily.timezone,
-                    policy=metrics_policy.policy,
-                    max_retries=run_options.max_retries,
-                    retry_delay_seconds=run_options.retry_delay_seconds,
-                )
-                groups = compute.groups(range(len(shards)), log=context.log)
-                report = _read_groups(compute, groups, plan, log=context.log)
-                report.read_seconds += seconds
-                suspects = [table for table, rows in report.count.items() if not rows]
-                for table in view.empty_tables(suspects):
-                    context.log.warning(
-                        f"Table {table}: found no row, expected those of the platform"
-                    )
-            report.count["tutors"] = len(tutors)
-            report.stored["tutor_roster"] = {
-                day: [store_parts(path, roster.lazy(), shards=shards)]
-                for day, path in paths.get("tutor_roster", {}).items()
-            }
-            report.stored["tutors_left_out"] = {
-                day: [store_parts(path, left_out.lazy(), shards=shards)]
-                for day, path in paths.get("tutors_left_out", {}).items()
-                for left_out in [_left_out(partition_store, tutors, roster, day.isoformat())]
-            }
-            return view, shards, report
-
-        view, shards, report = run_options.retrying(context.log)(read)
-        _log(context, report)
-        for asset in selected:
-            for key, day in days.items():
-                _add_metadata(context, asset, key, view, report, day, partition_store)
-            partitions = {
-                key: partition_of(
-                    paths[asset][day],
-                    shards,
-                    report.stored[asset][day],
-                    failed={} if _READ_FROM[asset] == ("tutors",) else report.failed,
-                    no_rows=_SCHEMAS[asset].create_empty(),
-                )
-                for key, day in days.items()
-            }
+        found = run_options.retrying(context.log)(read)
+        _log(context, found.report)
+        of_tutors = _store_tutors(request, found, partition_store)
+        for asset in request.paths:
+            partitions = collect_snapshots(
+                request,
+                asset,
+                of_tutors if asset in of_tutors.stored else found.report,
+                found.shards,
+                no_rows=_SCHEMAS[asset].create_empty(),
+            )
+            for key in partitions:
+                _add_metadata(context, asset, key, found, partition_store)
             keep_partitions(context, partition_store, asset, partitions)
             yield dg.MaterializeResult(asset_key=asset)
 
     return platform_snapshot
 
 
-def _read_groups(
-    compute: Compute,
-    groups: list[Sequence[int]],
-    plan: SnapshotPlan,
-    *,
-    log: logging.Logger,
-) -> SnapshotReport:
-    """Read groups of shards; those of one that fails are read one by one, to keep the others.
+class _PlatformRead(NamedTuple):
+    """The platform as a run has read it.
 
-    Raises:
-        ShardsError: No group could be read.
-        Exception: What may pass when all is read again, as ``may_pass`` says.
-        KilledShardError: The only shard could not be read.
+    Attributes:
+        read_at: The instant.
+        snapshot: PostgreSQL's name of the snapshot.
+        tutors: ``TutorRoster`` of all tutors.
+        roster: Those that the run computes.
+        shards: How they are divided.
+        report: What was stored of their sessions and events.
     """
-    reports: list[SnapshotReport] = []
-    failed: dict[int, str] = {}
-    while groups:
-        named = {f"shards {numbers[0]} to {numbers[-1]}": numbers for numbers in groups}
-        tasks = {name: plan.task(numbers) for name, numbers in named.items()}
-        try:
-            for _, report in compute.map(read_snapshots, tasks, log=log):
-                reports.append(report)
-        except KilledShardError as error:
-            [(only, numbers)] = named.items()
-            if len(numbers) == 1:
-                raise
-            errors: Mapping[str, BaseException] = {only: error}
-        except ShardsError as error:
-            errors = error.errors
-            if not reports and not any(map(may_pass, errors.values())):
-                raise
-        else:
-            break
-        for failure in filter(may_pass, errors.values()):
-            raise failure
-        groups = []
-        for name, failure in errors.items():
-            if len(named[name]) > 1:
-                groups += [[number] for number in named[name]]
-            else:
-                failed[named[name][0]] = reason(failure)
-    return replace(sum_of_reports(reports), failed=failed)
+
+    read_at: datetime
+    snapshot: str
+    tutors: pl.DataFrame
+    roster: pl.DataFrame
+    shards: Shards
+    report: SnapshotReport
+
+
+def _paths(
+    context: dg.AssetExecutionContext, store: PartitionStore
+) -> dict[str, dict[date, UPath]]:
+    """The partitions of the selected assets, by asset and reference date."""
+    days = reference_dates(context)
+    return {
+        asset: {day: store.path(asset, key) for key, day in days.items()}
+        for asset in _READ_FROM
+        if dg.AssetKey(asset) in context.selected_asset_keys
+    }
+
+
+def _read(
+    context: dg.AssetExecutionContext,
+    request: SnapshotRequest,
+    view: View,
+    compute: Compute,
+    run_options: RunOptions,
+    number_of_shards: int,
+) -> _PlatformRead:
+    """Read the platform at the instant of a view, shard by shard."""
+    started = perf_counter()
+    tutors = view.tutors()
+    seconds = perf_counter() - started
+    roster = _roster(context, tutors, run_options)
+    shards = (
+        ALL_IN_ONE
+        if run_options.tutor_ids
+        else Shards.of(roster["tutor_id"], count=number_of_shards)
+    )
+    plan = SnapshotPlan(request, view.share() if compute.is_elsewhere else view, shards)
+    groups = compute.groups(range(len(shards)), log=context.log)
+    report = read_groups(compute, groups, plan, log=context.log)
+    report.read_seconds += seconds
+    suspects = [table for table, rows in report.count.items() if not rows]
+    for table in view.empty_tables(suspects):
+        context.log.warning(f"Table {table}: found no row, expected those of the platform")
+    report.count["tutors"] = len(tutors)
+    return _PlatformRead(view.read_at, view.snapshot, tutors, roster, shards, report)
+
+
+def _store_tutors(
+    request: SnapshotRequest, found: _PlatformRead, store: PartitionStore
+) -> SnapshotReport:
+    """Store the tutors that the run computes and those that it leaves out."""
+    rosters = request.paths.get("tutor_roster", {})
+    others = request.paths.get("tutors_left_out", {})
+    stored = {
+        "tutor_roster": {
+            day: [store_parts(path, found.roster.lazy(), shards=found.shards)]
+            for day, path in rosters.items()
+        },
+        "tutors_left_out": {
+            day: [store_parts(path, left_out.lazy(), shards=found.shards)]
+            for day, path in others.items()
+            for left_out in [_left_out(store, found.tutors, found.roster, day.isoformat())]
+        },
+    }
+    return SnapshotReport(stored=stored)
 
 
 def _roster(
@@ -270,25 +265,23 @@ def _add_metadata(
     context: dg.AssetExecutionContext,
     asset: str,
     key: str,
-    view: View,
-    report: SnapshotReport,
-    day: date,
+    found: _PlatformRead,
     store: PartitionStore,
 ) -> None:
-    table = _READ_FROM[asset][0]
+    table, report = _READ_FROM[asset][0], found.report
     context.add_asset_metadata(
         {
             "rows_read_by_run": report.count[table],
             "read_seconds": round(report.read_seconds, 3),
-            "read_at": dg.MetadataValue.timestamp(view.read_at),
-            "source_snapshot": view.snapshot,
+            "read_at": dg.MetadataValue.timestamp(found.read_at),
+            "source_snapshot": found.snapshot,
         },
         asset_key=asset,
         partition_key=key,
     )
     if asset != f"{table}_snapshot":
         return
-    reasons = report.reasons[table][day]
+    reasons = report.reasons[table][date.fromisoformat(key)]
     metadata: dict[str, Any] = {"clean_seconds": round(report.clean_seconds[table], 3)}
     if store.tutor_ids:
         metadata[SET_ASIDE_BY_RUN_METADATA] = _reasons_table(reasons)
