@@ -1,10 +1,13 @@
 """The five source tables, which the platform owns, and the one table that this project owns."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+from tutormax_assets.metrics.schemas import WindowMetrics
 
 METRICS_TABLE = "tutor_performance_metrics"
 
@@ -39,6 +42,13 @@ def _instant(name: str, *, default_now: bool = False, nullable: bool = False) ->
         nullable=nullable,
         server_default=sa.func.now() if default_now else None,
     )
+
+
+def _metric_columns() -> Iterator[sa.Column[Any]]:
+    for name, column in WindowMetrics.columns().items():
+        if not column.primary_key:
+            kind = sa.Integer if column.dtype.is_integer() else sa.Float
+            yield sa.Column(name, kind, nullable=column.nullable)
 
 
 tutors = sa.Table(
@@ -141,14 +151,7 @@ tutor_performance_metrics = sa.Table(
     sa.Column("tutor_id", sa.String(50), nullable=False),
     _instant("calculation_date"),
     sa.Column("window", sa.String(20), nullable=False),
-    sa.Column("sessions_completed", sa.Integer, nullable=False),
-    sa.Column("avg_rating", sa.Float),
-    sa.Column("first_session_success_rate", sa.Float),
-    sa.Column("reschedule_rate", sa.Float),
-    sa.Column("no_show_count", sa.Integer, nullable=False),
-    sa.Column("engagement_score", sa.Float),
-    sa.Column("learning_objectives_met_pct", sa.Float),
-    sa.Column("response_time_avg_minutes", sa.Float),
+    *_metric_columns(),
     sa.Column("performance_tier", sa.String(50)),
     _instant("created_at", default_now=True),
     _instant("updated_at", default_now=True),

@@ -193,21 +193,22 @@ def good_sessions(
     marked = _marked(repetitions(rows), rules).with_columns(
         _local_date("scheduled_start", timezone).alias("scheduled_date")
     )
+    snapshot = SessionsSnapshot.column_names()
     good = (
         marked.filter(~pl.col("session_repeats"))
         .with_columns(
             *(
-                _unless_broken(rules, source_table, column)
-                for source_table, column in (
-                    ("sessions", "engagement_score"),
-                    ("sessions", "late_start_minutes"),
-                    ("sessions", "session_number"),
+                _unless_broken(rules, "sessions", column)
+                for column in dict.fromkeys(
+                    rule.column
+                    for rule in rules
+                    if rule.source_table == "sessions" and rule.column in snapshot
                 )
             ),
             # Whatever is wrong with a feedback row, its rating is what is not used.
             _unless_broken(rules, "student_feedback", "overall_rating", by_any_column=True),
         )
-        .select(SessionsSnapshot.column_names())
+        .select(snapshot)
     )
     return good, _set_aside(marked, rules, date="scheduled_date")
 

@@ -1,8 +1,11 @@
 """The frame that enters and leaves each stage.
 
-Source frames are the rows as the platform holds them; the others are what the assets store.
-Column descriptions are what the Dagster UI shows.
+Source frames are the rows as the platform holds them; the others are what the assets store. What is
+read of the platform, the columns of the metrics table, and the descriptions and the lineage that
+the Dagster UI shows follow from these declarations.
 """
+
+from collections.abc import Sequence
 
 import dataframely as dy
 
@@ -11,41 +14,80 @@ MESSAGE_RESPONSE = "message_response"
 TIERS = ("Exemplary", "Strong", "Developing", "Needs Attention", "At Risk")
 
 
+_ORIGINS = "origins"
+
+
+def _from(*columns: str) -> dict[str, Sequence[str]]:
+    """Metadata of a column that says what it is made from, each as ``table.column``."""
+    return {_ORIGINS: columns}
+
+
+def origins(
+    schema: type[dy.Schema], *, source: type[dy.Schema] | None = None
+) -> dict[str, list[tuple[str, str]]]:
+    """By column, the columns that it is made from, each as table or asset and name.
+
+    A column that is made from none, such as the name of a window, is left out.
+
+    Args:
+        schema: Of which columns.
+        source: The source frame whose columns keep their names in it.
+    """
+    read = source.columns() if source else {}
+    found = {}
+    for name, column in schema.columns().items():
+        of_source = read[name].metadata if name in read else None
+        declared = {**(of_source or {}), **(column.metadata or {})}
+        if _ORIGINS in declared:
+            columns = [origin.partition(".") for origin in declared[_ORIGINS]]
+            found[name] = [(table, column) for table, _, column in columns]
+    return found
+
+
 class SourceTutors(dy.Schema):
     """One row per tutor of the platform."""
 
-    tutor_id = dy.String(primary_key=True)
-    status = dy.String(nullable=True)
+    tutor_id = dy.String(primary_key=True, metadata=_from("tutors.tutor_id"))
+    status = dy.String(nullable=True, metadata=_from("tutors.status"))
 
 
 class SourceSessions(dy.Schema):
     """One row per session, with its feedback where there is one; nothing checked yet."""
 
-    session_id = dy.String()
-    tutor_id = dy.String()
-    session_number = dy.Int32(nullable=True)
-    scheduled_start = dy.Datetime(time_zone="UTC")
-    started = dy.Bool()
-    tutor_initiated_reschedule = dy.Bool(nullable=True)
-    no_show = dy.Bool(nullable=True)
-    late_start_minutes = dy.Int32(nullable=True)
-    engagement_score = dy.Float64(nullable=True, allow_nan=True, allow_inf=True)
-    learning_objectives_met = dy.Bool(nullable=True)
-    feedback_id = dy.String(nullable=True)
-    feedback_tutor_id = dy.String(nullable=True)
-    overall_rating = dy.Int32(nullable=True)
+    session_id = dy.String(metadata=_from("sessions.session_id", "student_feedback.session_id"))
+    tutor_id = dy.String(metadata=_from("sessions.tutor_id"))
+    session_number = dy.Int32(nullable=True, metadata=_from("sessions.session_number"))
+    scheduled_start = dy.Datetime(time_zone="UTC", metadata=_from("sessions.scheduled_start"))
+    started = dy.Bool(metadata=_from("sessions.actual_start"))
+    tutor_initiated_reschedule = dy.Bool(
+        nullable=True, metadata=_from("sessions.tutor_initiated_reschedule")
+    )
+    no_show = dy.Bool(nullable=True, metadata=_from("sessions.no_show"))
+    late_start_minutes = dy.Int32(nullable=True, metadata=_from("sessions.late_start_minutes"))
+    engagement_score = dy.Float64(
+        nullable=True, allow_nan=True, allow_inf=True, metadata=_from("sessions.engagement_score")
+    )
+    learning_objectives_met = dy.Bool(
+        nullable=True, metadata=_from("sessions.learning_objectives_met")
+    )
+    feedback_id = dy.String(nullable=True, metadata=_from("student_feedback.feedback_id"))
+    feedback_tutor_id = dy.String(nullable=True, metadata=_from("student_feedback.tutor_id"))
+    overall_rating = dy.Int32(nullable=True, metadata=_from("student_feedback.overall_rating"))
 
 
 class SourceEvents(dy.Schema):
     """One row per login or message response; nothing checked yet."""
 
-    event_id = dy.String(nullable=True, description="Null of a login.")
-    tutor_id = dy.String()
-    event_type = dy.String()
-    event_timestamp = dy.Datetime(time_zone="UTC")
+    event_id = dy.String(
+        nullable=True, description="Null of a login.", metadata=_from("tutor_events.event_id")
+    )
+    tutor_id = dy.String(metadata=_from("tutor_events.tutor_id"))
+    event_type = dy.String(metadata=_from("tutor_events.event_type"))
+    event_timestamp = dy.Datetime(time_zone="UTC", metadata=_from("tutor_events.event_timestamp"))
     response_time_minutes = dy.String(
         nullable=True,
         description="The JSON literal under that key of the event's metadata; null without it.",
+        metadata=_from("tutor_events.metadata"),
     )
 
 
@@ -60,7 +102,9 @@ class SessionsSnapshot(dy.Schema):
     """One row per session of the longest window, with its rating; broken values are null."""
 
     tutor_id = dy.String(description="The tutor who holds the session.")
-    scheduled_date = dy.Date(description="Local date of scheduled_start.")
+    scheduled_date = dy.Date(
+        description="Local date of scheduled_start.", metadata=_from("sessions.scheduled_start")
+    )
     session_number = dy.Int32(
         nullable=True, min=1, description="Position among the sessions of tutor and student."
     )
@@ -79,7 +123,11 @@ class SessionsSnapshot(dy.Schema):
         nullable=True, description="Whether the session met its objectives; null where unknown."
     )
     overall_rating = dy.Int32(
-        nullable=True, min=1, max=5, description="The student's rating; null without feedback."
+        nullable=True,
+        min=1,
+        max=5,
+        description="The student's rating; null without feedback.",
+        metadata=_from("student_feedback.overall_rating", "student_feedback.tutor_id"),
     )
 
 
@@ -87,7 +135,9 @@ class TutorEventsSnapshot(dy.Schema):
     """One row per login or message response of the longest window; broken values are null."""
 
     tutor_id = dy.String(description="The tutor who acted.")
-    event_date = dy.Date(description="Local date of event_timestamp.")
+    event_date = dy.Date(
+        description="Local date of event_timestamp.", metadata=_from("tutor_events.event_timestamp")
+    )
     event_type = dy.Enum([LOGIN, MESSAGE_RESPONSE], description="login or message_response.")
     response_time_minutes = dy.Float64(
         nullable=True, min=0, description="Minutes to answer a message; null where not carried."
@@ -108,32 +158,66 @@ class SetAside(dy.Schema):
 class WindowMetrics(dy.Schema):
     """One row per tutor of the roster and window: the eight numbers that the tier is read from."""
 
-    tutor_id = dy.String(primary_key=True, description="The platform's id of the tutor.")
+    tutor_id = dy.String(
+        primary_key=True,
+        description="The platform's id of the tutor.",
+        metadata=_from("tutor_roster.tutor_id"),
+    )
     window = dy.String(primary_key=True, description="Length of the window, such as 30day.")
     sessions_completed = dy.Int32(
-        min=0, description="Sessions with actual_start set that were no no-show."
+        min=0,
+        description="Sessions with actual_start set that were no no-show.",
+        metadata=_from("sessions_snapshot.started", "sessions_snapshot.no_show"),
     )
     avg_rating = dy.Float64(
-        nullable=True, min=1, max=5, description="Mean rating of the sessions with feedback."
+        nullable=True,
+        min=1,
+        max=5,
+        description="Mean rating of the sessions with feedback.",
+        metadata=_from("sessions_snapshot.overall_rating"),
     )
     first_session_success_rate = dy.Float64(
-        nullable=True, min=0, max=100, description="% of rated first sessions rated 4 or more."
+        nullable=True,
+        min=0,
+        max=100,
+        description="% of rated first sessions rated 4 or more.",
+        metadata=_from("sessions_snapshot.session_number", "sessions_snapshot.overall_rating"),
     )
     reschedule_rate = dy.Float64(
-        nullable=True, min=0, max=100, description="% of sessions that the tutor rescheduled."
+        nullable=True,
+        min=0,
+        max=100,
+        description="% of sessions that the tutor rescheduled.",
+        metadata=_from("sessions_snapshot.tutor_initiated_reschedule"),
     )
-    no_show_count = dy.Int32(min=0, description="Sessions that were a no-show.")
+    no_show_count = dy.Int32(
+        min=0,
+        description="Sessions that were a no-show.",
+        metadata=_from("sessions_snapshot.no_show"),
+    )
     engagement_score = dy.Float64(
         nullable=True,
         min=0,
         max=100,
         description="0.4 login + 0.4 session + 0.2 punctual, each 0 to 100.",
+        metadata=_from(
+            "tutor_events_snapshot.event_type",
+            "sessions_snapshot.engagement_score",
+            "sessions_snapshot.late_start_minutes",
+        ),
     )
     learning_objectives_met_pct = dy.Float64(
-        nullable=True, min=0, max=100, description="% of sessions with known outcome that met it."
+        nullable=True,
+        min=0,
+        max=100,
+        description="% of sessions with known outcome that met it.",
+        metadata=_from("sessions_snapshot.learning_objectives_met"),
     )
     response_time_avg_minutes = dy.Float64(
-        nullable=True, min=0, description="Mean minutes to answer a message."
+        nullable=True,
+        min=0,
+        description="Mean minutes to answer a message.",
+        metadata=_from("tutor_events_snapshot.response_time_minutes"),
     )
 
 

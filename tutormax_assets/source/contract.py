@@ -1,36 +1,47 @@
 """The source contract: the tables and columns that are read, their types, and the rights to them.
 
-Names are declared here and types in ``tables``; the checks of a database and of a lake, and the
-grants of the reading role, follow from both.
+The source frames declare the names, and ``tables`` the types; the checks of a database and of a
+lake, and the grants of the reading role, follow from both.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import dataframely as dy
 import polars as pl
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from tutormax_assets.database.tables import source_metadata
+from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors, origins
 
-NEEDED_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "tutors": ("tutor_id", "status"),
-    "sessions": (
-        "session_id",
-        "tutor_id",
-        "session_number",
-        "scheduled_start",
-        "actual_start",
-        "tutor_initiated_reschedule",
-        "no_show",
-        "late_start_minutes",
-        "engagement_score",
-        "learning_objectives_met",
-    ),
-    "student_feedback": ("feedback_id", "session_id", "tutor_id", "overall_rating"),
-    "tutor_events": ("event_id", "tutor_id", "event_type", "event_timestamp", "metadata"),
-}
-"""The columns that a snapshot reads, by table."""
+SOURCE_FRAMES = (SourceTutors, SourceSessions, SourceEvents)
+
+
+def _needed_columns() -> Mapping[str, tuple[str, ...]]:
+    needed: dict[str, set[str]] = {}
+    for frame in SOURCE_FRAMES:
+        for columns in origins(frame).values():
+            for table, column in columns:
+                needed.setdefault(table, set()).add(column)
+    # In the order in which the platform declares them.
+    places = {name: table.c.keys().index for name, table in source_metadata.tables.items()}
+    return {table: tuple(sorted(columns, key=places[table])) for table, columns in needed.items()}
+
+
+NEEDED_COLUMNS = _needed_columns()
+"""The columns that a snapshot reads, by table, as the source frames say."""
+
+
+def columns_read(frame: type[dy.Schema], table: str) -> dict[str, str]:
+    """The columns of a source frame that come from a table, and what they are called there."""
+    return {
+        name: column
+        for name, columns in origins(frame).items()
+        for of_table, column in columns
+        if of_table == table
+    }
+
 
 # The first one is the contract's; of the others every value is one of its values, too.
 _ACCEPTED_TYPES: Mapping[type, tuple[str, ...]] = {

@@ -5,13 +5,15 @@ its time. So ids are bound to a transaction-local setting first, which the query
 bound by the client, since the server would read a setting anew for each row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import LiteralString
 
+import polars as pl
 from psycopg import sql
 
-from tutormax_assets.source.contract import NEEDED_COLUMNS
+from tutormax_assets.metrics.schemas import SourceSessions
+from tutormax_assets.source.contract import NEEDED_COLUMNS, columns_read
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
 
 TUTORS = """
@@ -41,7 +43,13 @@ NUMERIC_SCORE = """
 
 SCORE = "t.engagement_score::double precision"
 
-NULLABLE_FLAGS = ("tutor_initiated_reschedule", "no_show", "learning_objectives_met")
+_OF_SESSIONS = columns_read(SourceSessions, "sessions")
+
+NULLABLE_FLAGS = [
+    name
+    for name, dtype in pl.Schema(SourceSessions).items()
+    if name in _OF_SESSIONS and dtype == pl.Boolean and SourceSessions.columns()[name].nullable
+]
 
 UNKNOWN_FLAG = 2
 
@@ -59,15 +67,27 @@ _FLAGS = " + ".join(
 
 _OF_WINDOW = "t.scheduled_start >= {start} AND t.scheduled_start < {end}"
 
+
+def _session_columns() -> Iterator[str]:
+    schema = pl.Schema(SourceSessions)
+    for name, column in _OF_SESSIONS.items():
+        match schema[name]:
+            case pl.String():
+                yield f"coalesce(t.{column}::text, '') AS {name}"
+            case pl.Int32():
+                yield f"{_whole_number(f't.{column}')} AS {name}"
+            case pl.Datetime():
+                yield f"t.{column} AS {name}"
+            case pl.Float64():
+                yield f"{{score}} AS {name}"
+    yield f"({_FLAGS})::smallint AS flags"
+
+
+_SESSION_COLUMNS = ",\n    ".join(_session_columns())
+
 SESSIONS = f"""
 SELECT
-    coalesce(t.session_id::text, '') AS session_id,
-    coalesce(t.tutor_id::text, '') AS tutor_id,
-    {_whole_number("t.session_number")} AS session_number,
-    t.scheduled_start,
-    ({_FLAGS})::smallint AS flags,
-    {_whole_number("t.late_start_minutes")} AS late_start_minutes,
-    {{score}} AS engagement_score
+    {_SESSION_COLUMNS}
 FROM sessions AS t
 WHERE {_OF_WINDOW} {{only_tutors}}
 """  # noqa: S608 - constants only

@@ -24,6 +24,7 @@ from tutormax_assets.metrics.schemas import (
     SourceSessions,
 )
 from tutormax_assets.source.arrow_stream import ArrowStreamError, batches
+from tutormax_assets.source.contract import columns_read
 from tutormax_assets.source.queries import (
     EVENTS,
     FEEDBACK,
@@ -59,34 +60,29 @@ class SourceTimeoutError(SourceError):
     affects_every_date = False
 
 
-class StreamedSessions(dy.Schema):
+def _streamed(frame: type[dy.Schema], table: str) -> pl.Schema:
+    """The columns of a source frame that come from a table."""
+    schema = pl.Schema(frame)
+    return pl.Schema({name: schema[name] for name in columns_read(frame, table)})
+
+
+def _streamed_sessions() -> pl.Schema:
     """Sessions as the query streams them: flags in one number."""
-
-    session_id = dy.String()
-    tutor_id = dy.String()
-    session_number = dy.Int32(nullable=True)
-    scheduled_start = dy.Datetime(time_zone="UTC")
-    flags = dy.Int16()
-    late_start_minutes = dy.Int32(nullable=True)
-    engagement_score = dy.Float64(nullable=True, allow_nan=True, allow_inf=True)
-
-
-class StreamedFeedback(dy.Schema):
-    """Feedback as the query streams it."""
-
-    session_id = dy.String()
-    feedback_id = dy.String()
-    feedback_tutor_id = dy.String()
-    overall_rating = dy.Int32(nullable=True)
+    schema = _streamed(SourceSessions, "sessions")
+    return pl.Schema(
+        {
+            **{name: dtype for name, dtype in schema.items() if not isinstance(dtype, pl.Boolean)},
+            "flags": pl.Int16(),
+        }
+    )
 
 
-class StreamedEvents(dy.Schema):
-    """Events as the query streams them."""
-
-    event_id = dy.String(nullable=True)
-    tutor_id = dy.String()
-    event_timestamp = dy.Datetime(time_zone="UTC")
-    response_time_minutes = dy.String(nullable=True)
+_SESSIONS = _streamed_sessions()
+_FEEDBACK = _streamed(SourceSessions, "student_feedback")
+# A login has no id.
+_EVENTS = pl.Schema(
+    {name: dtype for name, dtype in pl.Schema(SourceEvents).items() if name != "event_type"}
+)
 
 
 def is_lost(connection: dbapi.Connection) -> bool:
@@ -106,15 +102,15 @@ def read_sessions(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str], 
         feedback += OF_SESSIONS_READ
     part = pl.col("session_id").hash() % number_of_parts(sessions_expected)
     for name, query, schema in (
-        ("sessions", bound(SESSIONS), StreamedSessions),
-        ("student_feedback", bound(feedback), StreamedFeedback),
+        ("sessions", bound(SESSIONS), _SESSIONS),
+        ("student_feedback", bound(feedback), _FEEDBACK),
     ):
         files = pl.PartitionBy(folder / name, key=part.alias("part"), include_key=False)
         _stream(cursor, query, schema, files)
     parts = [
-        _scan(of_sessions, StreamedSessions)
+        _scan(of_sessions, _SESSIONS)
         .join(
-            _scan(folder / "student_feedback" / of_sessions.name, StreamedFeedback),
+            _scan(folder / "student_feedback" / of_sessions.name, _FEEDBACK),
             on="session_id",
             how="left",
         )
@@ -132,7 +128,7 @@ def read_events(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str], st
     _stream(
         cursor,
         bound(EVENTS),
-        StreamedEvents,
+        _EVENTS,
         pl.PartitionBy(path, max_rows_per_file=ROWS_OF_A_PART),
     )
     event_type = pl.when(pl.col("event_id").is_null()).then(pl.lit(LOGIN))
@@ -175,9 +171,9 @@ def _nullable_flags() -> Iterator[pl.Expr]:
         yield pl.when(flag != UNKNOWN_FLAG).then(flag == 1).alias(name)
 
 
-def _scan(folder: Path, schema: type[dy.Schema]) -> pl.LazyFrame:
+def _scan(folder: Path, schema: pl.Schema) -> pl.LazyFrame:
     files = sorted(folder.glob("*"))
-    return pl.scan_ipc(files) if files else schema.create_empty().lazy()
+    return pl.scan_ipc(files) if files else pl.LazyFrame(schema=schema)
 
 
 def _count(folder: Path) -> int:
@@ -185,9 +181,7 @@ def _count(folder: Path) -> int:
     return pl.scan_ipc(files).select(pl.len()).collect().item() if files else 0
 
 
-def _stream(
-    cursor: dbapi.Cursor, query: str, schema: type[dy.Schema], files: pl.PartitionBy
-) -> None:
+def _stream(cursor: dbapi.Cursor, query: str, schema: pl.Schema, files: pl.PartitionBy) -> None:
     """Write the rows of a query to files, batch by batch."""
     cursor.execute(query)
 
@@ -203,7 +197,7 @@ def _stream(
             yield batch
 
     try:
-        rows = register_io_source(generate, schema=pl.Schema(schema))
+        rows = register_io_source(generate, schema=schema)
         rows.sink_ipc(files, mkdir=True, engine="streaming")
     except ArrowStreamError as error:
         raise of_stream(error, is_lost=is_lost(cursor.connection)) from error
@@ -220,17 +214,17 @@ def fetch_frame(cursor: dbapi.Cursor, query: str, schema: type[dy.Schema]) -> pl
         rows = pl.DataFrame(cursor.fetch_arrow())
     except pl.exceptions.ComputeError as error:
         raise of_stream(error, is_lost=is_lost(cursor.connection)) from error
-    expect_columns(rows, schema)
+    expect_columns(rows, pl.Schema(schema))
     return rows
 
 
-def expect_columns(rows: pl.DataFrame, schema: type[dy.Schema]) -> None:
+def expect_columns(rows: pl.DataFrame, schema: pl.Schema) -> None:
     """Check the columns that were read.
 
     Raises:
         SourceError: They are not those of the schema.
     """
-    for name, expected in pl.Schema(schema).items():
+    for name, expected in schema.items():
         found = rows.schema[name]
         if found != expected:
             raise SourceError(f"column {name} was read as {found}; expected {expected}")

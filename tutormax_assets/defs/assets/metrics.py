@@ -8,26 +8,10 @@ from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.windows import collect_windows, compute_windows, plan_windows
 from tutormax_assets.defs.assets import OWNERS, frame_metadata, keep_partitions
 from tutormax_assets.defs.resources import MetricsPolicy
-from tutormax_assets.metrics.schemas import WindowMetrics
+from tutormax_assets.metrics.schemas import WindowMetrics, origins
 from tutormax_assets.storage.store import PartitionStore
 
-_ROSTER, _SESSIONS, _EVENTS = "tutor_roster", "sessions_snapshot", "tutor_events_snapshot"
-_READ = (_ROSTER, _SESSIONS, _EVENTS)
-_LINEAGE = {
-    "tutor_id": [(_ROSTER, "tutor_id")],
-    "sessions_completed": [(_SESSIONS, "started"), (_SESSIONS, "no_show")],
-    "avg_rating": [(_SESSIONS, "overall_rating")],
-    "first_session_success_rate": [(_SESSIONS, "session_number"), (_SESSIONS, "overall_rating")],
-    "reschedule_rate": [(_SESSIONS, "tutor_initiated_reschedule")],
-    "no_show_count": [(_SESSIONS, "no_show")],
-    "engagement_score": [
-        (_EVENTS, "event_type"),
-        (_SESSIONS, "engagement_score"),
-        (_SESSIONS, "late_start_minutes"),
-    ],
-    "learning_objectives_met_pct": [(_SESSIONS, "learning_objectives_met")],
-    "response_time_avg_minutes": [(_EVENTS, "response_time_minutes")],
-}
+_READ = ("tutor_roster", "sessions_snapshot", "tutor_events_snapshot")
 
 
 def metrics_asset_name(days: int) -> str:
@@ -99,5 +83,5 @@ def _spec(days: int) -> dg.AssetSpec:
         ),
         owners=OWNERS,
         kinds={"polars", "parquet"},
-        metadata=frame_metadata(WindowMetrics, _LINEAGE),
+        metadata=frame_metadata(WindowMetrics, origins(WindowMetrics)),
     )

@@ -36,8 +36,12 @@ from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.schemas import (
     SessionsSnapshot,
     SetAside,
+    SourceEvents,
+    SourceSessions,
+    SourceTutors,
     TutorEventsSnapshot,
     TutorRoster,
+    origins,
 )
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.view import View, open_view
@@ -349,33 +353,6 @@ _READ_FROM: dict[str, tuple[str, ...]] = {
     "tutor_events_snapshot": ("tutor_events",),
     "tutor_events_set_aside": ("tutor_events",),
 }
-_ROSTER_LINEAGE = {
-    "tutor_id": [("tutors", "tutor_id")],
-    "status": [("tutors", "status")],
-}
-_SESSIONS_LINEAGE = {
-    **{
-        column: [("sessions", column)]
-        for column in (
-            "tutor_id",
-            "session_number",
-            "tutor_initiated_reschedule",
-            "no_show",
-            "late_start_minutes",
-            "engagement_score",
-            "learning_objectives_met",
-        )
-    },
-    "scheduled_date": [("sessions", "scheduled_start")],
-    "started": [("sessions", "actual_start")],
-    "overall_rating": [("student_feedback", "overall_rating"), ("student_feedback", "tutor_id")],
-}
-_EVENTS_LINEAGE = {
-    "tutor_id": [("tutor_events", "tutor_id")],
-    "event_date": [("tutor_events", "event_timestamp")],
-    "event_type": [("tutor_events", "event_type")],
-    "response_time_minutes": [("tutor_events", "metadata")],
-}
 
 
 def _set_aside_lineage(table: str, key: str, instant: str) -> dict[str, list[tuple[str, str]]]:
@@ -387,11 +364,11 @@ def _set_aside_lineage(table: str, key: str, instant: str) -> dict[str, list[tup
 
 
 _LINEAGE: Mapping[str, Lineage] = {
-    "tutor_roster": _ROSTER_LINEAGE,
-    "tutors_left_out": _ROSTER_LINEAGE,
-    "sessions_snapshot": _SESSIONS_LINEAGE,
+    "tutor_roster": origins(TutorRoster, source=SourceTutors),
+    "tutors_left_out": origins(TutorRoster, source=SourceTutors),
+    "sessions_snapshot": origins(SessionsSnapshot, source=SourceSessions),
     "sessions_set_aside": _set_aside_lineage("sessions", "session_id", "scheduled_start"),
-    "tutor_events_snapshot": _EVENTS_LINEAGE,
+    "tutor_events_snapshot": origins(TutorEventsSnapshot, source=SourceEvents),
     "tutor_events_set_aside": _set_aside_lineage("tutor_events", "event_id", "event_timestamp"),
 }
 
