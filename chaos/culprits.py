@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from tutormax_assets.database import embedded
 from tutormax_assets.database.connection import Timeouts, create_engine
 from tutormax_assets.database.faults import retrying
-from tutormax_assets.database.metrics_table import write_metrics
+from tutormax_assets.database.metrics_writing import write_metrics
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.schema.status import initialize

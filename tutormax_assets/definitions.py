@@ -4,11 +4,11 @@ from typing import Any
 
 import dagster as dg
 
-from tutormax_assets.defs.assets.metrics import metrics_asset_name, window_metrics_assets
-from tutormax_assets.defs.assets.metrics_table import tutor_performance_metrics_asset
-from tutormax_assets.defs.assets.platform import platform_tables
-from tutormax_assets.defs.assets.snapshots import SNAPSHOT_ASSETS, platform_snapshot_assets
-from tutormax_assets.defs.assets.tiers import tutor_tiers_asset
+from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS, platform_snapshot_assets
+from tutormax_assets.defs.assets.platform_tables import platform_tables
+from tutormax_assets.defs.assets.tutor_performance_metrics import tutor_performance_metrics_asset
+from tutormax_assets.defs.assets.tutor_tiers import tutor_tiers_asset
+from tutormax_assets.defs.assets.window_metrics import metrics_asset_name, window_metrics_assets
 from tutormax_assets.defs.automation.alerts import alert_sensors
 from tutormax_assets.defs.automation.retention import retention_job, retention_sensor
 from tutormax_assets.defs.automation.schedule import nightly_freshness, nightly_schedule

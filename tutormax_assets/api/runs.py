@@ -15,8 +15,11 @@ from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.dates import midnight
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.assets import PLATFORM_POOL
-from tutormax_assets.defs.assets.metrics_table import SUMMARY_METADATA
-from tutormax_assets.defs.assets.snapshots import SET_ASIDE_BY_RUN_METADATA, SET_ASIDE_METADATA
+from tutormax_assets.defs.assets.platform_snapshot import (
+    SET_ASIDE_BY_RUN_METADATA,
+    SET_ASIDE_METADATA,
+)
+from tutormax_assets.defs.assets.tutor_performance_metrics import SUMMARY_METADATA
 from tutormax_assets.defs.automation.alerts import tell_of_runs
 from tutormax_assets.defs.checks import is_blocked_by, sentence
 from tutormax_assets.defs.log import LOGGER

@@ -20,7 +20,7 @@ from polars.testing import assert_frame_equal
 from upath import UPath
 
 from tutormax_assets.compute.shard_map import Compute
-from tutormax_assets.compute.tasks.metrics_table import (
+from tutormax_assets.compute.tasks.writing import (
     WritingReport,
     WritingTask,
     sum_of_summaries,

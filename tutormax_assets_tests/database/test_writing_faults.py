@@ -19,11 +19,11 @@ from chaos.proxy import Proxy
 from tutormax_assets.database.connection import Timeouts, create_engine, lock_for_transaction
 from tutormax_assets.database.faults import retrying
 from tutormax_assets.database.metrics_reading import MetricsTableError, read_metrics
-from tutormax_assets.database.metrics_table import Batch, write_metrics
+from tutormax_assets.database.metrics_writing import Batch, write_metrics
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets_tests.conftest import Platform, captured_log, metrics_of
-from tutormax_assets_tests.database.test_metrics_table import DAY, WINDOWS, tiers
+from tutormax_assets_tests.database.test_metrics_writing import DAY, WINDOWS, tiers
 
 DELETED = (
     "The tutor is not in the database's tutors: deleted since the roster of the date was read, or"

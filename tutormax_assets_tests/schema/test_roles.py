@@ -14,7 +14,7 @@ from tutormax_assets.database import tables
 from tutormax_assets.database.connection import Timeouts, conninfo, create_engine
 from tutormax_assets.database.faults import may_pass, retrying
 from tutormax_assets.database.metrics_reading import MetricsTableError
-from tutormax_assets.database.metrics_table import write_metrics
+from tutormax_assets.database.metrics_writing import write_metrics
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.schema.roles import grants
 from tutormax_assets.schema.status import status

@@ -19,15 +19,7 @@ from tutormax_assets.defs.checks import (
     partition,
     report,
 )
-from tutormax_assets.defs.checks.source import (
-    NOT_OF_ALL,
-    day_volume_is_usual,
-    few_rows_set_aside,
-    newest_date,
-    rows_by_day,
-    shortest_window_is_whole,
-    source_is_fresh,
-)
+from tutormax_assets.defs.checks.source import SourceTable, few_rows_set_aside, source_is_fresh
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
@@ -36,6 +28,16 @@ from tutormax_assets.source.view import AnySource, where_to_look
 from tutormax_assets.storage.store import PartitionStore
 
 ASSET = "sessions_snapshot"
+
+_SESSIONS = SourceTable(
+    name="sessions",
+    instant="scheduled_start",
+    is_fresh="sessions_are_fresh",
+    what="sessions",
+    day_what="sessions",
+    usual="sessions",
+    other="logins",
+)
 
 _HINTS = {
     "engagement_score": "Most of them have an engagement_score outside 0 to 1: if the platform"
@@ -72,24 +74,23 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
             found[key] = findings_of_rows(
                 by_day, by_tutor, set_aside, tutors, reference_date=day, policy=policy
             )
-            if partition_store.active_tutors_left_out(key):
-                found[key] |= dict.fromkeys(OF_THE_PLATFORM, NOT_OF_ALL)
-                continue
-            newest = newest_date(
+            found[key] |= _SESSIONS.look_at(
                 by_day,
+                partition_store,
                 database.source,
-                "sessions",
-                reference_date=day,
+                partition_key=key,
                 retrying=retrying,
                 timezone=daily.timezone,
-            )
-            found[key] |= findings_of_platform(
-                by_day,
-                rows_by_day(partition_store, "logins", key),
-                newest=newest,
-                source=database.source,
-                reference_date=day,
                 policy=policy,
+                more={
+                    "feedback_is_fresh": partial(
+                        feedback_is_fresh,
+                        by_day,
+                        source=database.source,
+                        reference_date=day,
+                        policy=policy,
+                    )
+                },
             )
         yield from report(context, specs, found)
 
@@ -127,15 +128,6 @@ def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
             "The newest day has about as many sessions as that weekday in the weeks before.",
         ),
     ]
-
-
-OF_THE_PLATFORM = (
-    "sessions_are_fresh",
-    "feedback_is_fresh",
-    "shortest_window_is_whole",
-    "day_volume_is_usual",
-)
-"""The checks about the platform as a whole, which a run of some tutors does not know."""
 
 
 def findings_of_rows(
@@ -188,61 +180,25 @@ def findings_of_rows(
     }
 
 
-def findings_of_platform(
-    by_day: pl.DataFrame,
-    logins_by_day: pl.DataFrame,
-    /,
-    *,
-    newest: date | None,
-    source: AnySource,
-    reference_date: date,
-    policy: Policy,
-) -> dict[str, Finding]:
-    """What the checks about the platform as a whole find, by name.
+def feedback_is_fresh(
+    by_day: pl.DataFrame, /, *, source: AnySource, reference_date: date, policy: Policy
+) -> Finding:
+    """Whether sessions of the last weeks have feedback.
 
     Args:
         by_day: As ``sessions_by_day`` gives it.
-        logins_by_day: As ``rows_by_day`` gives it.
-        newest: The day of the newest session.
         source: Where the platform is read, for what a person is shown.
         reference_date: The reference date.
         policy: Its windows, and the limits of checks.
     """
-    limits = policy.checks
-    return {
-        "sessions_are_fresh": source_is_fresh(
-            newest,
-            what="sessions",
-            reference_date=reference_date,
-            warn_days=limits.stale_warn_days,
-            error_days=limits.stale_error_days,
-            look_at=where_to_look(source, "sessions", instant="scheduled_start"),
-        ),
-        "feedback_is_fresh": source_is_fresh(
-            by_day.filter(pl.col("rated") > 0)["date"].max(),  # type: ignore[arg-type]
-            what="rated sessions",
-            reference_date=reference_date,
-            warn_days=limits.stale_feedback_days,
-            since=reference_date - timedelta(days=policy.horizon_days),
-            look_at=where_to_look(source, "student_feedback", instant="submitted_at"),
-        ),
-        "shortest_window_is_whole": shortest_window_is_whole(
-            by_day,
-            logins_by_day,
-            what="sessions",
-            reference_date=reference_date,
-            days=policy.windows[0],
-            max_loss=limits.window_loss_error_share,
-        ),
-        "day_volume_is_usual": day_volume_is_usual(
-            by_day,
-            what="sessions",
-            reference_date=reference_date,
-            min_share=limits.volume_share,
-            min_deviations=limits.volume_deviations,
-            min_weeks=limits.volume_min_weeks,
-        ),
-    }
+    return source_is_fresh(
+        by_day.filter(pl.col("rated") > 0)["date"].max(),  # type: ignore[arg-type]
+        what="rated sessions",
+        reference_date=reference_date,
+        warn_days=policy.checks.stale_feedback_days,
+        since=reference_date - timedelta(days=policy.horizon_days),
+        look_at=where_to_look(source, "student_feedback", instant="submitted_at"),
+    )
 
 
 def sessions_by_day(sessions: pl.LazyFrame, /) -> pl.LazyFrame:

@@ -1,6 +1,7 @@
 """What is asked of the rows that were read from the platform, whichever table they are from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Literal, NamedTuple, cast
 from zoneinfo import ZoneInfo
@@ -10,16 +11,108 @@ import tenacity
 
 from tutormax_assets.dates import midnight
 from tutormax_assets.defs.checks import ERROR, WARN, Finding, Metadata, first_keys, partition
-from tutormax_assets.metrics.policy import window_name
+from tutormax_assets.metrics.policy import Policy, window_name
 from tutormax_assets.metrics.schemas import LOGIN
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.source import view
 from tutormax_assets.storage.store import PartitionStore
 
-NOT_OF_ALL = Finding(
+_NOT_OF_ALL = Finding(
     passed=True, problem="Not compared: only runs of some tutors have read this date so far."
 )
-"""Of a check about the platform as a whole, on a date of which it is not known."""
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """A table of the platform, and how the checks of its snapshot call it.
+
+    Attributes:
+        name: The table in the platform.
+        instant: Its column that a row belongs to a day by.
+        is_fresh: Name of the check whether the newest row is new.
+        what: What its rows are.
+        day_what: What the rows of a day are.
+        usual: Which of its rows come in about the same number each week.
+        other: Rows of another table that fall with them, as over holidays.
+    """
+
+    name: Literal["sessions", "tutor_events"]
+    instant: str
+    is_fresh: str
+    what: str
+    day_what: str
+    usual: Literal["sessions", "logins"]
+    other: Literal["sessions", "logins"]
+
+    def look_at(
+        self,
+        by_day: pl.DataFrame,
+        store: PartitionStore,
+        source: view.AnySource,
+        *,
+        partition_key: str,
+        retrying: tenacity.Retrying,
+        timezone: str,
+        policy: Policy,
+        more: Mapping[str, Callable[[], Finding]] | None = None,
+    ) -> dict[str, Finding]:
+        """What the checks about the platform as a whole find, by name.
+
+        A run of some tutors does not know the platform as a whole.
+
+        Args:
+            by_day: Its rows by day in the snapshot: ``date``, ``rows``.
+            store: Where the snapshots are.
+            source: Where the platform is read.
+            partition_key: The reference date.
+            retrying: Asks the platform again.
+            timezone: In which a date begins.
+            policy: Its windows, and the limits of checks.
+            more: Further checks of the platform as a whole.
+        """
+        more = more or {}
+        if store.active_tutors_left_out(partition_key):
+            names = (self.is_fresh, "shortest_window_is_whole", "day_volume_is_usual", *more)
+            return dict.fromkeys(names, _NOT_OF_ALL)
+        reference_date, limits = date.fromisoformat(partition_key), policy.checks
+        newest = newest_date(
+            by_day,
+            source,
+            self.name,
+            retrying=retrying,
+            reference_date=reference_date,
+            timezone=timezone,
+        )
+        return {
+            self.is_fresh: source_is_fresh(
+                newest,
+                what=self.what,
+                reference_date=reference_date,
+                warn_days=limits.stale_warn_days,
+                error_days=limits.stale_error_days,
+                look_at=view.where_to_look(source, self.name, instant=self.instant),
+            ),
+            "shortest_window_is_whole": shortest_window_is_whole(
+                by_day
+                if self.usual == self.day_what
+                else rows_by_day(store, self.usual, partition_key),
+                rows_by_day(store, self.other, partition_key),
+                what=self.usual,
+                reference_date=reference_date,
+                days=policy.windows[0],
+                max_loss=limits.window_loss_error_share,
+            ),
+            "day_volume_is_usual": day_volume_is_usual(
+                by_day,
+                what=self.day_what,
+                reference_date=reference_date,
+                min_share=limits.volume_share,
+                min_deviations=limits.volume_deviations,
+                min_weeks=limits.volume_min_weeks,
+            ),
+            **{name: check() for name, check in more.items()},
+        }
+
 
 # Of normally distributed counts the median absolute deviation times this is one standard deviation.
 _MAD_TO_DEVIATION = 1.4826

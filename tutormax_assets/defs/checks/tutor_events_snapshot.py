@@ -9,22 +9,22 @@ import polars as pl
 
 from tutormax_assets.defs.assets import PLATFORM_POOL
 from tutormax_assets.defs.checks import Finding, check_spec, dates_to_check, partition, report
-from tutormax_assets.defs.checks.source import (
-    NOT_OF_ALL,
-    day_volume_is_usual,
-    few_rows_set_aside,
-    newest_date,
-    rows_by_day,
-    shortest_window_is_whole,
-    source_is_fresh,
-)
+from tutormax_assets.defs.checks.source import SourceTable, few_rows_set_aside
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
-from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.source.platform import PlatformDatabase
-from tutormax_assets.source.view import AnySource, where_to_look
 from tutormax_assets.storage.store import PartitionStore
 
 ASSET = "tutor_events_snapshot"
+
+_EVENTS = SourceTable(
+    name="tutor_events",
+    instant="event_timestamp",
+    is_fresh="events_are_fresh",
+    what="logins and message responses",
+    day_what="events",
+    usual="logins",
+    other="sessions",
+)
 
 
 def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChecksDefinition:
@@ -62,24 +62,13 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
                     min_rows=limits.set_aside_min_rows,
                 )
             }
-            if partition_store.active_tutors_left_out(key):
-                found[key] |= dict.fromkeys(OF_THE_PLATFORM, NOT_OF_ALL)
-                continue
-            newest = newest_date(
+            found[key] |= _EVENTS.look_at(
                 by_day,
+                partition_store,
                 database.source,
-                "tutor_events",
-                reference_date=day,
+                partition_key=key,
                 retrying=retrying,
                 timezone=daily.timezone,
-            )
-            found[key] |= findings_of_platform(
-                by_day,
-                rows_by_day(partition_store, "logins", key),
-                rows_by_day(partition_store, "sessions", key),
-                newest=newest,
-                source=database.source,
-                reference_date=day,
                 policy=policy,
             )
         yield from report(context, specs, found)
@@ -110,61 +99,6 @@ def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
             "The newest day has about as many events as that weekday in the weeks before.",
         ),
     ]
-
-
-OF_THE_PLATFORM = ("events_are_fresh", "shortest_window_is_whole", "day_volume_is_usual")
-"""The checks about the platform as a whole, which a run of some tutors does not know."""
-
-
-def findings_of_platform(
-    by_day: pl.DataFrame,
-    logins_by_day: pl.DataFrame,
-    sessions_by_day: pl.DataFrame,
-    /,
-    *,
-    newest: date | None,
-    source: AnySource,
-    reference_date: date,
-    policy: Policy,
-) -> dict[str, Finding]:
-    """What the checks about the platform as a whole find, by name.
-
-    Args:
-        by_day: As ``events_by_day`` gives it.
-        logins_by_day: As ``rows_by_day`` gives it.
-        sessions_by_day: As ``rows_by_day`` gives it.
-        newest: The day of the newest event.
-        source: Where the platform is read, for what a person is shown.
-        reference_date: The reference date.
-        policy: Its windows, and the limits of checks.
-    """
-    limits = policy.checks
-    return {
-        "events_are_fresh": source_is_fresh(
-            newest,
-            what="logins and message responses",
-            reference_date=reference_date,
-            warn_days=limits.stale_warn_days,
-            error_days=limits.stale_error_days,
-            look_at=where_to_look(source, "tutor_events", instant="event_timestamp"),
-        ),
-        "shortest_window_is_whole": shortest_window_is_whole(
-            logins_by_day,
-            sessions_by_day,
-            what="logins",
-            reference_date=reference_date,
-            days=policy.windows[0],
-            max_loss=limits.window_loss_error_share,
-        ),
-        "day_volume_is_usual": day_volume_is_usual(
-            by_day,
-            what="events",
-            reference_date=reference_date,
-            min_share=limits.volume_share,
-            min_deviations=limits.volume_deviations,
-            min_weeks=limits.volume_min_weeks,
-        ),
-    }
 
 
 def events_by_day(events: pl.LazyFrame, /) -> pl.LazyFrame:

@@ -10,7 +10,7 @@ from tenacity import Retrying, stop_after_attempt
 
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.metrics_reading import MetricsTableError, read_metrics
-from tutormax_assets.database.metrics_table import write_metrics
+from tutormax_assets.database.metrics_writing import write_metrics
 from tutormax_assets.database.tables import tutors
 from tutormax_assets.defs.checks import ERROR, WARN, Finding
 from tutormax_assets.defs.checks.tutor_performance_metrics import rows_are_as_computed

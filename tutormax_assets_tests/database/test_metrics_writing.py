@@ -16,7 +16,7 @@ from tutormax_assets.database import tables
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.faults import retrying
 from tutormax_assets.database.metrics_reading import MetricsTableError
-from tutormax_assets.database.metrics_table import Batch, write_metrics
+from tutormax_assets.database.metrics_writing import Batch, write_metrics
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets_tests.conftest import add, metrics_of
 

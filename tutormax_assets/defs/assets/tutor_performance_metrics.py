@@ -9,7 +9,7 @@ import dagster as dg
 
 from tutormax_assets.compute import DaskError, EarlierStepError, KilledShardError, ShardsError
 from tutormax_assets.compute.shard_map import Compute
-from tutormax_assets.compute.tasks.metrics_table import (
+from tutormax_assets.compute.tasks.writing import (
     WritingPlan,
     WritingReport,
     WritingSummary,

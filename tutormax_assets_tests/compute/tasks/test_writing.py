@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from upath import UPath
 
-from tutormax_assets.compute.tasks.metrics_table import (
+from tutormax_assets.compute.tasks.writing import (
     WritingSummary,
     plan_writing,
     sum_of_summaries,

@@ -14,7 +14,7 @@ from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.date_locks import is_held
 from tutormax_assets.database.faults import retrying
 from tutormax_assets.database.metrics_reading import MetricsTableError
-from tutormax_assets.database.metrics_table import Batch, write_metrics
+from tutormax_assets.database.metrics_writing import Batch, write_metrics
 from tutormax_assets.dates import midnight
 from tutormax_assets.storage.partition import Division, Partition, Rows, division
 from tutormax_assets.storage.shards import shard_name

@@ -12,7 +12,7 @@ from polars.testing import assert_frame_equal
 
 from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks import windows
-from tutormax_assets.defs.assets.metrics import window_metrics_assets
+from tutormax_assets.defs.assets.window_metrics import window_metrics_assets
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.settings import Settings
