@@ -187,13 +187,14 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
             ):
                 paths = request.paths.get(asset, {})
                 report.stored[asset] = {
-                    day: [parts] for day, parts in _stored(task, frame, column, paths)
+                    reference_date: [parts]
+                    for reference_date, parts in _stored(task, frame, column, paths)
                 }
-            for day in {*request.paths.get(snapshot_asset(table), {})}:
+            for reference_date in {*request.paths.get(snapshot_asset(table), {})}:
                 of_day = set_aside.filter(
-                    within_window("date", reference_date=day, days=request.window_days)
+                    within_window("date", reference_date=reference_date, days=request.window_days)
                 )
-                report.reasons[table][day] = count_reasons(of_day)
+                report.reasons[table][reference_date] = count_reasons(of_day)
     return report
 
 
@@ -268,10 +269,14 @@ def collect_snapshots(
         StorageError: The storage cannot be written.
     """
     return {
-        day.isoformat(): partition_of(
-            path, shards, report.stored[asset][day], failed=report.failed, no_rows=no_rows
+        reference_date.isoformat(): partition_of(
+            path,
+            shards,
+            report.stored[asset][reference_date],
+            failed=report.failed,
+            no_rows=no_rows,
         )
-        for day, path in request.paths[asset].items()
+        for reference_date, path in request.paths[asset].items()
     }
 
 
@@ -289,11 +294,11 @@ DATE_COLUMNS: Mapping[Table, str] = {"sessions": "scheduled_date", "tutor_events
 def _stored(
     task: SnapshotTask, rows: pl.LazyFrame, column: str, paths: Mapping[date, UPath]
 ) -> Iterator[tuple[date, StoredParts]]:
-    for day, path in paths.items():
+    for reference_date, path in paths.items():
         of_day = rows.filter(
-            within_window(column, reference_date=day, days=task.plan.request.window_days)
+            within_window(column, reference_date=reference_date, days=task.plan.request.window_days)
         )
-        yield day, store_parts(path, of_day, shards=task.shards, first=task.first_shard)
+        yield reference_date, store_parts(path, of_day, shards=task.shards, first=task.first_shard)
 
 
 def _by_parts(
@@ -331,8 +336,8 @@ def sum_of_reports(reports: Iterable[SnapshotReport]) -> SnapshotReport:
     for report in reports:
         for asset, by_day in report.stored.items():
             of_asset = total.stored.setdefault(asset, {})
-            for day, stored in by_day.items():
-                of_asset.setdefault(day, []).extend(stored)
+            for reference_date, stored in by_day.items():
+                of_asset.setdefault(reference_date, []).extend(stored)
         for name, number in report.count.items():
             total.count[name] = total.count.get(name, 0) + number
         for table, by_day_or_all in report.reasons.items():

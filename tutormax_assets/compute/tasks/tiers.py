@@ -70,19 +70,19 @@ class TiersReport:
 
 
 def plan_tiers(
-    reference_date: str, metrics: Sequence[Partition], *, path: UPath, policy: Policy
+    partition_key: str, metrics: Sequence[Partition], *, path: UPath, policy: Policy
 ) -> TiersPlan:
     """Divide a reference date into tasks.
 
     Args:
-        reference_date: In ISO form.
+        partition_key: The reference date in ISO form.
         metrics: ``WindowMetrics`` of each window, the shortest one first.
         path: The partition to store.
         policy: Thresholds, and how many flags make a tier.
     """
     divided = division(metrics)
     tasks = {
-        shard_name(reference_date, number): TiersTask(
+        shard_name(partition_key, number): TiersTask(
             [partition.rows(number) for partition in metrics], number or 0, path, policy
         )
         for number in divided.numbers

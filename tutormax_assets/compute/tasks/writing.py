@@ -123,7 +123,7 @@ class WritingReport:
 
 
 def plan_writing(
-    reference_date: str,
+    partition_key: str,
     tiers: Partition,
     *,
     timezone: str,
@@ -135,7 +135,7 @@ def plan_writing(
     """Divide a reference date into tasks.
 
     Args:
-        reference_date: In ISO form.
+        partition_key: The reference date in ISO form.
         tiers: ``TutorTiers``.
         timezone: In which the date begins.
         batch_size: Tutors per transaction at most.
@@ -143,13 +143,13 @@ def plan_writing(
         retry_delay_seconds: Seconds before the first retry.
         holder: Who has the date for the run, as ``DateLocks.holder`` says.
     """
-    day = date.fromisoformat(reference_date)
+    reference_date = date.fromisoformat(partition_key)
     divided = division([tiers])
     tasks = {
-        shard_name(reference_date, number): WritingTask(
+        shard_name(partition_key, number): WritingTask(
             tiers.rows(number),
-            day,
-            midnight(day, timezone=timezone),
+            reference_date,
+            midnight(reference_date, timezone=timezone),
             batch_size,
             max_retries,
             retry_delay_seconds,
@@ -215,8 +215,8 @@ def sum_of_summaries(summaries: Iterable[WritingSummary]) -> WritingSummary:
     )
 
 
-def _log_batch(log: logging.Logger, day: date, batch: Batch) -> None:
-    name = f"Batch {batch.number}/{batch.of} of {day}"
+def _log_batch(log: logging.Logger, reference_date: date, batch: Batch) -> None:
+    name = f"Batch {batch.number}/{batch.of} of {reference_date}"
     rows = f"{batch.inserted} inserted, {batch.updated} updated, {batch.unchanged} unchanged"
     if not batch.errors:
         log.info(f"{name} committed ({len(batch.tutor_ids)} tutors: {rows})")

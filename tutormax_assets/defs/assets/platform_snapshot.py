@@ -150,7 +150,7 @@ def _paths(
     """The partitions of the selected assets, by asset and reference date."""
     days = reference_dates(context)
     return {
-        asset: {day: store.path(asset, key) for key, day in days.items()}
+        asset: {reference_date: store.path(asset, key) for key, reference_date in days.items()}
         for asset in _READ_FROM
         if dg.AssetKey(asset) in context.selected_asset_keys
     }
@@ -193,13 +193,15 @@ def _store_tutors(
     others = request.paths.get("tutors_left_out", {})
     stored = {
         "tutor_roster": {
-            day: [store_parts(path, found.roster.lazy(), shards=found.shards)]
-            for day, path in rosters.items()
+            reference_date: [store_parts(path, found.roster.lazy(), shards=found.shards)]
+            for reference_date, path in rosters.items()
         },
         "tutors_left_out": {
-            day: [store_parts(path, left_out.lazy(), shards=found.shards)]
-            for day, path in others.items()
-            for left_out in [_left_out(store, found.tutors, found.roster, day.isoformat())]
+            reference_date: [store_parts(path, left_out.lazy(), shards=found.shards)]
+            for reference_date, path in others.items()
+            for left_out in [
+                _left_out(store, found.tutors, found.roster, reference_date.isoformat())
+            ]
         },
     }
     return SnapshotReport(stored=stored)

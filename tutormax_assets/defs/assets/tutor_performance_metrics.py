@@ -74,7 +74,7 @@ def tutor_performance_metrics_asset(
         """
         saved = _Saved(context.asset_key)
         partitions = partition_store.partitions(_TIERS, context.partition_keys)
-        for key, day in reference_dates(context).items():
+        for key, reference_date in reference_dates(context).items():
             plan = plan_writing(
                 key,
                 partitions[key],
@@ -95,7 +95,9 @@ def tutor_performance_metrics_asset(
             if run_options.tutor_ids:
                 metadata |= _of_the_date(
                     run_options.retrying(context.log)(
-                        count_rows, database.engine, midnight(day, timezone=daily.timezone)
+                        count_rows,
+                        database.engine,
+                        midnight(reference_date, timezone=daily.timezone),
                     ),
                     tutors=metadata["successful"],
                     of=metadata["total_tutors"] + partition_store.active_tutors_of_others(key),

@@ -258,9 +258,9 @@ def last_saved(
     A date that was blocked or broken off is no measure for the next one, whatever its partitions
     hold.
     """
-    day = date.fromisoformat(partition_key)
+    reference_date = date.fromisoformat(partition_key)
     for days in range(1, _LOOK_BACK_DAYS + 1):
-        before = (day - timedelta(days=days)).isoformat()
+        before = (reference_date - timedelta(days=days)).isoformat()
         if before not in partition_keys(context.run) and _is_unsaved(context.instance, before):
             continue
         since = (

@@ -60,7 +60,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
         policy, retrying = metrics_policy.policy, run_options.retrying(context.log)
         found: dict[str, dict[str, Finding]] = {}
         for key in dates_to_check(context, ASSET):
-            day = date.fromisoformat(key)
+            reference_date = date.fromisoformat(key)
             sessions = partition(partition_store, ASSET, key)
             by_day, by_tutor, set_aside = pl.collect_all(
                 [
@@ -72,7 +72,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
             )
             tutors = tutors_when_read(partition_store, key)
             found[key] = findings_of_rows(
-                by_day, by_tutor, set_aside, tutors, reference_date=day, policy=policy
+                by_day, by_tutor, set_aside, tutors, reference_date=reference_date, policy=policy
             )
             found[key] |= _SESSIONS.look_at(
                 by_day,
@@ -87,7 +87,7 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
                         feedback_is_fresh,
                         by_day,
                         source=database.source,
-                        reference_date=day,
+                        reference_date=reference_date,
                         policy=policy,
                     )
                 },

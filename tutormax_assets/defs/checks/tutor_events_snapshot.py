@@ -43,7 +43,7 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
         retrying = run_options.retrying(context.log)
         found: dict[str, dict[str, Finding]] = {}
         for key in dates_to_check(context, ASSET):
-            day = date.fromisoformat(key)
+            reference_date = date.fromisoformat(key)
             by_day, set_aside = pl.collect_all(
                 [
                     events_by_day(partition(partition_store, ASSET, key)),
@@ -55,7 +55,7 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
                 "few_rows_set_aside": few_rows_set_aside(
                     by_day.with_columns(pl.lit("tutor_events").alias("source_table")),
                     set_aside,
-                    reference_date=day,
+                    reference_date=reference_date,
                     windows=policy.windows,
                     warn_share=limits.set_aside_warn_share,
                     error_share=limits.set_aside_error_share,

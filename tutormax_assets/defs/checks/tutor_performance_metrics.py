@@ -63,7 +63,10 @@ def tutor_performance_metrics_checks(
         retrying = run_options.retrying(context.log)
         table = read_metrics(
             database.engine,
-            calculation_dates=[midnight(day, timezone=daily.timezone) for day in days.values()],
+            calculation_dates=[
+                midnight(reference_date, timezone=daily.timezone)
+                for reference_date in days.values()
+            ],
             retrying=retrying,
             timeouts=database.timeouts,
         )
@@ -71,16 +74,18 @@ def tutor_performance_metrics_checks(
             database.engine,
             days=[
                 (
-                    midnight(day, timezone=daily.timezone),
-                    midnight(day + timedelta(days=1), timezone=daily.timezone),
+                    midnight(reference_date, timezone=daily.timezone),
+                    midnight(reference_date + timedelta(days=1), timezone=daily.timezone),
                 )
-                for day in days.values()
+                for reference_date in days.values()
             ],
             retrying=retrying,
             timeouts=database.timeouts,
         )
         found = {}
-        for (key, day), rows, at_other_times in zip(days.items(), table, others, strict=True):
+        for (key, reference_date), rows, at_other_times in zip(
+            days.items(), table, others, strict=True
+        ):
             computed, roster = pl.collect_all(
                 [
                     partition(partition_store, "tutor_tiers", key),
@@ -98,7 +103,7 @@ def tutor_performance_metrics_checks(
             )
             query = (
                 f"SELECT * FROM {METRICS_TABLE} WHERE calculation_date"  # noqa: S608 - only shown
-                f" = '{midnight(day, timezone=daily.timezone).isoformat()}'"
+                f" = '{midnight(reference_date, timezone=daily.timezone).isoformat()}'"
             )
             found[key] = {
                 name: of_the_date(check, *frames, tutor_ids=run_options.tutor_ids)
