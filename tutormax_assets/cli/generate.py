@@ -1,21 +1,18 @@
 """``tutormax generate``: fill the source tables, or a lake, with a synthetic platform."""
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tutormax_assets.cli.arguments import reference_date
-from tutormax_assets.cli.terminal import (
-    EXIT_USAGE,
-    fail,
-    messages,
-    sentences,
-    settings,
-    show,
-)
+from tutormax_assets.cli.terminal import EXIT_USAGE, fail, messages, sentences, settings, show
+
+if TYPE_CHECKING:
+    from tutormax_assets.settings import Settings
 
 
 def generate(
@@ -53,27 +50,10 @@ def generate(
     """
     if append and lake is not None:
         fail("--append and --lake exclude each other: a lake is written once.", code=EXIT_USAGE)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # The first tutors take seconds on a large platform: until then the bar only moves.
-    with (
-        Progress(
-            *columns, console=messages, transient=True, disable=not messages.is_terminal
-        ) as bar,
-        sentences(),
-    ):
-        task = bar.add_task(f"generating {tutors:,} tutors", total=None)
-        from tutormax_assets.database.connection import engine_of
-        from tutormax_assets.sample import lake as sample_lake
-        from tutormax_assets.sample import platform as sample_platform
-
+    with _progress_bar(tutors) as progress, sentences():
         environment = settings()
         last = reference_date("--end", end, environment)
-        with engine_of(environment) if lake is None else nullcontext() as engine:
-            write = (
-                partial(sample_platform.generate, engine, append=append)
-                if engine is not None
-                else partial(sample_lake.generate_lake, str(lake))
-            )
+        with _writer(environment, lake, append=append) as write:
             rows = write(
                 tutors=tutors,
                 sessions_per_tutor=sessions_per_tutor,
@@ -81,7 +61,34 @@ def generate(
                 end=last,
                 seed=seed,
                 bad_rows=bad_rows,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=progress,
             )
     for table, count in rows.items():
         show(f"{table}: {count:,} rows")
+
+
+@contextmanager
+def _progress_bar(tutors: int) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar, on a terminal only; yield the function that reports tutors written and all."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    is_hidden = not messages.is_terminal
+    with Progress(*columns, console=messages, transient=True, disable=is_hidden) as bar:
+        # The first tutors take seconds on a large platform: until then the bar only moves.
+        task = bar.add_task(f"generating {tutors:,} tutors", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _writer(
+    environment: "Settings", lake: str | None, *, append: bool
+) -> Iterator[Callable[..., dict[str, int]]]:
+    """Yield the function that writes a platform: into the lake if given, else the database."""
+    from tutormax_assets.database.connection import engine_of
+    from tutormax_assets.sample import lake as sample_lake
+    from tutormax_assets.sample import platform as sample_platform
+
+    if lake is not None:
+        yield partial(sample_lake.generate_lake, lake)
+    else:
+        with engine_of(environment) as engine:
+            yield partial(sample_platform.generate, engine, append=append)

@@ -104,35 +104,23 @@ def run(
         )
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
-        from tutormax_assets.defs.resources import parse_options
-
-        reference = reference_date("--date", day, environment)
         [summary] = with_progress(
             environment,
-            [reference],
-            parse_options(
-                tutor_ids=_tutor_ids(tutors, tutor),
-                include_inactive=include_inactive,
-                batch_size=batch_size,
-                max_retries=max_retries,
-                retry_delay_seconds=retry_delay,
-            ),
+            [reference_date("--date", day, environment)],
+            _run_options(context),
             source="tutormax run",
             quiet=quiet,
             again=lambda days: command_again(context, day=str(days[0])),
         )
-    if not as_json and not quiet:
+    is_shown = not as_json and not quiet
+    if is_shown:
         show(summary_block(summary))
     report = summary.to_dict()
     cleaned = None
     if cleanup:
-        try:
-            cleaned = _clean_up(environment, summary, retention_days)
-        except Failed as error:
-            error.report |= report
-            raise
+        cleaned = _clean_up(environment, summary, retention_days)
         report["cleanup"] = cleaned.to_dict() if cleaned else None
-        if cleaned and not as_json and not quiet:
+        if cleaned and is_shown:
             show(cleanup_block(cleaned))
     if as_json:
         typer.echo(json.dumps(report))
@@ -146,10 +134,14 @@ def _clean_up(
     if not summary.successful:
         logger.warning("Nothing was cleaned up, because nothing was saved.")
         return None
-    with sentences():
-        from tutormax_assets.api import retention
+    try:
+        with sentences():
+            from tutormax_assets.api import retention
 
-        return retention.cleanup(environment, retention_days=retention_days)
+            return retention.cleanup(environment, retention_days=retention_days)
+    except Failed as error:
+        error.report |= summary.to_dict()
+        raise
 
 
 def backfill(
@@ -176,8 +168,6 @@ def backfill(
     """
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
-        from tutormax_assets.defs.resources import parse_options
-
         start = reference_date("--from", first, environment)
         end = reference_date("--to", last, environment)
         if end < start:
@@ -185,13 +175,7 @@ def backfill(
         summaries = with_progress(
             environment,
             [start + timedelta(days=n) for n in range((end - start).days + 1)],
-            parse_options(
-                tutor_ids=_tutor_ids(tutors, tutor),
-                include_inactive=include_inactive,
-                batch_size=batch_size,
-                max_retries=max_retries,
-                retry_delay_seconds=retry_delay,
-            ),
+            _run_options(context),
             source="tutormax backfill",
             quiet=quiet,
             again=lambda days: command_again(context, first=str(days[0]), last=str(days[-1])),
@@ -228,6 +212,20 @@ def _prepare(*, verbose: bool, quiet: bool) -> "Settings":
         gc.freeze()
         gc.enable()
     return environment
+
+
+def _run_options(context: typer.Context) -> "RunOptions":
+    """The options of a run, from the parameters that `run` and `backfill` have in common."""
+    from tutormax_assets.defs.resources import parse_options
+
+    given = context.params
+    return parse_options(
+        tutor_ids=_tutor_ids(given["tutors"], given["tutor"]),
+        include_inactive=given["include_inactive"],
+        batch_size=given["batch_size"],
+        max_retries=given["max_retries"],
+        retry_delay_seconds=given["retry_delay"],
+    )
 
 
 def _tutor_ids(lists: list[str] | None, ids: list[str] | None) -> list[str] | None:

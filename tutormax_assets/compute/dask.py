@@ -11,10 +11,10 @@ import os
 import pickle
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from uuid import uuid4
 
 import distributed
+from distributed.cfexecutor import ClientExecutor
 from distributed.comm.core import connect
 from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerError
 
@@ -196,68 +197,67 @@ class Cluster:
             DaskError: The scheduler or all workers were lost.
         """
         executor = self._client.get_executor(pure=False)
+        submit = partial(_submit, executor, function, tasks)
         running: dict[Future[_Computed[Report]], _Submitted] = {}
         suspects: deque[str] = deque()
-        self._seen_at = next_look = monotonic()
+        self._seen_at = self._next_look = monotonic()
         try:
             for queue, alone in ((deque(tasks), len(tasks) == 1), (suspects, True)):
-                while queue or running:
-                    if monotonic() >= next_look:
-                        self._look(log)
-                        next_look = monotonic() + self._look_seconds
-                    most = 1 if alone else max(1, self.threads)
-                    while queue and len(running) < most:
-                        name = queue.popleft()
-                        # Where some workers are to be kept away from, the others are named.
-                        workers = list(self._threads) if self._refused else None
-                        future = executor.submit(
-                            execute_task,
-                            code(),
-                            pickle.dumps((function, tasks[name])),
-                            key=f"{function.__name__}-{name}-{uuid4().hex}",
-                            workers=workers,
-                        )
-                        running[future] = _Submitted(name, workers)
-                    wait(running, timeout=self._look_seconds, return_when=FIRST_COMPLETED)
-                    for future, (name, workers) in self._ended(running):
-                        error = self._error(future)
-                        del running[future]
-                        if error is None:
-                            report, lines = future.result()
-                            for level, line in lines:
-                                log.log(level, "%s: %s", name, line)
-                            yield name, report
-                        elif isinstance(error, NoWorkerError):
-                            # How long that is borne is for this process to say.
-                            queue.appendleft(name)
-                        elif isinstance(error, KilledShardError) and not alone:
-                            log.warning("Shard %s is tried again alone: %s", name, error)
-                            suspects.append(name)
-                        elif workers is None and self._is_of_other_code(error, log):
-                            queue.append(name)
-                        else:
-                            errors[name] = error
+                for future, (name, workers) in self._drain(queue, running, submit, alone, log):
+                    error = self._error(future)
+                    del running[future]
+                    if error is None:
+                        report, lines = future.result()
+                        for level, line in lines:
+                            log.log(level, "%s: %s", name, line)
+                        yield name, report
+                    elif isinstance(error, NoWorkerError):
+                        # How long that is borne is for this process to say.
+                        queue.appendleft(name)
+                    elif isinstance(error, KilledShardError) and not alone:
+                        log.warning("Shard %s is tried again alone: %s", name, error)
+                        suspects.append(name)
+                    elif workers is None and self._is_of_other_code(error, log):
+                        queue.append(name)
+                    else:
+                        errors[name] = error
         except DaskError as error:
-            names = [name for name, _ in islice(running.values(), _NAMED)]
-            state = "Under way" if names else "Waiting"
-            names = names or list(islice(queue, _NAMED))
-            if not names:
-                raise
-            raise DaskError(f"{error} {state}: {', '.join(names)}.") from error.__cause__
+            raise _with_names(error, running.values(), queue) from error.__cause__
         finally:
             if self._client.status != "closed":
                 executor.shutdown(wait=False)
 
-    def _ended(
-        self, running: Mapping[Future[_Computed[Report]], _Submitted]
-    ) -> list[tuple[Future[_Computed[Report]], _Submitted]]:
-        """What is done, or can be done by no worker that is left."""
-        return [
-            (future, submitted)
-            for future, submitted in running.items()
-            if future.done()
-            or (submitted.workers and self._threads.keys().isdisjoint(submitted.workers))
-        ]
+    def _drain(
+        self,
+        queue: deque[str],
+        running: dict[Future[_Computed[Report]], _Submitted],
+        submit: Callable[[str, list[str] | None], Future[_Computed[Report]]],
+        alone: bool,
+        log: logging.Logger,
+    ) -> Iterator[tuple[Future[_Computed[Report]], _Submitted]]:
+        """Submit the queue as workers become free, until it is empty and nothing runs.
+
+        Yields:
+            Each future that is done, or that no worker that is left can compute. The caller
+            removes it from the running ones.
+        """
+        while queue or running:
+            if monotonic() >= self._next_look:
+                self._look(log)
+                self._next_look = monotonic() + self._look_seconds
+            most = 1 if alone else max(1, self.threads)
+            while queue and len(running) < most:
+                name = queue.popleft()
+                # Where some workers are to be kept away from, the others are named.
+                workers = list(self._threads) if self._refused else None
+                running[submit(name, workers)] = _Submitted(name, workers)
+            wait(running, timeout=self._look_seconds, return_when=FIRST_COMPLETED)
+            yield from [
+                (future, submitted)
+                for future, submitted in running.items()
+                if future.done()
+                or (submitted.workers and self._threads.keys().isdisjoint(submitted.workers))
+            ]
 
     def _error(self, future: Future[Any]) -> BaseException | None:
         if not future.done():
@@ -372,6 +372,29 @@ class Cluster:
             " cancelled there. What was saved until then stays; see that the scheduler runs, then"
             " run the date again."
         )
+
+
+def _submit(
+    executor: ClientExecutor,
+    function: Callable[[Task, TaskContext], Report],
+    tasks: Mapping[str, Task],
+    name: str,
+    workers: list[str] | None,
+) -> Future[_Computed[Report]]:
+    sent = pickle.dumps((function, tasks[name]))
+    key = f"{function.__name__}-{name}-{uuid4().hex}"
+    future: Future[_Computed[Report]] = executor.submit(
+        execute_task, code(), sent, key=key, workers=workers
+    )
+    return future
+
+
+def _with_names(error: DaskError, running: Iterable[_Submitted], queue: Iterable[str]) -> DaskError:
+    """The error with the first shards that run, or else wait, in its message."""
+    names = [name for name, _ in islice(running, _NAMED)]
+    state = "Under way" if names else "Waiting"
+    names = names or list(islice(queue, _NAMED))
+    return DaskError(f"{error} {state}: {', '.join(names)}.") if names else error
 
 
 _SAME_VERSION = "Install the same version for the run, the scheduler and all workers."

@@ -242,39 +242,10 @@ class Retention:
                 timezone=self.timezone,
                 timeouts=self.timeouts,
             )
-            if archived.is_in_use:
-                log.warning(
-                    "%s metrics of %s stay until the run or the cleanup of that date has ended",
-                    found.rows,
-                    found.day,
-                )
-            if archived.rows_archived == 0:
-                continue
-            deleted += archived.rows_deleted
-            log.info(
-                "Archived %s metrics of %s in %s and deleted %s",
-                archived.rows_archived,
-                archived.day,
-                archived.path,
-                archived.rows_deleted,
-            )
-            if archived.refusal is not None:
-                log.error(
-                    "%s metrics of %s stay in the table, since they could not be restored: %s."
-                    " Change what keeps them out, such as a constraint that old rows do not meet",
-                    archived.rows_left,
-                    archived.day,
-                    archived.refusal.rstrip("."),
-                )
-            elif archived.rows_left:
-                log.warning(
-                    "%s metrics of %s stay in the table: they changed while they were archived,"
-                    " another session holds them, another table refers to them by now, or the"
-                    " archive holds newer values",
-                    archived.rows_left,
-                    archived.day,
-                )
-            yield archived
+            _log_archived(archived, found.rows, log)
+            if archived.rows_archived:
+                deleted += archived.rows_deleted
+                yield archived
         if deleted >= archive.VACUUM_FROM_ROWS:
             refusal = archive.vacuum(engine)
             if refusal is None:
@@ -301,6 +272,41 @@ class Retention:
                 log.warning("%s stays until the run of its date has ended", partition.path)
         if deleted:
             log.info("Deleted %s Parquet partitions before %s", deleted, self.partitions_from)
+
+
+def _log_archived(archived: ArchivedDate, rows: int, log: logging.Logger) -> None:
+    """Log how many of the rows of a date were archived and deleted, and why others stay."""
+    if archived.is_in_use:
+        log.warning(
+            "%s metrics of %s stay until the run or the cleanup of that date has ended",
+            rows,
+            archived.day,
+        )
+    if archived.rows_archived == 0:
+        return
+    log.info(
+        "Archived %s metrics of %s in %s and deleted %s",
+        archived.rows_archived,
+        archived.day,
+        archived.path,
+        archived.rows_deleted,
+    )
+    if archived.refusal is not None:
+        log.error(
+            "%s metrics of %s stay in the table, since they could not be restored: %s."
+            " Change what keeps them out, such as a constraint that old rows do not meet",
+            archived.rows_left,
+            archived.day,
+            archived.refusal.rstrip("."),
+        )
+    elif archived.rows_left:
+        log.warning(
+            "%s metrics of %s stay in the table: they changed while they were archived,"
+            " another session holds them, another table refers to them by now, or the"
+            " archive holds newer values",
+            archived.rows_left,
+            archived.day,
+        )
 
 
 @dataclass

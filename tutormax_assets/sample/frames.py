@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,17 @@ class _Roster:
         return self.of(field) * np.exp(-SKILL_TROUBLE * self.skill)
 
 
+class SampleArguments(TypedDict):
+    """The arguments of `sample_frames`, which documents them, without ``first_tutor``."""
+
+    tutors: int
+    sessions_per_tutor: int
+    days: int
+    end: date
+    seed: int
+    bad_rows: NotRequired[float]
+
+
 def sample_frames(
     *,
     tutors: int,
@@ -131,8 +143,10 @@ def sample_frames(
     }
 
 
-def check_arguments(*, tutors: int, sessions_per_tutor: int, days: int, bad_rows: float) -> None:
-    """Refuse what no platform can be made of.
+def check_arguments(
+    *, tutors: int, sessions_per_tutor: int, days: int, bad_rows: float = 0.0, **_others: object
+) -> None:
+    """Check the ranges of the arguments of `sample_frames`; the others may have any value.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -250,17 +264,14 @@ def _rank(groups: Ints) -> Ints:
     return place - np.maximum.accumulate(np.where(is_first, place, 0))
 
 
-def _sessions(
-    rng: np.random.Generator,
-    roster: _Roster,
-    tutor: Ints,
-    scheduled: npt.NDArray[np.datetime64],
-    days: int,
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The students who have a session, and the sessions."""
+def _meetings(
+    rng: np.random.Generator, roster: _Roster, tutor: Ints, rank: Ints, days: int
+) -> tuple[Ints, Ints, Flags]:
+    """Student (position among the tutor's) and session number of each session.
+
+    The flags mark the first row of each student.
+    """
     size = len(tutor)
-    number = roster.number[tutor]
-    rank = _rank(tutor)
     # The circle moves on by one student after as many sessions as it has students.
     student = rank // CIRCLE_STUDENTS + rng.integers(0, CIRCLE_STUDENTS, size)
     pair = tutor * (size + CIRCLE_STUDENTS) + student
@@ -271,7 +282,20 @@ def _sessions(
     earlier = rng.integers(1, 25, (len(roster.number), CIRCLE_STUDENTS))
     is_known = (student < CIRCLE_STUDENTS) & (roster.onboarded_days_ago[tutor] > days)
     before = np.where(is_known, earlier[tutor, student % CIRCLE_STUDENTS], 0)
+    return student, meeting + before + 1, meeting == 0
 
+
+def _sessions(
+    rng: np.random.Generator,
+    roster: _Roster,
+    tutor: Ints,
+    scheduled: npt.NDArray[np.datetime64],
+    days: int,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The students who have a session, and the sessions."""
+    size = len(tutor)
+    number, rank = roster.number[tutor], _rank(tutor)
+    student, session_number, is_first_row = _meetings(rng, roster, tutor, rank, days)
     subject = roster.subject[tutor] + rng.integers(0, roster.subject_count[tutor])
     subject %= len(SUBJECTS)
     no_show = rng.random(size) < roster.trouble("no_show_share")[tutor]
@@ -284,7 +308,7 @@ def _sessions(
             "session_id": _ids("S", number, rank, widths=[6, 4]),
             "tutor_id": roster.ids.gather(tutor),
             "student_id": _ids("P", number, student, widths=[6, 3]),
-            "session_number": pl.Series(meeting + before + 1, dtype=pl.Int32),
+            "session_number": pl.Series(session_number, dtype=pl.Int32),
             "scheduled_start": _instants(scheduled),
             "actual_start": _instants(
                 np.where(no_show, np.datetime64("NaT"), scheduled + late * MINUTE)
@@ -309,10 +333,8 @@ def _sessions(
         pl.when(pl.lit(pl.Series(has_engagement))).then("engagement_score"),
         pl.when(pl.lit(pl.Series(has_objectives))).then("learning_objectives_met"),
     )
-    is_first_row = meeting == 0
-    return _students(
-        rng, sessions["student_id"].filter(is_first_row), subject[is_first_row]
-    ), sessions
+    students = _students(rng, sessions["student_id"].filter(is_first_row), subject[is_first_row])
+    return students, sessions
 
 
 def _students(rng: np.random.Generator, ids: pl.Series, subject: Ints) -> pl.DataFrame:

@@ -1,6 +1,7 @@
 """Kinds of tutors, and the shares, weights and words of the generated platform."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,97 +42,33 @@ class TutorKind:
     onboarded_days_ago: tuple[int, int]
     inactive_share: float
     churned_share: float
-    fades: bool = False
+    fades: bool
 
 
-KINDS = (
-    TutorKind(
-        name="high_performer",
-        share=0.30,
-        rating_mean=4.85,
-        rating_sd=0.5,
-        reschedule_share=0.03,
-        no_show_share=0.005,
-        late_minutes_mean=1.5,
-        engagement_mean=0.90,
-        objectives_met_share=0.94,
-        logins_per_session=1.1,
-        response_minutes_median=8,
-        activity=1.1,
-        onboarded_days_ago=(120, 1200),
-        inactive_share=0.02,
-        churned_share=0.0,
-    ),
-    TutorKind(
-        name="at_risk",
-        share=0.20,
-        rating_mean=3.55,
-        rating_sd=0.9,
-        reschedule_share=0.17,
-        no_show_share=0.06,
-        late_minutes_mean=7,
-        engagement_mean=0.60,
-        objectives_met_share=0.73,
-        logins_per_session=0.55,
-        response_minutes_median=50,
-        activity=0.9,
-        onboarded_days_ago=(120, 900),
-        inactive_share=0.06,
-        churned_share=0.02,
-    ),
-    TutorKind(
-        name="new_tutor",
-        share=0.25,
-        rating_mean=4.3,
-        rating_sd=0.6,
-        reschedule_share=0.08,
-        no_show_share=0.02,
-        late_minutes_mean=4,
-        engagement_mean=0.73,
-        objectives_met_share=0.86,
-        logins_per_session=0.85,
-        response_minutes_median=20,
-        activity=0.8,
-        onboarded_days_ago=(10, 60),
-        inactive_share=0.01,
-        churned_share=0.0,
-    ),
-    TutorKind(
-        name="steady",
-        share=0.20,
-        rating_mean=4.25,
-        rating_sd=0.4,
-        reschedule_share=0.06,
-        no_show_share=0.012,
-        late_minutes_mean=3,
-        engagement_mean=0.74,
-        objectives_met_share=0.88,
-        logins_per_session=0.8,
-        response_minutes_median=15,
-        activity=1.0,
-        onboarded_days_ago=(120, 1200),
-        inactive_share=0.03,
-        churned_share=0.0,
-    ),
-    TutorKind(
-        name="churner",
-        share=0.05,
-        rating_mean=3.8,
-        rating_sd=0.8,
-        reschedule_share=0.18,
-        no_show_share=0.05,
-        late_minutes_mean=7,
-        engagement_mean=0.60,
-        objectives_met_share=0.75,
-        logins_per_session=0.4,
-        response_minutes_median=70,
-        activity=0.8,
-        onboarded_days_ago=(120, 900),
-        inactive_share=0.05,
-        churned_share=0.35,
-        fades=True,
-    ),
+_TABLE: dict[str, tuple[Any, ...]] = {
+    "name": ("high_performer", "at_risk", "new_tutor", "steady", "churner"),
+    "share": (0.30, 0.20, 0.25, 0.20, 0.05),
+    "rating_mean": (4.85, 3.55, 4.3, 4.25, 3.8),
+    "rating_sd": (0.5, 0.9, 0.6, 0.4, 0.8),
+    "reschedule_share": (0.03, 0.17, 0.08, 0.06, 0.18),
+    "no_show_share": (0.005, 0.06, 0.02, 0.012, 0.05),
+    "late_minutes_mean": (1.5, 7, 4, 3, 7),
+    "engagement_mean": (0.90, 0.60, 0.73, 0.74, 0.60),
+    "objectives_met_share": (0.94, 0.73, 0.86, 0.88, 0.75),
+    "logins_per_session": (1.1, 0.55, 0.85, 0.8, 0.4),
+    "response_minutes_median": (8, 50, 20, 15, 70),
+    "activity": (1.1, 0.9, 0.8, 1.0, 0.8),
+    "onboarded_days_ago": ((120, 1200), (120, 900), (10, 60), (120, 1200), (120, 900)),
+    "inactive_share": (0.02, 0.06, 0.01, 0.03, 0.05),
+    "churned_share": (0.0, 0.02, 0.0, 0.0, 0.35),
+    "fades": (False, False, False, False, True),
+}
+
+KINDS = tuple(
+    TutorKind(**dict(zip(_TABLE, column, strict=True)))
+    for column in zip(*_TABLE.values(), strict=True)
 )
+"""The kinds of tutors: the columns of the table above, whose shares add up to 1."""
 
 # Tutors of one kind differ: a tutor's skill is standard normal; one unit of it moves the centre of
 # the ratings (stars) and of the engagement (0 to 1) up, and the logarithm of the reschedule and

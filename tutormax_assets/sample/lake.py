@@ -1,14 +1,14 @@
 """The synthetic platform as the Parquet datasets of a lake."""
 
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Unpack
 
 import polars as pl
 from upath import UPath
 
-from tutormax_assets.sample.frames import check_arguments
+from tutormax_assets.sample.frames import SampleArguments, check_arguments
 from tutormax_assets.sample.platform import PlatformNotEmptyError, slices
 from tutormax_assets.source.contract import NEEDED_COLUMNS
 from tutormax_assets.source.lake_files import DAY, INSTANTS, WITHOUT_DAY, Lake
@@ -18,25 +18,15 @@ from tutormax_assets.storage.files import entries
 def generate_lake(
     path: str,
     *,
-    tutors: int,
-    sessions_per_tutor: int,
-    days: int,
-    end: date,
-    seed: int,
-    bad_rows: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
+    **arguments: Unpack[SampleArguments],
 ) -> dict[str, int]:
     """Write the rows of `sample_frames` as the datasets of a lake, but for those of students.
 
     Args:
         path: Base path: a folder or any that fsspec knows.
-        tutors: Number of tutors, at least 1.
-        sessions_per_tutor: Mean number of sessions of a tutor.
-        days: Length of the history in days, at least 1.
-        end: Day before which the history ends.
-        seed: Seed of the random numbers, not negative.
-        bad_rows: Share, 0 to 1, of the rows that break the source contract.
         progress: Is called after each slice with the number of tutors written and ``tutors``.
+        **arguments: Those of `sample_frames`.
 
     Returns:
         The number of rows written, for each dataset.
@@ -45,9 +35,7 @@ def generate_lake(
         PlatformNotEmptyError: There is something where a dataset would be.
         ValueError: An argument is out of its range.
     """
-    check_arguments(
-        tutors=tutors, sessions_per_tutor=sessions_per_tutor, days=days, bad_rows=bad_rows
-    )
+    check_arguments(**arguments)
     held = [table for table in NEEDED_COLUMNS if entries(UPath(path) / table)]
     if held:
         raise PlatformNotEmptyError(
@@ -55,19 +43,10 @@ def generate_lake(
             " was written."
         )
     rows = dict.fromkeys(NEEDED_COLUMNS, 0)
-    for done, frames in slices(
-        tutors=tutors,
-        sessions_per_tutor=sessions_per_tutor,
-        days=days,
-        end=end,
-        seed=seed,
-        bad_rows=bad_rows,
-    ):
+    for done, frames in slices(progress=progress, **arguments):
         datasets = {table: frames[table] for table in NEEDED_COLUMNS}
         write_lake(path, datasets, file_name=f"{done:09}.parquet")
         rows = {table: rows[table] + len(frame) for table, frame in datasets.items()}
-        if progress is not None:
-            progress(done, tutors)
     return rows
 
 

@@ -2,8 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
-from datetime import date
-from typing import Any
+from typing import Any, Unpack
 
 import polars as pl
 import sqlalchemy as sa
@@ -12,7 +11,7 @@ from psycopg.errors import InsufficientPrivilege
 
 from tutormax_assets.database.tables import source_metadata
 from tutormax_assets.errors import TutormaxError
-from tutormax_assets.sample.frames import check_arguments, sample_frames
+from tutormax_assets.sample.frames import SampleArguments, check_arguments, sample_frames
 
 SLICE_TUTORS = 20_000
 """Tutors that are generated and written at a time; bounds the memory of a large platform.
@@ -32,14 +31,9 @@ class PlatformTablesMissingError(TutormaxError):
 def generate(
     engine: sa.Engine,
     *,
-    tutors: int,
-    sessions_per_tutor: int,
-    days: int,
-    end: date,
-    seed: int,
-    bad_rows: float = 0.0,
     append: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    **arguments: Unpack[SampleArguments],
 ) -> dict[str, int]:
     """Write the rows of `sample_frames` into PostgreSQL, all in one transaction.
 
@@ -47,14 +41,9 @@ def generate(
 
     Args:
         engine: Engine of psycopg on a database that has the platform's tables.
-        tutors: Number of tutors, at least 1.
-        sessions_per_tutor: Mean number of sessions of a tutor.
-        days: Length of the history in days, at least 1.
-        end: Day before which the history ends.
-        seed: Seed of the random numbers, not negative.
-        bad_rows: Share, 0 to 1, of the rows that break the source contract.
         append: Whether to add to the tutors that are there; the new ones are numbered after them.
         progress: Is called after each slice with the number of tutors written and ``tutors``.
+        **arguments: Those of `sample_frames`.
 
     Returns:
         The number of rows written, for each table.
@@ -64,9 +53,7 @@ def generate(
         PlatformTablesMissingError: A table of the platform does not exist.
         ValueError: An argument is out of its range.
     """
-    check_arguments(
-        tutors=tutors, sessions_per_tutor=sessions_per_tutor, days=days, bad_rows=bad_rows
-    )
+    check_arguments(**arguments)
     rows: dict[str, int] = {}
     with engine.begin() as connection:
         held = _tutors_held(connection)
@@ -79,20 +66,10 @@ def generate(
         # rows that are there, or on tables of another role, they stay.
         restore = [] if held else _drop_foreign_keys_and_indexes(connection)
         first = _first_free_number(connection)
-        for done, frames in slices(
-            tutors=tutors,
-            sessions_per_tutor=sessions_per_tutor,
-            days=days,
-            end=end,
-            seed=seed,
-            bad_rows=bad_rows,
-            first_tutor=first,
-        ):
+        for _, frames in slices(first_tutor=first, progress=progress, **arguments):
             for table, frame in frames.items():
                 _copy(connection, table, frame)
                 rows[table] = rows.get(table, 0) + len(frame)
-            if progress is not None:
-                progress(done, tutors)
         for statement in restore:
             connection.exec_driver_sql(statement)
     with engine.begin() as connection:
@@ -101,12 +78,30 @@ def generate(
 
 
 def slices(
-    *, tutors: int, first_tutor: int = 0, **arguments: Any
+    *,
+    tutors: int,
+    first_tutor: int = 0,
+    progress: Callable[[int, int], None] | None,
+    **arguments: Any,
 ) -> Iterator[tuple[int, dict[str, pl.DataFrame]]]:
-    """Frames of a slice of the tutors at a time, and the number of tutors until its end."""
-    for done in range(0, tutors, SLICE_TUTORS):
-        size = min(SLICE_TUTORS, tutors - done)
-        yield done + size, sample_frames(tutors=size, first_tutor=first_tutor + done, **arguments)
+    """Generate a platform a slice of its tutors at a time.
+
+    Args:
+        tutors: Number of tutors in all slices.
+        first_tutor: Number of the first tutor.
+        progress: Is called once the caller has consumed a slice, with the number of tutors so far
+            and ``tutors``.
+        **arguments: The other arguments of `sample_frames`.
+
+    Yields:
+        The number of tutors so far, and the frames of the slice.
+    """
+    for start in range(0, tutors, SLICE_TUTORS):
+        done = min(start + SLICE_TUTORS, tutors)
+        frames = sample_frames(tutors=done - start, first_tutor=first_tutor + start, **arguments)
+        yield done, frames
+        if progress is not None:
+            progress(done, tutors)
 
 
 def _tutors_held(connection: sa.Connection) -> int:

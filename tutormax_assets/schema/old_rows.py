@@ -143,56 +143,7 @@ def verdicts(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
         null when unknown; ``reason`` why the row cannot stay, null when it stays; and
         ``window_renamed``, ``tier_renamed``, ``date_moved``, ``day_moved``.
     """
-    window_name = sa.cast(metrics.c.window, sa.Text)
-    window = sa.case(
-        *((_folded(window_name) == name, value) for name, value in WINDOW_NAMES.items()),
-        # A policy may have windows of other lengths.
-        (_folded(window_name).regexp_match(WINDOW_OF_A_POLICY), _folded(window_name)),
-    )
-    tier_name = (
-        sa.cast(metrics.c.performance_tier, sa.Text)
-        if "performance_tier" in metrics.c
-        else sa.cast(sa.null(), sa.Text)
-    )
-    tier = sa.case(TIER_NAMES, value=_folded(tier_name))
-    tutor_id = sa.cast(metrics.c.tutor_id, sa.Text)
-    # The platform's column may be of another type than the one that its contract says.
-    roster_id = sa.cast(tutors.c.tutor_id, sa.Text)
-    instant = _instant(metrics.c.calculation_date)
-    problem = sa.case(
-        *((metrics.c[name].is_(None), f"missing {name}") for name in REQUIRED_COLUMNS),
-        *(
-            (sa.func.length(sa.cast(metrics.c[name], sa.Text)) > _length(name), f"too long {name}")
-            for name in ("metric_id", "tutor_id")
-        ),
-        (~is_a_date(instant), "calculation_date out of range"),
-        (
-            window.is_(None) | (sa.func.length(window_name) > _length("window")),
-            "unknown window",
-        ),
-        (tier.is_(None) & tier_name.is_not(None), "unknown tier"),
-        (roster_id.is_(None), "unknown tutor"),
-    )
-    row = (
-        sa.select(
-            metrics.c.metric_id,
-            tutor_id.label("tutor_id"),
-            instant.label("instant"),
-            # Near the ends of PostgreSQL's range, arithmetic on instants fails.
-            local_midnight(sa.case((is_a_date(instant), instant)), timezone).label(
-                "calculation_date"
-            ),
-            window_name.label("window_name"),
-            window.label("window"),
-            tier_name.label("tier_name"),
-            tier.label("performance_tier"),
-            metrics.c.created_at,
-            metrics.c.updated_at,
-            problem.label("problem"),
-        )
-        .select_from(metrics.outerjoin(tutors, roster_id == tutor_id))
-        .subquery("normalised")
-    )
+    row = _normalised_rows(metrics, timezone=timezone)
     window_renamed = row.c.window.is_distinct_from(row.c.window_name)
     tier_renamed = row.c.performance_tier.is_distinct_from(row.c.tier_name)
     date_moved = row.c.calculation_date.is_distinct_from(row.c.instant)
@@ -221,6 +172,53 @@ def verdicts(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
             "day_moved"
         ),
     ).subquery("verdicts")
+
+
+def _normalised_rows(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
+    """Each row's names and date, as they are and as they become, and its first problem."""
+    window_name = sa.cast(metrics.c.window, sa.Text)
+    window = sa.case(
+        *((_folded(window_name) == name, value) for name, value in WINDOW_NAMES.items()),
+        # A policy may have windows of other lengths.
+        (_folded(window_name).regexp_match(WINDOW_OF_A_POLICY), _folded(window_name)),
+    )
+    tier_name = sa.cast(metrics.c.get("performance_tier", sa.null()), sa.Text)
+    tier = sa.case(TIER_NAMES, value=_folded(tier_name))
+    tutor_id = sa.cast(metrics.c.tutor_id, sa.Text)
+    # The platform's column may be of another type than the one that its contract says.
+    roster_id = sa.cast(tutors.c.tutor_id, sa.Text)
+    instant = _instant(metrics.c.calculation_date)
+    problem = sa.case(
+        *((metrics.c[name].is_(None), f"missing {name}") for name in REQUIRED_COLUMNS),
+        *(
+            (sa.func.length(sa.cast(metrics.c[name], sa.Text)) > _length(name), f"too long {name}")
+            for name in ("metric_id", "tutor_id")
+        ),
+        (~is_a_date(instant), "calculation_date out of range"),
+        (window.is_(None) | (sa.func.length(window_name) > _length("window")), "unknown window"),
+        (tier.is_(None) & tier_name.is_not(None), "unknown tier"),
+        (roster_id.is_(None), "unknown tutor"),
+    )
+    return (
+        sa.select(
+            metrics.c.metric_id,
+            tutor_id.label("tutor_id"),
+            instant.label("instant"),
+            # Near the ends of PostgreSQL's range, arithmetic on instants fails.
+            local_midnight(sa.case((is_a_date(instant), instant)), timezone).label(
+                "calculation_date"
+            ),
+            window_name.label("window_name"),
+            window.label("window"),
+            tier_name.label("tier_name"),
+            tier.label("performance_tier"),
+            metrics.c.created_at,
+            metrics.c.updated_at,
+            problem.label("problem"),
+        )
+        .select_from(metrics.outerjoin(tutors, roster_id == tutor_id))
+        .subquery("normalised")
+    )
 
 
 def _folded(name: sa.ColumnElement[str]) -> sa.ColumnElement[str]:

@@ -41,6 +41,8 @@ __all__ = [
 
 ADOPTION_REVISION = "0001"
 
+MetricsState = Literal["current", "behind", "ahead", "not managed", "missing", "unknown"]
+
 
 @dataclass(frozen=True)
 class SourceTable:
@@ -56,7 +58,7 @@ class SchemaStatus:
     """What the database holds of what this project reads and writes."""
 
     sources: tuple[SourceTable, ...]
-    metrics: Literal["current", "behind", "ahead", "not managed", "missing", "unknown"]
+    metrics: MetricsState
     """``not managed``: the table is there but was never upgraded; ``ahead``: by a newer version;
     ``unknown``: the user may not look at the revision."""
     revision: str | None
@@ -167,19 +169,13 @@ def status(
         SchemaError: The metrics table is of another making.
         SourceError: The lake cannot be read.
     """
-    if lake is not None:
-        sources = tuple(
-            SourceTable(name, not clauses, clauses) for name, clauses in breaches(lake).items()
-        )
-    else:
-        with (source or engine).connect() as connection, _refusals():
-            sources = tuple(_sources(connection))
+    sources = _source_tables(source or engine, lake)
     with engine.connect() as connection, _refusals():
-        inspector = sa.inspect(connection)
-        present = inspector.has_table(METRICS_TABLE)
+        present = sa.inspect(connection).has_table(METRICS_TABLE)
         missing = {table: _missing_rights(connection, table) for table in WRITER_RIGHTS}
-        revision = None if "SELECT" in missing[VERSION_TABLE] else _revision(connection)
-        is_readable = "SELECT" not in missing[METRICS_TABLE]
+        unreadable = {table for table, rights in missing.items() if "SELECT" in rights}
+        revision = None if VERSION_TABLE in unreadable else _revision(connection)
+        is_readable = METRICS_TABLE not in unreadable
         rows, newest, deviations = (
             _contents(connection, revision, is_readable=is_readable, timezone=timezone)
             if present or not is_readable
@@ -187,24 +183,17 @@ def status(
         )
         return SchemaStatus(
             sources=sources,
-            metrics=(
-                "missing"
-                if not present
-                else "unknown"
-                if "SELECT" in missing[VERSION_TABLE]
-                else _state(revision)
+            metrics=_metrics_state(
+                revision, present=present, is_readable=VERSION_TABLE not in unreadable
             ),
             revision=revision,
             newest_revision=_newest_revision(),
             rows=rows,
             newest_calculation_date=newest,
             rows_set_aside=_rows_set_aside(
-                connection, is_readable="SELECT" not in missing[old_rows.SET_ASIDE_TABLE]
+                connection, is_readable=old_rows.SET_ASIDE_TABLE not in unreadable
             ),
-            missing_rights=(
-                *obstacles.of_server(connection),
-                *_rights_lines(connection, missing),
-            ),
+            missing_rights=(*obstacles.of_server(connection), *_rights_lines(connection, missing)),
             missing_tutors=(
                 tuple(_missing_tutors(connection, lake))
                 if lake is not None and present and not any(source.breaches for source in sources)
@@ -212,6 +201,22 @@ def status(
             ),
             deviations=deviations,
         )
+
+
+def _source_tables(engine: sa.Engine, lake: Lake | None) -> tuple[SourceTable, ...]:
+    """The source tables of the lake, or of the database without one."""
+    if lake is not None:
+        of_lake = breaches(lake).items()
+        return tuple(SourceTable(name, not clauses, clauses) for name, clauses in of_lake)
+    with engine.connect() as connection, _refusals():
+        rows = connection.execute(sa.text(contract.FOUND_COLUMNS)).all()
+    columns = [contract.FoundColumn(*row) for row in rows]
+    present = {column.table_name for column in columns}
+    clauses = list(contract.breaches(columns))
+    return tuple(
+        SourceTable(name, name in present, tuple(text for table, text in clauses if table == name))
+        for name in contract.NEEDED_COLUMNS
+    )
 
 
 def _contents(
@@ -340,6 +345,12 @@ def _newest_revision() -> str:
     return str(ScriptDirectory.from_config(_config()).get_current_head())
 
 
+def _metrics_state(revision: str | None, *, present: bool, is_readable: bool) -> MetricsState:
+    if not present:
+        return "missing"
+    return _state(revision) if is_readable else "unknown"
+
+
 def _state(revision: str | None) -> Literal["current", "behind", "ahead", "not managed"]:
     if revision is None:
         return "not managed"
@@ -348,16 +359,6 @@ def _state(revision: str | None) -> Literal["current", "behind", "ahead", "not m
         return "current"
     known = {script.revision for script in scripts.walk_revisions()}
     return "behind" if revision in known else "ahead"
-
-
-def _sources(connection: sa.Connection) -> Iterator[SourceTable]:
-    rows = connection.execute(sa.text(contract.FOUND_COLUMNS)).all()
-    found = [contract.FoundColumn(*row) for row in rows]
-    present = {column.table_name for column in found}
-    breaches = list(contract.breaches(found))
-    for name in contract.NEEDED_COLUMNS:
-        of_table = tuple(clause for table, clause in breaches if table == name)
-        yield SourceTable(name, name in present, of_table)
 
 
 def _source_lines(source: SourceTable) -> list[str]:

@@ -139,7 +139,6 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
         for table in DATE_COLUMNS
         if {snapshot_asset(table), set_aside_asset(table)} & request.paths.keys()
     ]
-    report = SnapshotReport()
     view = (
         open_shared_view(plan.view, context.database.source)
         if isinstance(plan.view, SharedView)
@@ -159,43 +158,47 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
             end=request.end,
             tutor_range=task.tutor_range,
         )
-        report.count |= rows.count
-        report.read_seconds = rows.seconds
+        report = SnapshotReport(count=dict(rows.count), read_seconds=rows.seconds)
+        good_sessions = partial(
+            quality.good_sessions,
+            policy=request.policy,
+            timezone=request.timezone,
+            ids_are_unique=view.ids_are_unique,
+        )
+        good_events = partial(quality.good_events, timezone=request.timezone)
         cleaning: Mapping[Table, tuple[Iterable[pl.LazyFrame], _Clean]] = {
-            "sessions": (
-                rows.sessions,
-                partial(
-                    quality.good_sessions,
-                    policy=request.policy,
-                    timezone=request.timezone,
-                    ids_are_unique=view.ids_are_unique,
-                ),
-            ),
-            "tutor_events": (
-                rows.events,
-                partial(quality.good_events, timezone=request.timezone),
-            ),
+            "sessions": (rows.sessions, good_sessions),
+            "tutor_events": (rows.events, good_events),
         }
         for table in tables:
             started = perf_counter()
             good, set_aside = _by_parts(*cleaning[table], folder / table)
             report.clean_seconds[table] = perf_counter() - started
-            report.reasons[table] = {None: count_reasons(set_aside)}
-            for asset, frame, column in (
-                (snapshot_asset(table), good, DATE_COLUMNS[table]),
-                (set_aside_asset(table), set_aside.lazy(), "date"),
-            ):
-                paths = request.paths.get(asset, {})
-                report.stored[asset] = {
-                    reference_date: [parts]
-                    for reference_date, parts in _stored(task, frame, column, paths)
-                }
-            for reference_date in {*request.paths.get(snapshot_asset(table), {})}:
-                of_day = set_aside.filter(
-                    within_window("date", reference_date=reference_date, days=request.window_days)
-                )
-                report.reasons[table][reference_date] = count_reasons(of_day)
+            _store_table(task, table, good, set_aside, report)
     return report
+
+
+def _store_table(
+    task: SnapshotTask,
+    table: Table,
+    good: pl.LazyFrame,
+    set_aside: pl.DataFrame,
+    report: SnapshotReport,
+) -> None:
+    """Store what is good of a table and what was set aside, sliced by reference date."""
+    request = task.plan.request
+    for asset, frame, column in (
+        (snapshot_asset(table), good, DATE_COLUMNS[table]),
+        (set_aside_asset(table), set_aside.lazy(), "date"),
+    ):
+        of_dates = _stored(task, frame, column, request.paths.get(asset, {}))
+        report.stored[asset] = {date_stored: [parts] for date_stored, parts in of_dates}
+    report.reasons[table] = {None: count_reasons(set_aside)}
+    for reference_date in request.paths.get(snapshot_asset(table), {}):
+        of_date = set_aside.filter(
+            within_window("date", reference_date=reference_date, days=request.window_days)
+        )
+        report.reasons[table][reference_date] = count_reasons(of_date)
 
 
 def read_groups(

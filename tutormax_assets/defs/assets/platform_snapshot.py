@@ -107,19 +107,7 @@ def platform_snapshot_assets(
 
         found = run_options.retrying(context.log)(read)
         _log(context, found.report)
-        of_tutors = _store_tutors(request, found, partition_store)
-        for asset in request.paths:
-            partitions = collect_snapshots(
-                request,
-                asset,
-                of_tutors if asset in of_tutors.stored else found.report,
-                found.shards,
-                no_rows=_SCHEMAS[asset].create_empty(),
-            )
-            for key in partitions:
-                _add_metadata(context, asset, key, found, partition_store)
-            keep_partitions(context, partition_store, asset, partitions)
-            yield dg.MaterializeResult(asset_key=asset)
+        yield from _keep(context, request, found, partition_store)
 
     return platform_snapshot
 
@@ -183,6 +171,27 @@ def _read(
         context.log.warning(f"Table {table}: found no row, expected those of the platform")
     report.count["tutors"] = len(tutors)
     return _PlatformRead(view.read_at, view.snapshot, tutors, roster, shards, report)
+
+
+def _keep(
+    context: dg.AssetExecutionContext,
+    request: SnapshotRequest,
+    found: _PlatformRead,
+    store: PartitionStore,
+) -> Iterator[dg.MaterializeResult[None]]:
+    of_tutors = _store_tutors(request, found, store)
+    for asset in request.paths:
+        partitions = collect_snapshots(
+            request,
+            asset,
+            of_tutors if asset in of_tutors.stored else found.report,
+            found.shards,
+            no_rows=_SCHEMAS[asset].create_empty(),
+        )
+        for key in partitions:
+            _add_metadata(context, asset, key, found, store)
+        keep_partitions(context, store, asset, partitions)
+        yield dg.MaterializeResult(asset_key=asset)
 
 
 def _store_tutors(

@@ -86,22 +86,17 @@ def tutor_performance_metrics_asset(
             )
             reports, error = _write(compute, plan, log=context.log)
             not_written = _not_computed(partition_store, key, plan.division)
+            not_written += skip_unwritten(plan, reports, str(error))
+            metadata = _metadata(reports, not_written)
             if error is not None:
-                not_written += skip_unwritten(plan, reports, str(error))
-                saved.broken_off[key] = _metadata(reports, not_written)
+                saved.broken_off[key] = metadata
                 yield from saved.without_output()
                 raise error
-            metadata = _metadata(reports, not_written)
             if run_options.tutor_ids:
-                metadata |= _of_the_date(
-                    run_options.retrying(context.log)(
-                        count_rows,
-                        database.engine,
-                        midnight(reference_date, timezone=daily.timezone),
-                    ),
-                    tutors=metadata["successful"],
-                    of=metadata["total_tutors"] + partition_store.active_tutors_of_others(key),
-                )
+                instant = midnight(reference_date, timezone=daily.timezone)
+                counts = run_options.retrying(context.log)(count_rows, database.engine, instant)
+                others = partition_store.active_tutors_of_others(key)
+                metadata |= _of_the_date(counts, metadata, others=others)
             is_partial = bool(run_options.tutor_ids) and not _is_materialized(context, key)
             saved.add(key, plan.division, metadata, is_partial=is_partial)
         yield from saved.events(context)
@@ -228,13 +223,13 @@ def _metadata(
     }
 
 
-def _of_the_date(counts: DateCounts, *, tutors: int, of: int) -> dict[str, Any]:
+def _of_the_date(counts: DateCounts, of_run: Mapping[str, Any], *, others: int) -> dict[str, Any]:
     """What a run of some tutors says of the whole date, in place of its own counts."""
     return {
         "total_tutors": counts.tutors,
         "total_metrics_saved": counts.rows,
         "dagster/partition_row_count": counts.rows,
-        "tutors_computed": f"{tutors} of {of}",
+        "tutors_computed": f"{of_run['successful']} of {of_run['total_tutors'] + others}",
     }
 
 

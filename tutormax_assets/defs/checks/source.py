@@ -74,7 +74,7 @@ class SourceTable:
         if store.active_tutors_left_out(partition_key):
             names = (self.is_fresh, "shortest_window_is_whole", "day_volume_is_usual", *more)
             return dict.fromkeys(names, _NOT_OF_ALL)
-        reference_date, limits = date.fromisoformat(partition_key), policy.checks
+        reference_date = date.fromisoformat(partition_key)
         newest = newest_date(
             by_day,
             source,
@@ -83,20 +83,36 @@ class SourceTable:
             reference_date=reference_date,
             timezone=timezone,
         )
+        usual_by_day = (
+            by_day if self.usual == self.day_what else rows_by_day(store, self.usual, partition_key)
+        )
+        other_by_day = rows_by_day(store, self.other, partition_key)
         return {
             self.is_fresh: source_is_fresh(
                 newest,
                 what=self.what,
                 reference_date=reference_date,
-                warn_days=limits.stale_warn_days,
-                error_days=limits.stale_error_days,
+                warn_days=policy.checks.stale_warn_days,
+                error_days=policy.checks.stale_error_days,
                 look_at=view.where_to_look(source, self.name, instant=self.instant),
             ),
+            **self._volumes(by_day, usual_by_day, other_by_day, reference_date, policy),
+            **{name: check() for name, check in more.items()},
+        }
+
+    def _volumes(
+        self,
+        by_day: pl.DataFrame,
+        usual_by_day: pl.DataFrame,
+        other_by_day: pl.DataFrame,
+        reference_date: date,
+        policy: Policy,
+    ) -> dict[str, Finding]:
+        limits = policy.checks
+        return {
             "shortest_window_is_whole": shortest_window_is_whole(
-                by_day
-                if self.usual == self.day_what
-                else rows_by_day(store, self.usual, partition_key),
-                rows_by_day(store, self.other, partition_key),
+                usual_by_day,
+                other_by_day,
                 what=self.usual,
                 reference_date=reference_date,
                 days=policy.windows[0],
@@ -110,7 +126,6 @@ class SourceTable:
                 min_deviations=limits.volume_deviations,
                 min_weeks=limits.volume_min_weeks,
             ),
-            **{name: check() for name, check in more.items()},
         }
 
 
@@ -171,19 +186,16 @@ def few_rows_set_aside(
     row = worst.row(0, named=True)
     failed = row["share"] > error_share and row["rows_read"] >= min_rows
     hint = (hints or {}).get(_most_broken_column(set_aside, row["source_table"]), "")
+    first = first_keys(set_aside, "source_table", "row_key", "column", "reason")
+    command = f"tutormax set-aside --date {reference_date}"
     return Finding(
         False,
         f"{row['rows_set_aside']} of {row['rows_read']} rows of {row['source_table']} in the"
         f" {row['window']} window break the source contract: {row['share']:.1%}, with"
         f" {error_share if failed else warn_share:.1%} expected at most.",
-        {
-            **metadata,
-            "share_by_window": shares,
-            "first_rows": first_keys(set_aside, "source_table", "row_key", "column", "reason"),
-            "see_the_rest": _command(reference_date),
-        },
+        {**metadata, "share_by_window": shares, "first_rows": first, "see_the_rest": command},
         ERROR if failed else WARN,
-        f"{hint}{_see(reference_date)} Fix them in the platform and run the date again"
+        f"{hint}`{command}` names them. Fix them in the platform and run the date again"
         + (", or raise checks.set_aside_error_share in the policy." if failed else "."),
     )
 
@@ -445,11 +457,3 @@ def _set_aside_shares(
         .with_columns((pl.col("rows_set_aside") / pl.col("rows_read")).alias("share"))
         .sort("source_table")
     )
-
-
-def _command(reference_date: date) -> str:
-    return f"tutormax set-aside --date {reference_date}"
-
-
-def _see(reference_date: date) -> str:
-    return f"`{_command(reference_date)}` names them."

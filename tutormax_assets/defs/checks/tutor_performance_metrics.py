@@ -1,8 +1,9 @@
 """Checks of ``tutor_performance_metrics``: what PostgreSQL holds, read back."""
 
 from collections.abc import Iterator, Sequence
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from functools import partial
+from typing import NamedTuple
 
 import dagster as dg
 import polars as pl
@@ -37,15 +38,7 @@ def tutor_performance_metrics_checks(
     daily: dg.DailyPartitionsDefinition, *, windows: Sequence[int]
 ) -> dg.AssetChecksDefinition:
     """Build the checks of ``tutor_performance_metrics``."""
-    # Nothing is downstream: what they block is that the run counts as a success.
-    spec = partial(check_spec, asset=METRICS_TABLE, daily=daily, blocking=True)
-    specs = [
-        spec("rows_are_as_computed", "The table's rows equal tutor_tiers, row for row."),
-        spec(
-            "every_tutor_has_all_windows",
-            "Every tutor of the roster is there with each window once.",
-        ),
-    ]
+    specs = _specs(daily)
 
     @dg.multi_asset_check(
         name=f"{METRICS_TABLE}_checks",
@@ -59,74 +52,87 @@ def tutor_performance_metrics_checks(
         run_options: RunOptions,
         partition_store: dg.ResourceParam[PartitionStore],
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
-        days = {key: date.fromisoformat(key) for key in dates_to_check(context, METRICS_TABLE)}
-        retrying = run_options.retrying(context.log)
+        keys = dates_to_check(context, METRICS_TABLE)
+        days = [_instants(key, timezone=daily.timezone) for key in keys]
+        retrying, timeouts = run_options.retrying(context.log), database.timeouts
         table = read_metrics(
             database.engine,
-            calculation_dates=[
-                midnight(reference_date, timezone=daily.timezone)
-                for reference_date in days.values()
-            ],
+            calculation_dates=[begin for begin, _ in days],
             retrying=retrying,
-            timeouts=database.timeouts,
+            timeouts=timeouts,
         )
         others = count_rows_at_other_times(
-            database.engine,
-            days=[
-                (
-                    midnight(reference_date, timezone=daily.timezone),
-                    midnight(reference_date + timedelta(days=1), timezone=daily.timezone),
-                )
-                for reference_date in days.values()
-            ],
-            retrying=retrying,
-            timeouts=database.timeouts,
+            database.engine, days=days, retrying=retrying, timeouts=timeouts
         )
         found = {}
-        for (key, reference_date), rows, at_other_times in zip(
-            days.items(), table, others, strict=True
-        ):
-            computed, roster = pl.collect_all(
-                [
-                    partition(partition_store, "tutor_tiers", key),
-                    partition(partition_store, "tutor_roster", key),
-                ]
-            )
-            # Rows of tutors who are not computed any more stay in the table.
-            tutors = pl.concat([computed.select("tutor_id"), roster.select("tutor_id")])
-            stored = rows.join(tutors, on="tutor_id", how="semi")
+        for key, (begin, _), rows, at_other_times in zip(keys, days, table, others, strict=True):
+            frames = _read(partition_store, key, rows)
+            missing = sorted({*frames.tutors} - {*frames.stored["tutor_id"]})
             # Rows of a tutor who was deleted went with the tutor: asked after the rows were read.
-            missing = sorted({*tutors["tutor_id"]} - {*stored["tutor_id"]})
             deleted = retrying(view.unknown_tutors, database.source, missing)
             computed, roster = (
-                frame.filter(~pl.col("tutor_id").is_in(deleted)) for frame in (computed, roster)
+                frame.filter(~pl.col("tutor_id").is_in(deleted))
+                for frame in (frames.computed, frames.roster)
             )
-            query = (
-                f"SELECT * FROM {METRICS_TABLE} WHERE calculation_date"  # noqa: S608 - only shown
-                f" = '{midnight(reference_date, timezone=daily.timezone).isoformat()}'"
+            as_computed = partial(
+                rows_are_as_computed, query=_query(begin), at_other_times=at_other_times
             )
+            complete = partial(
+                every_tutor_has_all_windows, windows=windows, what_to_do=_advice(key)
+            )
+            of = partial(of_the_date, tutor_ids=run_options.tutor_ids)
             found[key] = {
-                name: of_the_date(check, *frames, tutor_ids=run_options.tutor_ids)
-                for name, check, frames in (
-                    (
-                        "rows_are_as_computed",
-                        partial(rows_are_as_computed, query=query, at_other_times=at_other_times),
-                        (computed, stored),
-                    ),
-                    (
-                        "every_tutor_has_all_windows",
-                        partial(
-                            every_tutor_has_all_windows, windows=windows, what_to_do=_advice(key)
-                        ),
-                        (stored, roster),
-                    ),
-                )
+                "rows_are_as_computed": of(as_computed, computed, frames.stored),
+                "every_tutor_has_all_windows": of(complete, frames.stored, roster),
             }
             for finding in found[key].values():
                 finding.metadata["tutors_deleted_since"] = len(deleted)
         yield from report(context, specs, found)
 
     return checks
+
+
+def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
+    # Nothing is downstream: what they block is that the run counts as a success.
+    spec = partial(check_spec, asset=METRICS_TABLE, daily=daily, blocking=True)
+    return [
+        spec("rows_are_as_computed", "The table's rows equal tutor_tiers, row for row."),
+        spec(
+            "every_tutor_has_all_windows",
+            "Every tutor of the roster is there with each window once.",
+        ),
+    ]
+
+
+def _instants(partition_key: str, *, timezone: str) -> tuple[datetime, datetime]:
+    """The instants at which a reference date begins and ends."""
+    day = date.fromisoformat(partition_key)
+    return midnight(day, timezone=timezone), midnight(day + timedelta(days=1), timezone=timezone)
+
+
+class _Frames(NamedTuple):
+    computed: pl.DataFrame
+    roster: pl.DataFrame
+    stored: pl.DataFrame
+    tutors: pl.Series
+
+
+def _read(store: PartitionStore, partition_key: str, rows: pl.DataFrame) -> _Frames:
+    """What was computed of a date, for whom, and the table's rows of those tutors."""
+    computed, roster = pl.collect_all(
+        [partition(store, asset, partition_key) for asset in ("tutor_tiers", "tutor_roster")]
+    )
+    # Rows of tutors who are not computed any more stay in the table.
+    tutors = pl.concat([computed.select("tutor_id"), roster.select("tutor_id")])
+    stored = rows.join(tutors, on="tutor_id", how="semi")
+    return _Frames(computed, roster, stored, tutors["tutor_id"])
+
+
+def _query(calculation_date: datetime) -> str:
+    return (
+        f"SELECT * FROM {METRICS_TABLE} WHERE calculation_date"  # noqa: S608 - only shown
+        f" = '{calculation_date.isoformat()}'"
+    )
 
 
 def _advice(partition_key: str) -> str:
@@ -165,26 +171,7 @@ def rows_are_as_computed(
         stored.select(expected.columns).sort(_KEY)
     ):
         return Finding(True, metadata=metadata)
-    # A key that is there twice is what every_tutor_has_all_windows finds.
-    once = stored.unique(_KEY, keep="first", maintain_order=True)
-    different = expected.join(once, on=_KEY, suffix="_stored").filter(
-        pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_stored")) for name in values)
-    )
-    rows = pl.concat(
-        [
-            expected.join(once, on=_KEY, how="anti").select(
-                *_KEY, pl.lit("missing in the table").alias("problem")
-            ),
-            different.select(*_KEY, pl.lit("other values").alias("problem")),
-            once.join(expected, on=_KEY, how="anti").select(
-                *_KEY,
-                pl.when(pl.col("window").str.contains(WINDOW_OF_A_POLICY))
-                .then(pl.lit("not computed"))
-                .otherwise(pl.lit("of another service"))
-                .alias("problem"),
-            ),
-        ]
-    )
+    rows = _differences(expected, stored)
     wrong = rows.filter(~pl.col("problem").is_in(["not computed", "of another service"]))
     metadata["failed_tutors"] = wrong["tutor_id"].n_unique()
     if rows.is_empty() and not at_other_times:
@@ -201,6 +188,30 @@ def rows_are_as_computed(
         },
         WARN if wrong.is_empty() else ERROR,
         " ".join(_advice_about(counts, is_wrong=not wrong.is_empty(), other_times=at_other_times)),
+    )
+
+
+def _differences(expected: pl.DataFrame, stored: pl.DataFrame) -> pl.DataFrame:
+    """The keys of rows that differ, each with its ``problem``."""
+    # A key that is there twice is what every_tutor_has_all_windows finds.
+    once = stored.unique(_KEY, keep="first", maintain_order=True)
+    different = expected.join(once, on=_KEY, suffix="_stored").filter(
+        pl.any_horizontal(
+            pl.col(name).ne_missing(pl.col(f"{name}_stored"))
+            for name in expected.columns
+            if name not in _KEY
+        )
+    )
+    missing = expected.join(once, on=_KEY, how="anti")
+    further = once.join(expected, on=_KEY, how="anti")
+    of_a_policy = pl.col("window").str.contains(WINDOW_OF_A_POLICY)
+    service = pl.when(of_a_policy).then(pl.lit("not computed"))
+    return pl.concat(
+        [
+            missing.select(*_KEY, pl.lit("missing in the table").alias("problem")),
+            different.select(*_KEY, pl.lit("other values").alias("problem")),
+            further.select(*_KEY, service.otherwise(pl.lit("of another service")).alias("problem")),
+        ]
     )
 
 

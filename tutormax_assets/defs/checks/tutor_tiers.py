@@ -39,23 +39,7 @@ def tutor_tiers_checks(
     daily: dg.DailyPartitionsDefinition, *, windows: Sequence[int]
 ) -> dg.AssetChecksDefinition:
     """Build the checks of ``tutor_tiers``."""
-    spec = partial(check_spec, asset=ASSET, daily=daily)
-    specs = [
-        spec(
-            "every_tutor_has_a_tier",
-            "Every tutor of the roster has one row with a tier for every window.",
-            blocking=True,
-        ),
-        spec(
-            "counts_never_shrink",
-            "A longer window counts at least what a shorter one does.",
-            blocking=True,
-        ),
-        spec(
-            "tiers_are_steady",
-            "Tutors are in about the same tiers as on the last date before it that is saved.",
-        ),
-    ]
+    specs = _specs(daily)
 
     @dg.multi_asset_check(name=f"{ASSET}_checks", specs=specs, can_subset=True)
     def checks(
@@ -99,6 +83,26 @@ def tutor_tiers_checks(
         yield from report(context, specs, found)
 
     return checks
+
+
+def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
+    spec = partial(check_spec, asset=ASSET, daily=daily)
+    return [
+        spec(
+            "every_tutor_has_a_tier",
+            "Every tutor of the roster has one row with a tier for every window.",
+            blocking=True,
+        ),
+        spec(
+            "counts_never_shrink",
+            "A longer window counts at least what a shorter one does.",
+            blocking=True,
+        ),
+        spec(
+            "tiers_are_steady",
+            "Tutors are in about the same tiers as on the last date before it that is saved.",
+        ),
+    ]
 
 
 def every_tutor_has_all_windows(
