@@ -159,6 +159,9 @@ class CheckLimits(_Part):
     tier_shift: StrictFloat = Field(
         default=0.25, ge=0, description="Population stability index of the tiers: warns above."
     )
+    thin_evidence_share: _Share = Field(
+        default=0.25, description="Rows of the longest window with thin evidence: warns above."
+    )
     comparison_min_tutors: StrictInt = Field(
         default=50, ge=1, description="Tutors from which a day is compared with the day before."
     )
@@ -194,6 +197,9 @@ class Policy(_Part):
     )
     first_session_success_rating: StrictInt = Field(
         default=4, ge=1, le=5, description="Rating from which a first session is a success."
+    )
+    evidence_min_sessions: StrictInt = Field(
+        default=5, ge=1, description="Sessions of a window below which its evidence is thin."
     )
     weights: Weights = Weights()
     thresholds: Thresholds = Thresholds()

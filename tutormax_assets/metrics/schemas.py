@@ -11,6 +11,10 @@ import dataframely as dy
 
 LOGIN = "login"
 MESSAGE_RESPONSE = "message_response"
+FLAGS = ("green", "red")
+CERTAINTIES = ("certain", "within_noise")
+EVIDENCE = ("sufficient", "thin")
+MOVES = ("up", "down", "new", "gone", "same")
 TIERS = ("Exemplary", "Strong", "Developing", "Needs Attention", "At Risk")
 
 
@@ -221,9 +225,222 @@ class WindowMetrics(dy.Schema):
     )
 
 
+class WindowSums(WindowMetrics):
+    """The metrics of a tutor and window, and the whole numbers that they are computed from."""
+
+    sessions = dy.UInt32(
+        description="Sessions.", metadata=_from("sessions_snapshot.scheduled_date")
+    )
+    reschedules_known = dy.UInt32(
+        description="Sessions with a known reschedule flag.",
+        metadata=_from("sessions_snapshot.tutor_initiated_reschedule"),
+    )
+    reschedules = dy.UInt32(
+        description="Sessions that the tutor rescheduled.",
+        metadata=_from("sessions_snapshot.tutor_initiated_reschedule"),
+    )
+    ratings = dy.UInt32(
+        description="Sessions with a rating.", metadata=_from("sessions_snapshot.overall_rating")
+    )
+    rating_sum = dy.Int64(
+        description="Sum of the ratings.", metadata=_from("sessions_snapshot.overall_rating")
+    )
+    rating_square_sum = dy.Int64(
+        description="Sum of the squares of the ratings.",
+        metadata=_from("sessions_snapshot.overall_rating"),
+    )
+    first_rated = dy.UInt32(
+        description="First sessions with a rating.",
+        metadata=_from("sessions_snapshot.session_number", "sessions_snapshot.overall_rating"),
+    )
+    first_successes = dy.UInt32(
+        description="Of these, those rated 4 or more.",
+        metadata=_from("sessions_snapshot.session_number", "sessions_snapshot.overall_rating"),
+    )
+    lateness_known = dy.UInt32(
+        description="Sessions whose late_start_minutes is usable.",
+        metadata=_from("sessions_snapshot.late_start_minutes"),
+    )
+    punctual = dy.UInt32(
+        description="Of these, those that began within the late limit.",
+        metadata=_from("sessions_snapshot.late_start_minutes"),
+    )
+    scores = dy.UInt32(
+        description="Sessions with an engagement score.",
+        metadata=_from("sessions_snapshot.engagement_score"),
+    )
+    score_sum = dy.Float64(
+        description="Sum of the scores, in units of 1e-9: a whole number.",
+        metadata=_from("sessions_snapshot.engagement_score"),
+    )
+    objectives_known = dy.UInt32(
+        description="Sessions with a known outcome.",
+        metadata=_from("sessions_snapshot.learning_objectives_met"),
+    )
+    objectives_met = dy.UInt32(
+        description="Of these, those that met their objectives.",
+        metadata=_from("sessions_snapshot.learning_objectives_met"),
+    )
+    logins = dy.UInt32(description="Logins.", metadata=_from("tutor_events_snapshot.event_type"))
+    responses = dy.UInt32(
+        description="Message responses that carry a time.",
+        metadata=_from("tutor_events_snapshot.response_time_minutes"),
+    )
+    minutes_sum = dy.Float64(
+        description="Sum of the response times in minutes, in units of 1e-6: a whole number.",
+        metadata=_from("tutor_events_snapshot.response_time_minutes"),
+    )
+
+
 class TutorTiers(WindowMetrics):
     """One row per tutor of the roster and window: the metrics, their flags and the tier."""
 
     green_flags = dy.UInt8(max=6, description="Metrics on the green side of their threshold.")
     red_flags = dy.UInt8(max=6, description="Metrics on the red side of their threshold.")
     performance_tier = dy.Enum(TIERS, description="Tier that follows from the flags.")
+
+
+class TierReasons(dy.Schema):
+    """One row per tutor of the roster and window: why the tier, and how sure it is.
+
+    Of each metric that carries a flag there are its value, the number of rows that it rests on, its
+    95 % interval where it has one, its flag, and whether the flag is more than noise.
+    """
+
+    tutor_id = dy.String(primary_key=True, description="The platform's id of the tutor.")
+    window = dy.String(primary_key=True, description="Length of the window, such as 30day.")
+    performance_tier = dy.Enum(TIERS, description="Tier that follows from the flags.")
+    sessions = dy.UInt32(description="Sessions of the window.")
+    evidence = dy.Enum(
+        EVIDENCE,
+        description="thin with fewer sessions than evidence_min_sessions, else sufficient.",
+    )
+    green_flags = dy.UInt8(max=6, description="Metrics on the green side of their threshold.")
+    red_flags = dy.UInt8(max=6, description="Metrics on the red side of their threshold.")
+    avg_rating = dy.Float64(nullable=True, description="Value of avg_rating.")
+    avg_rating_denominator = dy.UInt32(description="Number of ratings.")
+    avg_rating_low = dy.Float64(
+        nullable=True, min=1, max=5, description="Lower end of its 95 % interval."
+    )
+    avg_rating_high = dy.Float64(
+        nullable=True, min=1, max=5, description="Upper end of its 95 % interval."
+    )
+    avg_rating_flag = dy.Enum(FLAGS, nullable=True, description="green, red, or null for neither.")
+    avg_rating_certainty = dy.Enum(
+        CERTAINTIES, nullable=True, description="certain or within_noise; null without a flag."
+    )
+    first_session_success_rate = dy.Float64(
+        nullable=True, description="Value of first_session_success_rate."
+    )
+    first_session_success_rate_denominator = dy.UInt32(
+        description="Number of rated first sessions."
+    )
+    first_session_success_rate_low = dy.Float64(
+        nullable=True, min=0, max=100, description="Lower end of its 95 % interval."
+    )
+    first_session_success_rate_high = dy.Float64(
+        nullable=True, min=0, max=100, description="Upper end of its 95 % interval."
+    )
+    first_session_success_rate_flag = dy.Enum(
+        FLAGS, nullable=True, description="green, red, or null for neither."
+    )
+    first_session_success_rate_certainty = dy.Enum(
+        CERTAINTIES, nullable=True, description="certain or within_noise; null without a flag."
+    )
+    reschedule_rate = dy.Float64(nullable=True, description="Value of reschedule_rate.")
+    reschedule_rate_denominator = dy.UInt32(
+        description="Number of sessions with a known reschedule flag."
+    )
+    reschedule_rate_low = dy.Float64(
+        nullable=True, min=0, max=100, description="Lower end of its 95 % interval."
+    )
+    reschedule_rate_high = dy.Float64(
+        nullable=True, min=0, max=100, description="Upper end of its 95 % interval."
+    )
+    reschedule_rate_flag = dy.Enum(
+        FLAGS, nullable=True, description="green, red, or null for neither."
+    )
+    reschedule_rate_certainty = dy.Enum(
+        CERTAINTIES, nullable=True, description="certain or within_noise; null without a flag."
+    )
+    no_show_count = dy.Int32(min=0, description="Value of no_show_count.")
+    no_show_count_denominator = dy.UInt32(description="Number of sessions.")
+    no_show_count_flag = dy.Enum(
+        FLAGS, nullable=True, description="green, red, or null for neither."
+    )
+    engagement_score = dy.Float64(nullable=True, description="Value of engagement_score.")
+    engagement_score_denominator = dy.UInt32(description="Number of sessions.")
+    engagement_score_flag = dy.Enum(
+        FLAGS, nullable=True, description="green, red, or null for neither."
+    )
+    learning_objectives_met_pct = dy.Float64(
+        nullable=True, description="Value of learning_objectives_met_pct."
+    )
+    learning_objectives_met_pct_denominator = dy.UInt32(
+        description="Number of sessions with a known outcome."
+    )
+    learning_objectives_met_pct_low = dy.Float64(
+        nullable=True, min=0, max=100, description="Lower end of its 95 % interval."
+    )
+    learning_objectives_met_pct_high = dy.Float64(
+        nullable=True, min=0, max=100, description="Upper end of its 95 % interval."
+    )
+    learning_objectives_met_pct_flag = dy.Enum(
+        FLAGS, nullable=True, description="green, red, or null for neither."
+    )
+    learning_objectives_met_pct_certainty = dy.Enum(
+        CERTAINTIES, nullable=True, description="certain or within_noise; null without a flag."
+    )
+
+
+class SumSplit(dy.Schema):
+    """One row per tutor and sum of a window: why it differs from that of an earlier date.
+
+    All are whole numbers, and ``before + came_in - aged_out + corrected`` is ``after``.
+    """
+
+    tutor_id = dy.String(primary_key=True)
+    sum = dy.String(primary_key=True, description="Name of the sum, as in WindowSums.")
+    before = dy.Int64()
+    came_in = dy.Int64(description="Rows of days that entered the window.")
+    aged_out = dy.Int64(description="Rows of days that left it.")
+    corrected = dy.Int64(description="Rows of days in both, as known now less as known then.")
+    after = dy.Int64()
+
+
+class TierChanges(dy.Schema):
+    """What moved against an earlier reference date: tier and flags, and why.
+
+    One row per tutor, window and metric whose flag changed, and per component of that metric; one
+    row without a metric where the tier moved and no flag did. Of each component there are numerator
+    and denominator then and now, and what the difference is made of: ``before + came_in - aged_out
+    + corrected`` is ``after``.
+    """
+
+    tutor_id = dy.String(description="The platform's id of the tutor.")
+    window = dy.String(description="Length of the window, such as 30day.")
+    days = dy.UInt16(description="Days from the earlier reference date: 1 or 7.")
+    move = dy.Enum(MOVES, description="up, down, new, gone, or same where only flags changed.")
+    tier = dy.Enum(TIERS, nullable=True, description="Tier now; null of a tutor who is gone.")
+    tier_before = dy.Enum(TIERS, nullable=True, description="Tier then; null of a new tutor.")
+    metric = dy.String(nullable=True, description="Metric whose flag changed.")
+    flag = dy.Enum(FLAGS, nullable=True, description="Its flag now.")
+    flag_before = dy.Enum(FLAGS, nullable=True, description="Its flag then.")
+    value = dy.Float64(nullable=True, description="Its value now.")
+    value_before = dy.Float64(nullable=True, description="Its value then.")
+    numerator = dy.String(nullable=True, description="A sum that the metric is computed from.")
+    numerator_before = dy.Int64(nullable=True, description="That sum then.")
+    numerator_came_in = dy.Int64(nullable=True, description="Of days that entered the window.")
+    numerator_aged_out = dy.Int64(nullable=True, description="Of days that left the window.")
+    numerator_corrected = dy.Int64(
+        nullable=True, description="Of days in both, as known now less as known then."
+    )
+    numerator_after = dy.Int64(nullable=True, description="That sum now.")
+    denominator = dy.String(nullable=True, description="The sum that it is divided by.")
+    denominator_before = dy.Int64(nullable=True, description="That sum then.")
+    denominator_came_in = dy.Int64(nullable=True, description="Of days that entered the window.")
+    denominator_aged_out = dy.Int64(nullable=True, description="Of days that left the window.")
+    denominator_corrected = dy.Int64(
+        nullable=True, description="Of days in both, as known now less as known then."
+    )
+    denominator_after = dy.Int64(nullable=True, description="That sum now.")

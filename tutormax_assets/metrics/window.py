@@ -11,7 +11,7 @@ from functools import partial
 import polars as pl
 
 from tutormax_assets.metrics.policy import Policy, window_name
-from tutormax_assets.metrics.schemas import LOGIN, WindowMetrics
+from tutormax_assets.metrics.schemas import LOGIN, WindowMetrics, WindowSums
 
 # Sums are taken over whole multiples of these, so that they are exact and the order of the rows
 # does not show: a float holds every whole number up to 2**53.
@@ -52,7 +52,7 @@ def window_metrics(
         policy: Weights, limits and scale.
 
     Returns:
-        ``WindowMetrics``, one row per window and tutor of the roster, the shortest window first and
+        ``WindowSums``, one row per window and tutor of the roster, the shortest window first and
         each of them sorted by tutor. Rates and means are rounded to two decimals, half to even.
     """
     in_segments = partial(_in_segments, reference_date=reference_date, windows=windows)
@@ -69,12 +69,12 @@ def window_metrics(
         .join(names, how="cross")
         .join(_window_sums(of_sessions, windows), on=key, how="left")
         .join(_window_sums(of_events, windows), on=key, how="left")
-        .with_columns(pl.col(_COUNTS).fill_null(0))
-        .select(*key, "window", **metrics(policy))
+        .with_columns(pl.col(_SUMS).fill_null(0))
+        .with_columns(**metrics(policy))
         # Rounding repeats what it rounds: in the same step the plan would grow many times over.
-        .with_columns(_rounded(pl.col(pl.Float64)))
+        .with_columns(round_hundredths(pl.col(_RATES)))
         .sort("days", "tutor_id")
-        .select(WindowMetrics.column_names())
+        .select(pl.col(name).cast(dtype) for name, dtype in pl.Schema(WindowSums).items())
     )
 
 
@@ -89,7 +89,8 @@ def session_sums(
         by: The columns whose values make a group.
 
     Returns:
-        One row per group that has a session: counts, and sums of ratings and scores.
+        One row per group that has a session: counts, and sums of ratings and scores, all of them
+        whole numbers as ``WindowSums`` describes them.
     """
     rated = pl.col("overall_rating").is_not_null()
     first = (pl.col("session_number") == 1) & rated
@@ -103,6 +104,7 @@ def session_sums(
         pl.col("tutor_initiated_reschedule").sum().alias("reschedules"),
         pl.col("overall_rating").count().alias("ratings"),
         pl.col("overall_rating").cast(pl.Int64).sum().alias("rating_sum"),
+        pl.col("overall_rating").cast(pl.Int64).pow(2).sum().alias("rating_square_sum"),
         first.sum().alias("first_rated"),
         (first & success).sum().alias("first_successes"),
         late.count().alias("lateness_known"),
@@ -156,7 +158,12 @@ def metrics(policy: Policy) -> dict[str, pl.Expr]:
     }
 
 
-_COUNTS = ["sessions", "completed", "no_shows", "logins"]
+_SUMS = [
+    "completed",
+    "no_shows",
+    *(name for name in WindowSums.column_names() if name not in WindowMetrics.column_names()),
+]
+_RATES = [name for name, dtype in pl.Schema(WindowMetrics).items() if dtype == pl.Float64]
 
 
 def _in_segments(
@@ -195,8 +202,9 @@ def _share(part: str, whole: str) -> pl.Expr:
     return pl.when(pl.col(whole) > 0).then(100.0 * pl.col(part) / pl.col(whole))
 
 
-def _rounded(expression: pl.Expr) -> pl.Expr:
-    # The nearest hundredth of the float itself, half to even: Python's round(x, 2), up to 1e13.
+def round_hundredths(expression: pl.Expr) -> pl.Expr:
+    """The nearest hundredth, half to even, as Python's ``round(x, 2)`` finds it."""
+    # The nearest hundredth of the float itself, up to 1e13.
     # Polars rounds 100 * x instead: a product that came out at a half may lie beside it. Dekker's
     # product (T. J. Dekker, Numerische Mathematik 18, 1971) tells by how much.
     product = expression * 100

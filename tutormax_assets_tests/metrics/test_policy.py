@@ -15,6 +15,7 @@ def test_the_defaults_are_the_contracts() -> None:
         "neutral_session_score": 50,
         "late_limit_minutes": 10,
         "first_session_success_rating": 4,
+        "evidence_min_sessions": 5,
         "weights": {"login": 0.4, "session": 0.4, "punctual": 0.2},
         "thresholds": {
             "avg_rating": {"green": 4.5, "red": 3.5},
@@ -45,6 +46,7 @@ def test_the_defaults_are_the_contracts() -> None:
             "volume_min_weeks": 4,
             "null_share_rise": 0.1,
             "tier_shift": 0.25,
+            "thin_evidence_share": 0.25,
             "comparison_min_tutors": 50,
         },
     }

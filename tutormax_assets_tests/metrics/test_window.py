@@ -15,8 +15,8 @@ from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import good_events
 from tutormax_assets.metrics.schemas import WindowMetrics
 from tutormax_assets.metrics.window import (
-    _rounded,
     event_sums,
+    round_hundredths,
     session_sums,
     window_metrics,
     within_window,
@@ -411,12 +411,12 @@ def test_sums_are_exact_so_that_the_order_of_the_rows_does_not_show() -> None:
 
 def rounded_everywhere(values: list[float]) -> list[list[float]]:
     frame = pl.DataFrame({"x": values}, schema={"x": pl.Float64})
-    expression = _rounded(pl.col("x"))
+    expression = round_hundredths(pl.col("x"))
     return [
         frame.select(expression)["x"].to_list(),
         frame.lazy().select(expression).collect()["x"].to_list(),
         frame.lazy().select(expression).collect(engine="streaming")["x"].to_list(),
-        [pl.select(_rounded(pl.lit(value))).item() for value in values[:3]],
+        [pl.select(round_hundredths(pl.lit(value))).item() for value in values[:3]],
     ]
 
 
@@ -438,11 +438,13 @@ def test_rounding_is_pythons(values: list[float]) -> None:
 
 def test_every_share_of_small_counts_is_rounded_as_python_does() -> None:
     shares = [100.0 * part / whole for whole in range(1, 400) for part in range(whole + 1)]
-    found = pl.DataFrame({"x": shares}).select(_rounded(pl.col("x")))["x"]
+    found = pl.DataFrame({"x": shares}).select(round_hundredths(pl.col("x")))["x"]
 
     assert found.to_list() == [round(share, 2) for share in shares]
 
 
 def test_null_stays_null() -> None:
-    found = pl.DataFrame({"x": [None, 1.0]}, schema={"x": pl.Float64}).select(_rounded(pl.col("x")))
+    found = pl.DataFrame({"x": [None, 1.0]}, schema={"x": pl.Float64}).select(
+        round_hundredths(pl.col("x"))
+    )
     assert found["x"].to_list() == [None, 1.0]
