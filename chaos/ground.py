@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from adbc_driver_postgresql import dbapi
 from upath import UPath
 
+from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
 from tutormax_assets.database import embedded
 from tutormax_assets.database.connection import conninfo, create_engine
 from tutormax_assets.database.tables import METRICS_TABLE, metrics_metadata, source_metadata
@@ -132,6 +133,8 @@ class Ground:
                 scan_partition(_folder(listing)).collect()
             )
             for listing in listings
+            # What moved depends on which other dates were there.
+            if listing.parent.name != TUTOR_TIER_CHANGES
         }
         return {METRICS_TABLE: _sorted(table), **partitions}
 

@@ -4,10 +4,13 @@ from typing import Any
 
 import dagster as dg
 
+from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
+from tutormax_assets.compute.tasks.tiers import SCHEMAS as TIER_ASSETS
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS, platform_snapshot_assets
 from tutormax_assets.defs.assets.platform_tables import platform_tables
 from tutormax_assets.defs.assets.tutor_performance_metrics import tutor_performance_metrics_asset
-from tutormax_assets.defs.assets.tutor_tiers import tutor_tiers_asset
+from tutormax_assets.defs.assets.tutor_tier_changes import tutor_tier_changes_asset
+from tutormax_assets.defs.assets.tutor_tiers import tutor_tiers_assets
 from tutormax_assets.defs.assets.window_metrics import metrics_asset_name, window_metrics_assets
 from tutormax_assets.defs.automation.alerts import alert_sensors
 from tutormax_assets.defs.automation.retention import retention_job, retention_sensor
@@ -16,6 +19,7 @@ from tutormax_assets.defs.automation.single_days import single_days_sensors
 from tutormax_assets.defs.checks.sessions_snapshot import sessions_snapshot_checks
 from tutormax_assets.defs.checks.tutor_events_snapshot import tutor_events_snapshot_checks
 from tutormax_assets.defs.checks.tutor_performance_metrics import tutor_performance_metrics_checks
+from tutormax_assets.defs.checks.tutor_tier_changes import tutor_tier_changes_checks
 from tutormax_assets.defs.checks.tutor_tiers import tutor_tiers_checks
 from tutormax_assets.defs.checks.window_metrics import window_metrics_checks
 from tutormax_assets.defs.log import line_logger
@@ -60,7 +64,8 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             number_of_shards=settings.shards,
         ),
         window_metrics_assets(daily, backfills, windows=policy.windows),
-        tutor_tiers_asset(daily, backfills, windows=policy.windows),
+        tutor_tiers_assets(daily, backfills, windows=policy.windows),
+        tutor_tier_changes_asset(daily, backfills),
         tutor_performance_metrics_asset(
             daily, backfills, freshness_policy=nightly_freshness(timezone=settings.timezone)
         ),
@@ -95,6 +100,7 @@ def _checks(daily: dg.DailyPartitionsDefinition, policy: Policy) -> list[dg.Asse
         tutor_events_snapshot_checks(daily),
         *(window_metrics_checks(daily, days=days) for days in policy.windows),
         tutor_tiers_checks(daily, windows=policy.windows),
+        tutor_tier_changes_checks(daily, windows=policy.windows),
         tutor_performance_metrics_checks(daily, windows=policy.windows),
     ]
 
@@ -115,7 +121,10 @@ def _resources(settings: Settings, policy: Policy) -> dict[str, Any]:
 def kept_as_parquet(policy: Policy) -> list[dg.AssetKey]:
     """The assets whose partitions are Parquet files, which the retention deletes."""
     windows = (metrics_asset_name(days) for days in policy.windows)
-    return [dg.AssetKey(asset) for asset in (*SNAPSHOT_ASSETS, *windows, "tutor_tiers")]
+    return [
+        dg.AssetKey(asset)
+        for asset in (*SNAPSHOT_ASSETS, *windows, *TIER_ASSETS, TUTOR_TIER_CHANGES)
+    ]
 
 
 @dg.definitions

@@ -65,7 +65,12 @@ PARQUET_ASSETS = [
     "metrics_30day",
     "metrics_90day",
     "tutor_tiers",
+    "tutor_tier_reasons",
+    "tutor_tier_changes",
 ]
+STANDALONE_ASSETS = [asset for asset in PARQUET_ASSETS if asset != "tutor_tier_changes"]
+"""Those whose partitions do not depend on which other dates were there when they were computed."""
+
 PASSWORD = "hunter2-never-shown"
 """In the URL of every ``Platform``. The server trusts its socket, so any will do."""
 

@@ -23,6 +23,7 @@ from tutormax_assets_tests.conftest import (
     GOLDEN,
     PARQUET_ASSETS,
     PASSWORD,
+    STANDALONE_ASSETS,
     Platform,
     captured_log,
     new_database,
@@ -121,7 +122,7 @@ def test_the_tiers_in_parquet_are_those_in_the_table(golden: Platform) -> None:
 
 def test_running_a_date_again_changes_nothing(golden: Platform) -> None:
     rows = golden.metrics()
-    files = {asset: golden.partition(asset, DAY) for asset in PARQUET_ASSETS}
+    files = {asset: golden.partition(asset, DAY) for asset in STANDALONE_ASSETS}
 
     with captured_log() as log:
         [summary] = golden.run(DAY, include_inactive=True)
@@ -174,7 +175,7 @@ def test_a_range_gives_the_same_rows_as_single_runs_in_any_order(
         assert_frame_equal(
             found.filter(both).select(names), golden.metrics().filter(both).select(names)
         )
-        for asset in PARQUET_ASSETS:
+        for asset in STANDALONE_ASSETS:
             for day in WEEK_END[1:]:
                 assert_frame_equal(
                     golden_platform.partition(asset, day),

@@ -22,7 +22,10 @@ COMPUTED = {*PARQUET_ASSETS, "tutor_performance_metrics"}
 GROUPS = {
     **dict.fromkeys(PLATFORM, "platform"),
     **dict.fromkeys(COMPUTED, "snapshots"),
-    **dict.fromkeys(["metrics_7day", "metrics_30day", "metrics_90day", "tutor_tiers"], "metrics"),
+    **dict.fromkeys(
+        [asset for asset in PARQUET_ASSETS if asset.startswith(("metrics_", "tutor_tier"))],
+        "metrics",
+    ),
     "tutor_performance_metrics": "persisted",
 }
 
@@ -123,6 +126,12 @@ def test_assets_depend_on_what_they_read(definitions: dg.Definitions) -> None:
         "tutor_events_set_aside": {"tutor_events"},
         **{key: frames for key in windows},
         "tutor_tiers": windows,
+        "tutor_tier_reasons": windows,
+        "tutor_tier_changes": {
+            "tutor_tier_reasons",
+            "sessions_snapshot",
+            "tutor_events_snapshot",
+        },
         "tutor_performance_metrics": {"tutor_tiers"},
     }
 

@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from tutormax_assets.cli import alert, db, demo, dev, generate, retention, run, set_aside, status
+from tutormax_assets.cli import (
+    alert,
+    db,
+    demo,
+    dev,
+    explain,
+    generate,
+    retention,
+    run,
+    set_aside,
+    status,
+)
 from tutormax_assets.cli.terminal import Commands
 
 app = typer.Typer(
@@ -42,6 +53,7 @@ def _options(
 
 app.command("run")(run.run)
 app.command("backfill")(run.backfill)
+app.command("explain")(explain.explain)
 app.command("set-aside")(set_aside.set_aside)
 app.command("cleanup")(retention.cleanup)
 app.command("restore")(retention.restore)

@@ -94,6 +94,32 @@ def read_metrics(
             yield rows
 
 
+def read_tiers(
+    engine: sa.Engine, tutor_id: str, *, until: datetime, timeouts: Timeouts
+) -> list[sa.Row[tuple[datetime, str, str | None]]]:
+    """The tiers of a tutor up to an instant: ``calculation_date``, ``window``, the tier.
+
+    Args:
+        engine: The database that holds the table.
+        tutor_id: The tutor.
+        until: The last calculation date.
+        timeouts: How long the statement may take, and wait for another session's lock.
+
+    Raises:
+        MetricsTableError: The table cannot be read.
+    """
+    table = tutor_performance_metrics
+    query = sa.select(table.c.calculation_date, table.c.window, table.c.performance_tier).where(
+        table.c.tutor_id == tutor_id, table.c.calculation_date <= until
+    )
+    try:
+        with engine.begin() as connection:
+            limit_transaction(connection, timeouts)
+            return list(connection.execute(query))
+    except sa.exc.DBAPIError as error:
+        raise _cannot_be_read(error) from error
+
+
 def count_rows_at_other_times(
     engine: sa.Engine,
     *,

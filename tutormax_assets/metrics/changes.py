@@ -6,6 +6,7 @@ of days in both were corrected between the two readings of the platform.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
 
@@ -232,3 +233,95 @@ def _sums(
             (of_events, ["logins"]),
         )
     )
+
+
+def moving_rows(
+    after: pl.LazyFrame,
+    before: pl.LazyFrame,
+    /,
+    *,
+    column: str,
+    reference_date: date,
+    days: int,
+    window: int,
+) -> pl.LazyFrame:
+    """The rows that the difference of a window from that of an earlier date is made of.
+
+    Args:
+        after: Rows of a snapshot of the reference date, of one tutor.
+        before: The same of the earlier one.
+        column: The local date of a row.
+        reference_date: The later date.
+        days: Days from the earlier one to it.
+        window: Length of the window in days.
+
+    Returns:
+        The rows with their ``part``: came_in, aged_out, corrected_from or corrected_to; a row that
+        was corrected is there as it was known then and as it is known now, one that was deleted or
+        added only once.
+    """
+    earlier = reference_date - timedelta(days=days)
+    in_after = within_window(column, reference_date=reference_date, days=window)
+    in_before = within_window(column, reference_date=earlier, days=window)
+    names = after.collect_schema().names()
+
+    def part(rows: pl.LazyFrame, name: str) -> pl.LazyFrame:
+        return rows.select(*names, part=pl.lit(name))
+
+    def numbered(rows: pl.LazyFrame) -> pl.LazyFrame:
+        # Of rows that are alike, as many are left as one side has more.
+        return rows.filter(in_after & in_before).with_columns(
+            number=pl.int_range(pl.len()).over(names)
+        )
+
+    known_now, known_then = numbered(after), numbered(before)
+    key = [*names, "number"]
+    return pl.concat(
+        [
+            part(after.filter(in_after & ~in_before), "came_in"),
+            part(before.filter(in_before & ~in_after), "aged_out"),
+            part(
+                known_then.join(known_now, on=key, how="anti", nulls_equal=True), "corrected_from"
+            ),
+            part(known_now.join(known_then, on=key, how="anti", nulls_equal=True), "corrected_to"),
+        ]
+    ).sort(column, "part", maintain_order=True)
+
+
+@dataclass(frozen=True)
+class TierRun:
+    """The unbroken run of a tier that ends at a reference date.
+
+    Attributes:
+        tier_since: Its first reference date.
+        held_days: Days from the first to the last date of it, both included.
+        dates_missing: Of these, those that were not computed for the tutor.
+        previous_tier: The tier before it; None if there is none.
+    """
+
+    tier_since: date
+    held_days: int
+    dates_missing: int
+    previous_tier: str | None
+
+
+def tier_run(tiers: Mapping[date, str], /, *, reference_date: date) -> TierRun | None:
+    """The run of the tier of a reference date; None where the date has none.
+
+    A date that was not computed does not break a run.
+
+    Args:
+        tiers: The tiers of a tutor and window by reference date, in any order.
+        reference_date: The last date of the run; later ones do not count.
+    """
+    tier = tiers.get(reference_date)
+    if tier is None:
+        return None
+    since, computed, previous = reference_date, 0, None
+    for day in sorted((one for one in tiers if one <= reference_date), reverse=True):
+        if tiers[day] != tier:
+            previous = tiers[day]
+            break
+        since, computed = day, computed + 1
+    held_days = (reference_date - since).days + 1
+    return TierRun(since, held_days, held_days - computed, previous)

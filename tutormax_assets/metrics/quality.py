@@ -174,7 +174,13 @@ def _has_id() -> pl.Expr:
 
 
 def good_sessions(
-    rows: pl.LazyFrame, /, *, policy: Policy, timezone: str, ids_are_unique: bool = False
+    rows: pl.LazyFrame,
+    /,
+    *,
+    policy: Policy,
+    timezone: str,
+    ids_are_unique: bool = False,
+    with_ids: bool = False,
 ) -> tuple[pl.LazyFrame, pl.LazyFrame]:
     """Sessions with broken values made null, and what was set aside.
 
@@ -184,6 +190,7 @@ def good_sessions(
         timezone: IANA name; a session belongs to the date that it is scheduled on there.
         ids_are_unique: Whether no session and no feedback can be there twice. To look for them
             costs more than all other rules.
+        with_ids: Whether the good rows have their ``session_id``, too.
 
     Returns:
         ``SessionsSnapshot`` and ``SetAside``.
@@ -208,7 +215,7 @@ def good_sessions(
             # Whatever is wrong with a feedback row, its rating is what is not used.
             _unless_broken(rules, "student_feedback", "overall_rating", by_any_column=True),
         )
-        .select(snapshot)
+        .select(*(["session_id"] if with_ids else []), *snapshot)
     )
     return good, _set_aside(marked, rules, date="scheduled_date")
 

@@ -257,5 +257,7 @@ def condition(metric: str, flag: str, bound: float) -> str:
     """When a metric has a flag, in words: such as ``4.5 or more`` or ``more than 15``."""
     more = (metric in HIGHER_IS_BETTER) == (flag == "green")
     if flag == "green":
+        if bound == 0 and not more:
+            return "0"
         return f"{bound:g} or {'more' if more else 'less'}"
     return f"{'more' if more else 'less'} than {bound:g}"

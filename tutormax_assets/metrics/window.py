@@ -138,13 +138,11 @@ def metrics(policy: Policy) -> dict[str, pl.Expr]:
 
     A share of nothing is null. Source: the product's specification, "The nine metrics".
     """
-    weights = policy.weights
-    login_part = _share("logins", "sessions").clip(upper_bound=100)
-    session_part = _mean("score_sum", "scores", _SCORE_DECIMALS) * 100 / policy.session_score_scale
+    weights, parts = policy.weights, engagement_parts(policy)
     engagement = (
-        weights.login * login_part
-        + weights.session * session_part.fill_null(policy.neutral_session_score)
-        + weights.punctual * _share("punctual", "lateness_known")
+        weights.login * parts["login"]
+        + weights.session * parts["session"]
+        + weights.punctual * parts["punctual"]
     )
     return {
         "sessions_completed": pl.col("completed").cast(pl.Int32),
@@ -155,6 +153,16 @@ def metrics(policy: Policy) -> dict[str, pl.Expr]:
         "engagement_score": pl.when(pl.col("sessions") > 0).then(engagement),
         "learning_objectives_met_pct": _share("objectives_met", "objectives_known"),
         "response_time_avg_minutes": _mean("minutes_sum", "responses", _MINUTES_DECIMALS),
+    }
+
+
+def engagement_parts(policy: Policy) -> dict[str, pl.Expr]:
+    """The parts of ``engagement_score``, each 0 to 100, over the same sums."""
+    score = _mean("score_sum", "scores", _SCORE_DECIMALS) * 100 / policy.session_score_scale
+    return {
+        "login": _share("logins", "sessions").clip(upper_bound=100),
+        "session": score.fill_null(policy.neutral_session_score),
+        "punctual": _share("punctual", "lateness_known"),
     }
 
 

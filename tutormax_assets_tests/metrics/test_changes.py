@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutormax_assets.metrics.changes import COMPONENTS, moves, sum_splits, tier_changes
@@ -17,6 +17,7 @@ from tutormax_assets.metrics.window import window_metrics
 from tutormax_assets_tests.metrics.rows import D, Row, events, roster, sessions
 
 POLICY = Policy()
+DETERMINISTIC = settings(derandomize=True, deadline=None, max_examples=50)
 WINDOW = 7
 
 
@@ -119,6 +120,7 @@ ROWS = st.fixed_dictionaries(
 )
 
 
+@DETERMINISTIC
 @given(st.lists(ROWS, max_size=12), st.lists(ROWS, max_size=12), st.sampled_from([1, 7]))
 def test_the_parts_add_up_exactly(now: list[Row], before: list[Row], days: int) -> None:
     found = split(now, before, days=days)

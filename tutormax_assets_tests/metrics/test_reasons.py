@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutormax_assets.metrics.policy import Policy
@@ -26,6 +26,7 @@ from tutormax_assets.metrics.window import window_metrics
 from tutormax_assets_tests.metrics.rows import D, Row, events, roster, sessions
 
 POLICY = Policy()
+DETERMINISTIC = settings(derandomize=True, deadline=None, max_examples=50)
 
 Ends = tuple[float | None, float | None]
 
@@ -85,6 +86,7 @@ def test_nothing_has_no_interval() -> None:
     assert t_of() == t_of(5) == (None, None)
 
 
+@DETERMINISTIC
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_the_interval_of_a_share_contains_it_and_stays_within_0_and_100(
     counts: tuple[int, int],
@@ -101,6 +103,7 @@ def test_the_interval_of_a_share_contains_it_and_stays_within_0_and_100(
     assert tenfold_high - tenfold_low < high - low
 
 
+@DETERMINISTIC
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=60))
 def test_the_interval_of_a_mean_contains_it(values: list[int]) -> None:
     low, high = t_of(*values)
@@ -180,6 +183,7 @@ def test_a_tutor_without_a_session_has_reasons_too() -> None:
     assert {value for name, value in found.items() if name.endswith("_certainty")} == {None}
 
 
+@DETERMINISTIC
 @given(
     st.lists(
         st.fixed_dictionaries(
@@ -261,6 +265,7 @@ def test_the_best_tier_has_no_better_one_and_the_worst_no_worse() -> None:
 
 
 @pytest.mark.parametrize("way", [distance_to_better, distance_to_worse])
+@DETERMINISTIC
 @given(greens=st.integers(0, 6), reds=st.integers(0, 6))
 def test_who_goes_the_distance_is_in_the_tier_that_it_names(
     way: Callable[..., Distance | None], greens: int, reds: int

@@ -12,7 +12,7 @@ from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.faults import reason
 from tutormax_assets.metrics.policy import Policy, window_name
-from tutormax_assets.metrics.schemas import WindowMetrics
+from tutormax_assets.metrics.schemas import WindowSums
 from tutormax_assets.metrics.window import window_metrics
 from tutormax_assets.storage.partition import (
     Division,
@@ -178,7 +178,7 @@ def collect_windows(
                 plan.divisions[key].shards,
                 stored.get((days, key), []),
                 failed=failed[key],
-                no_rows=WindowMetrics.create_empty(),
+                no_rows=WindowSums.create_empty(),
             )
             for key, path in of_window.items()
         }
@@ -203,7 +203,7 @@ def compute_windows(task: WindowsTask, context: TaskContext) -> WindowsReport:
                 reference_date=shard.reference_date,
                 windows=list(shard.paths),
                 policy=task.policy,
-            ).pipe(WindowMetrics.validate, eager=False)
+            ).pipe(WindowSums.validate, eager=False)
             for shard in task.shards
         ],
         engine="streaming",

@@ -1,16 +1,23 @@
-"""The tier of each tutor and window."""
+"""The tier of each tutor and window, and why."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
+import polars as pl
 
 from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.tiers import (
+    SCHEMAS,
+    TUTOR_TIER_REASONS,
+    TUTOR_TIERS,
+    TiersReport,
     collect_tiers,
     compute_tiers,
     plan_tiers,
     sum_of_counts,
+    thin_counts,
     tier_counts,
 )
 from tutormax_assets.defs.assets import OWNERS, frame_metadata, keep_partitions
@@ -18,68 +25,116 @@ from tutormax_assets.defs.assets.distribution import distribution_image
 from tutormax_assets.defs.assets.window_metrics import metrics_asset_name
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
-from tutormax_assets.metrics.schemas import TIERS, TutorTiers, WindowMetrics
+from tutormax_assets.metrics.reasons import DENOMINATORS
+from tutormax_assets.metrics.schemas import TIERS, WindowSums
 from tutormax_assets.storage.partition import Partition
 from tutormax_assets.storage.store import PartitionStore
 
-_ASSET = "tutor_tiers"
 
-
-def tutor_tiers_asset(
+def tutor_tiers_assets(
     daily: dg.DailyPartitionsDefinition,
     backfill_policy: dg.BackfillPolicy,
     *,
     windows: Sequence[int],
 ) -> dg.AssetsDefinition:
-    """Build the asset ``tutor_tiers``."""
+    """Build the assets ``tutor_tiers`` and ``tutor_tier_reasons``, computed in one step."""
 
-    @dg.asset(
-        deps=[metrics_asset_name(days) for days in windows],
+    @dg.multi_asset(
+        name=TUTOR_TIERS,
+        specs=[_spec(asset, windows) for asset in SCHEMAS],
+        can_subset=True,
         partitions_def=daily,
         backfill_policy=backfill_policy,
-        group_name="metrics",
-        owners=OWNERS,
-        kinds={"polars", "parquet"},
-        metadata=frame_metadata(TutorTiers, _lineage(windows)),
     )
     def tutor_tiers(
         context: dg.AssetExecutionContext,
         compute: dg.ResourceParam[Compute],
         metrics_policy: MetricsPolicy,
         partition_store: dg.ResourceParam[PartitionStore],
-    ) -> None:
-        """The metrics of all windows with their flags and the tier that follows.
-
-        One row per tutor and window per reference date.
-        """
+    ) -> Iterator[dg.MaterializeResult[None]]:
+        """Raise the flags of all windows, find the tier that follows, and say why."""
+        selected = [one for one in SCHEMAS if dg.AssetKey(one) in context.selected_asset_keys]
         metrics = [
             partition_store.partitions(metrics_asset_name(days), context.partition_keys)
             for days in windows
         ]
-        tiers: dict[str, Partition] = {}
+        found: dict[str, dict[str, Partition]] = {asset: {} for asset in selected}
         for key in context.partition_keys:
             plan = plan_tiers(
                 key,
                 [of_window[key] for of_window in metrics],
-                path=partition_store.path(_ASSET, key),
+                paths={asset: partition_store.path(asset, key) for asset in selected},
                 policy=metrics_policy.policy,
             )
             reports, errors = compute.gather(compute_tiers, plan.tasks, log=context.log)
-            tiers[key] = collect_tiers(plan, reports, errors)
-            counts = [report.counts for report in reports.values()]
-            if (others := partition_store.rows_of_others(_ASSET, key)) is not None:
-                counts.append(tier_counts(others.collect()))
-            context.add_asset_metadata(_metadata(sum_of_counts(counts)), partition_key=key)
-        keep_partitions(context, partition_store, _ASSET, tiers)
+            for asset, partition in collect_tiers(plan, reports, errors).items():
+                found[asset][key] = partition
+                metadata = _METADATA[asset](
+                    list(reports.values()), partition_store.rows_of_others(asset, key)
+                )
+                context.add_asset_metadata(metadata, asset_key=asset, partition_key=key)
+        for asset, partitions in found.items():
+            keep_partitions(context, partition_store, asset, partitions)
+            yield dg.MaterializeResult(asset_key=asset)
 
     return tutor_tiers
 
 
-def _metadata(counts: dict[str, dict[str, int]]) -> dict[str, dg.MetadataValue[Any]]:
+_Metadata = dict[str, dg.MetadataValue[Any]]
+
+
+def _tiers_metadata(reports: Sequence[TiersReport], others: pl.LazyFrame | None) -> _Metadata:
+    counts = [report.counts for report in reports]
+    if others is not None:
+        counts.append(tier_counts(others.collect()))
+    total = sum_of_counts(counts)
     return {
-        "tier_distribution": dg.MetadataValue.md(distribution_image(counts)),
-        "tutors_by_tier": _table(counts),
+        "tier_distribution": dg.MetadataValue.md(distribution_image(total)),
+        "tutors_by_tier": _table(total),
     }
+
+
+def _reasons_metadata(reports: Sequence[TiersReport], others: pl.LazyFrame | None) -> _Metadata:
+    thin = Counter[str]()
+    for report in reports:
+        thin.update(report.thin)
+    if others is not None:
+        thin.update(thin_counts(others.collect()))
+    return {
+        f"thin_evidence_{window}": dg.MetadataValue.int(tutors) for window, tutors in thin.items()
+    }
+
+
+_METADATA: Mapping[str, Callable[[Sequence[TiersReport], pl.LazyFrame | None], _Metadata]] = {
+    TUTOR_TIERS: _tiers_metadata,
+    TUTOR_TIER_REASONS: _reasons_metadata,
+}
+
+
+def _spec(asset: str, windows: Sequence[int]) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        asset,
+        deps=[metrics_asset_name(days) for days in windows],
+        skippable=True,
+        description=_DESCRIPTIONS[asset],
+        group_name="metrics",
+        owners=OWNERS,
+        kinds={"polars", "parquet"},
+        metadata=frame_metadata(SCHEMAS[asset], _lineage(asset, windows)),
+    )
+
+
+_DESCRIPTIONS = {
+    TUTOR_TIERS: (
+        "The metrics of all windows with their flags and the tier that follows. One row per tutor"
+        " and window per reference date."
+    ),
+    TUTOR_TIER_REASONS: (
+        "Why a tutor is in a tier: of each metric that carries a flag its value, the number of"
+        " rows that it rests on, its 95 % interval, its flag, and whether the flag is more than"
+        " noise. One row per tutor and window per reference date."
+    ),
+}
 
 
 def _table(counts: dict[str, dict[str, int]]) -> dg.TableMetadataValue:
@@ -96,14 +151,21 @@ def _table(counts: dict[str, dict[str, int]]) -> dg.TableMetadataValue:
     )
 
 
-def _lineage(windows: Sequence[int]) -> dict[str, list[tuple[str, str]]]:
+def _lineage(asset: str, windows: Sequence[int]) -> dict[str, list[tuple[str, str]]]:
     def from_windows(*columns: str) -> list[tuple[str, str]]:
         return [(metrics_asset_name(days), column) for days in windows for column in columns]
 
     flagged = from_windows(*HIGHER_IS_BETTER, *LOWER_IS_BETTER)
-    return {
-        **{column: from_windows(column) for column in WindowMetrics.column_names()},
-        "green_flags": flagged,
-        "red_flags": flagged,
-        "performance_tier": flagged,
-    }
+    found = {}
+    for column in SCHEMAS[asset].column_names():
+        metric, _, part = column.rpartition("_")
+        if column in WindowSums.column_names():
+            found[column] = from_windows(column)
+        elif metric not in DENOMINATORS:
+            # Flags and tier; the evidence is read from the sessions.
+            found[column] = from_windows("sessions") if column == "evidence" else flagged
+        elif part == "denominator":
+            found[column] = from_windows(DENOMINATORS[metric])
+        else:
+            found[column] = from_windows(metric, DENOMINATORS[metric])
+    return found

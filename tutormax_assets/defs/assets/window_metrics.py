@@ -8,7 +8,7 @@ from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.windows import collect_windows, compute_windows, plan_windows
 from tutormax_assets.defs.assets import OWNERS, frame_metadata, keep_partitions
 from tutormax_assets.defs.resources import MetricsPolicy
-from tutormax_assets.metrics.schemas import WindowMetrics, origins
+from tutormax_assets.metrics.schemas import WindowSums, origins
 from tutormax_assets.storage.store import PartitionStore
 
 _READ = ("tutor_roster", "sessions_snapshot", "tutor_events_snapshot")
@@ -79,9 +79,10 @@ def _spec(days: int) -> dg.AssetSpec:
         group_name="metrics",
         description=(
             f"The eight metrics of every tutor of the roster over the {days} days before a "
-            "reference date. One row per tutor per reference date."
+            "reference date, and the sums that they are computed from. One row per tutor per "
+            "reference date."
         ),
         owners=OWNERS,
         kinds={"polars", "parquet"},
-        metadata=frame_metadata(WindowMetrics, origins(WindowMetrics)),
+        metadata=frame_metadata(WindowSums, origins(WindowSums)),
     )

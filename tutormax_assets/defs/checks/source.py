@@ -10,16 +10,20 @@ import polars as pl
 import tenacity
 
 from tutormax_assets.dates import midnight
-from tutormax_assets.defs.checks import ERROR, WARN, Finding, Metadata, first_keys, partition
+from tutormax_assets.defs.checks import (
+    ERROR,
+    NOT_OF_ALL,
+    WARN,
+    Finding,
+    Metadata,
+    first_keys,
+    partition,
+)
 from tutormax_assets.metrics.policy import Policy, window_name
 from tutormax_assets.metrics.schemas import LOGIN
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.source import view
 from tutormax_assets.storage.store import PartitionStore
-
-_NOT_OF_ALL = Finding(
-    passed=True, problem="Not compared: only runs of some tutors have read this date so far."
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class SourceTable:
         more = more or {}
         if store.active_tutors_left_out(partition_key):
             names = (self.is_fresh, "shortest_window_is_whole", "day_volume_is_usual", *more)
-            return dict.fromkeys(names, _NOT_OF_ALL)
+            return dict.fromkeys(names, NOT_OF_ALL)
         reference_date = date.fromisoformat(partition_key)
         newest = newest_date(
             by_day,

@@ -1,4 +1,4 @@
-"""Checks of ``tutor_tiers``: all windows side by side, and against the day before."""
+"""Checks of ``tutor_tiers`` and their reasons: all windows together, and against the day before."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,9 @@ from itertools import pairwise
 import dagster as dg
 import polars as pl
 
+from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS
 from tutormax_assets.defs.checks import (
+    NOT_OF_ALL,
     WARN,
     Finding,
     Metadata,
@@ -17,13 +19,14 @@ from tutormax_assets.defs.checks import (
     first_keys,
     last_saved,
     of_the_date,
+    partition,
     report,
     rows_and_roster,
     unless_failed,
 )
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.policy import window_name
-from tutormax_assets.metrics.schemas import TIERS
+from tutormax_assets.metrics.schemas import FLAGS, TIERS
 from tutormax_assets.storage.store import PartitionStore
 
 ASSET = "tutor_tiers"
@@ -51,7 +54,9 @@ def tutor_tiers_checks(
         limits = metrics_policy.policy.checks
         found = {}
         for key in dates_to_check(context, ASSET):
+            reasons = partition(partition_store, TUTOR_TIER_REASONS, key).collect()
             rows, roster, of_failed_shards = rows_and_roster(partition_store, ASSET, key)
+            left_out = partition_store.active_tutors_left_out(key)
             of_windows = partial(
                 every_tutor_has_all_windows,
                 windows=windows,
@@ -64,9 +69,7 @@ def tutor_tiers_checks(
                 "every_tutor_has_a_tier": unless_failed(
                     of_the_date(of_windows, rows, roster, tutor_ids=run_options.tutor_ids),
                     of_failed_shards
-                    or active_tutors_are_computed(
-                        len(roster), partition_store.active_tutors_left_out(key), reference_date=key
-                    ),
+                    or active_tutors_are_computed(len(roster), left_out, reference_date=key),
                 ),
                 "counts_never_shrink": of_the_date(
                     shrinking, rows, tutor_ids=run_options.tutor_ids
@@ -79,6 +82,14 @@ def tutor_tiers_checks(
                     max_shift=limits.tier_shift,
                     min_tutors=limits.comparison_min_tutors,
                 ),
+                "reasons_agree_with_tiers": of_the_date(
+                    reasons_agree_with_tiers, reasons, rows, tutor_ids=run_options.tutor_ids
+                ),
+                "evidence_is_sufficient": NOT_OF_ALL
+                if left_out
+                else evidence_is_sufficient(
+                    reasons, window=window_name(windows[-1]), max_share=limits.thin_evidence_share
+                ),
             }
         yield from report(context, specs, found)
 
@@ -87,6 +98,7 @@ def tutor_tiers_checks(
 
 def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
     spec = partial(check_spec, asset=ASSET, daily=daily)
+    of_reasons = partial(check_spec, asset=TUTOR_TIER_REASONS, daily=daily)
     return [
         spec(
             "every_tutor_has_a_tier",
@@ -102,7 +114,72 @@ def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
             "tiers_are_steady",
             "Tutors are in about the same tiers as on the last date before it that is saved.",
         ),
+        of_reasons(
+            "reasons_agree_with_tiers",
+            "Reasons have the values, flags and tiers of tutor_tiers, row for row.",
+            blocking=True,
+        ),
+        of_reasons(
+            "evidence_is_sufficient",
+            "Most tutors have enough sessions in the longest window to be judged by them.",
+        ),
     ]
+
+
+def reasons_agree_with_tiers(reasons: pl.DataFrame, tiers: pl.DataFrame, /) -> Finding:
+    """Whether reasons have the rows, values, flags and tiers of ``tutor_tiers``.
+
+    Args:
+        reasons: ``TierReasons``.
+        tiers: ``TutorTiers``.
+    """
+    shared = [name for name in tiers.columns if name in reasons.columns]
+    counts = [
+        pl.sum_horizontal((pl.col("^.*_flag$") == flag).fill_null(False)).cast(pl.UInt8)
+        for flag in FLAGS
+    ]
+    counted = reasons.with_columns(
+        **{f"{flag}_flags": count for flag, count in zip(FLAGS, counts, strict=True)}
+    )
+    told, judged = (frame.select(shared) for frame in (counted, tiers))
+    different = pl.concat(
+        one.join(other, on=shared, how="anti", nulls_equal=True)
+        for one, other in ((told, judged), (judged, told))
+    )
+    metadata: Metadata = {"rows": len(reasons), "rows_that_differ": len(different.unique(_KEY))}
+    if different.is_empty():
+        return Finding(True, metadata=metadata)
+    return Finding(
+        False,
+        f"The reasons of {different['tutor_id'].n_unique()} tutors are not those of their tiers.",
+        {**metadata, "first_rows": first_keys(different, *_KEY)},
+        advice=f"Materialize tutor_tiers and {TUTOR_TIER_REASONS} again, in one run.",
+    )
+
+
+def evidence_is_sufficient(reasons: pl.DataFrame, /, *, window: str, max_share: float) -> Finding:
+    """Whether most tutors have enough sessions in the longest window to be judged by them.
+
+    Args:
+        reasons: ``TierReasons``.
+        window: Name of the window.
+        max_share: Share of tutors with thin evidence above which the check warns.
+    """
+    of_window = reasons.filter(window=window)
+    thin = len(of_window.filter(evidence="thin"))
+    share = thin / len(of_window) if len(of_window) else 0.0
+    metadata: Metadata = {"tutors_with_thin_evidence": thin, "share": round(share, 4)}
+    if share <= max_share:
+        return Finding(True, metadata=metadata)
+    return Finding(
+        False,
+        f"{thin} of {len(of_window)} tutors have thin evidence in the {window} window: {share:.0%},"
+        f" with {max_share:.0%} expected at most.",
+        metadata,
+        WARN,
+        "Their tiers say little: see what they rest on with `tutormax explain`; if so many new"
+        " tutors are usual, raise checks.thin_evidence_share in the policy.",
+    )
 
 
 def every_tutor_has_all_windows(

@@ -22,7 +22,7 @@ from tutormax_assets.defs.checks import (
 )
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.policy import window_name
-from tutormax_assets.metrics.schemas import WindowMetrics
+from tutormax_assets.metrics.schemas import WindowSums
 from tutormax_assets.storage.store import PartitionStore
 
 
@@ -36,7 +36,7 @@ def window_metrics_checks(
     specs = [
         spec(
             "values_in_range",
-            "Columns, types, window and values are those of WindowMetrics.",
+            "Columns, types, window and values are those of WindowSums.",
             blocking=True,
         ),
         spec(
@@ -86,13 +86,13 @@ def window_metrics_checks(
 
 
 def values_in_range(rows: pl.DataFrame, /, *, window: str) -> Finding:
-    """Whether columns, types and values are those of ``WindowMetrics``.
+    """Whether columns, types and values are those of ``WindowSums``.
 
     Args:
         rows: The metrics of one window.
         window: What the column ``window`` has to say.
     """
-    expected = pl.Schema(WindowMetrics)
+    expected = pl.Schema(WindowSums)
     if rows.schema != expected:
         types = pl.DataFrame(
             [
@@ -110,9 +110,9 @@ def values_in_range(rows: pl.DataFrame, /, *, window: str) -> Finding:
             advice="Run the date again, for all tutors.",
         )
     metadata: Metadata = {"rows": len(rows), "rows_out_of_range": 0}
-    if (rows["window"] == window).all() and WindowMetrics.is_valid(rows):
+    if (rows["window"] == window).all() and WindowSums.is_valid(rows):
         return Finding(True, metadata=metadata)
-    _, failure = WindowMetrics.filter(rows)
+    _, failure = WindowSums.filter(rows)
     other_window = rows.filter(pl.col("window") != window)
     broken = pl.DataFrame(
         [
@@ -138,7 +138,7 @@ def one_row_per_tutor(rows: pl.DataFrame, roster: pl.DataFrame, /) -> Finding:
     """Whether every tutor of the roster has one row, and nobody else has.
 
     Args:
-        rows: ``WindowMetrics`` of one window.
+        rows: ``WindowSums`` of one window.
         roster: ``TutorRoster``.
     """
     metadata: Metadata = {"tutors_of_the_roster": len(roster), "rows": len(rows)}
@@ -184,7 +184,7 @@ def null_shares_are_steady(
     looks like a loss.
 
     Args:
-        rows: ``WindowMetrics`` of one window.
+        rows: ``WindowSums`` of one window.
         before: The same of an earlier date; null where there is none.
         max_rise: Rise of a column's share of nulls above which the check warns.
         min_tutors: Tutors that it takes to compare.
@@ -192,7 +192,7 @@ def null_shares_are_steady(
     """
     if before is None:
         return Finding(True, "Not compared: the day before has not been computed.")
-    columns = [name for name in WindowMetrics.column_names() if name in before.columns]
+    columns = [name for name in WindowSums.column_names() if name in before.columns]
     now = rows.join(before, on="tutor_id", how="semi")
     then = before.join(rows, on="tutor_id", how="semi")
     metadata: Metadata = {"tutors_in_both": len(now)}

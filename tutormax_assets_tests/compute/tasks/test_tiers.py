@@ -8,6 +8,7 @@ from upath import UPath
 
 from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.tasks.tiers import (
+    TUTOR_TIERS,
     TiersReport,
     collect_tiers,
     plan_tiers,
@@ -15,7 +16,7 @@ from tutormax_assets.compute.tasks.tiers import (
 )
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.schemas import TutorTiers
-from tutormax_assets.storage.partition import Partition, StoredParts, partition_of, store_parts
+from tutormax_assets.storage.partition import Partition, partition_of, store_parts
 from tutormax_assets.storage.shards import Shards
 
 DAY = "2025-11-07"
@@ -28,23 +29,26 @@ def metrics(tmp_path: Path, window: str, *, failed: dict[int, str] | None = None
     return partition_of(path, SHARDS, [store_parts(path, rows, shards=SHARDS)], failed=failed)
 
 
-def stored(path: UPath, shard: int) -> StoredParts:
-    return store_parts(path, TutorTiers.create_empty().lazy(), first=shard)
+def report(path: UPath, shard: int) -> TiersReport:
+    stored = store_parts(path, TutorTiers.create_empty().lazy(), first=shard)
+    return TiersReport({TUTOR_TIERS: stored}, {}, {})
 
 
 def test_a_shard_that_an_earlier_step_could_not_compute_has_no_task(tmp_path: Path) -> None:
     failed = metrics(tmp_path, "7day", failed={1: "poisoned"})
     path = UPath(tmp_path / "tiers")
 
-    plan = plan_tiers(DAY, [failed, metrics(tmp_path, "30day")], path=path, policy=Policy())
+    plan = plan_tiers(
+        DAY, [failed, metrics(tmp_path, "30day")], paths={TUTOR_TIERS: path}, policy=Policy()
+    )
 
     assert {name: task.shard for name, task in plan.tasks.items()} == {
         f"{DAY} shard 0": 0,
         f"{DAY} shard 2": 2,
     }
     assert all(len(task.metrics) == 2 for task in plan.tasks.values())
-    reports = {name: TiersReport(stored(path, task.shard), {}) for name, task in plan.tasks.items()}
-    assert collect_tiers(plan, reports, {}).failed == {1: "poisoned"}
+    reports = {name: report(path, task.shard) for name, task in plan.tasks.items()}
+    assert collect_tiers(plan, reports, {})[TUTOR_TIERS].failed == {1: "poisoned"}
 
 
 def test_partitions_that_are_divided_differently_are_one_task(tmp_path: Path) -> None:
@@ -52,7 +56,10 @@ def test_partitions_that_are_divided_differently_are_one_task(tmp_path: Path) ->
     whole = partition_of(path, Shards(()), [store_parts(path, pl.LazyFrame({"tutor_id": ["a"]}))])
 
     plan = plan_tiers(
-        DAY, [metrics(tmp_path, "7day"), whole], path=UPath(tmp_path / "tiers"), policy=Policy()
+        DAY,
+        [metrics(tmp_path, "7day"), whole],
+        paths={TUTOR_TIERS: UPath(tmp_path / "tiers")},
+        policy=Policy(),
     )
 
     [(name, task)] = plan.tasks.items()
@@ -61,12 +68,12 @@ def test_partitions_that_are_divided_differently_are_one_task(tmp_path: Path) ->
 
 def test_shards_that_fail_are_named_unless_none_is_left(tmp_path: Path) -> None:
     path = UPath(tmp_path / "tiers")
-    plan = plan_tiers(DAY, [metrics(tmp_path, "7day")], path=path, policy=Policy())
+    plan = plan_tiers(DAY, [metrics(tmp_path, "7day")], paths={TUTOR_TIERS: path}, policy=Policy())
     first, *others = plan.tasks
-    reports = {first: TiersReport(stored(path, 0), {})}
+    reports = {first: report(path, 0)}
     errors: dict[str, BaseException] = {name: ValueError(f"no {name}") for name in others}
 
-    partition = collect_tiers(plan, reports, errors)
+    partition = collect_tiers(plan, reports, errors)[TUTOR_TIERS]
 
     assert partition.failed == {1: f"no {DAY} shard 1", 2: f"no {DAY} shard 2"}
     assert len(partition.parts) == 3

@@ -53,6 +53,8 @@ CHECKS = {
     "metrics_30day": ["values_in_range", "one_row_per_tutor", "null_shares_are_steady"],
     "metrics_90day": ["values_in_range", "one_row_per_tutor", "null_shares_are_steady"],
     "tutor_tiers": ["every_tutor_has_a_tier", "counts_never_shrink", "tiers_are_steady"],
+    "tutor_tier_reasons": ["reasons_agree_with_tiers", "evidence_is_sufficient"],
+    "tutor_tier_changes": ["splits_add_up"],
     "tutor_performance_metrics": ["rows_are_as_computed", "every_tutor_has_all_windows"],
 }
 ALL = {(asset, name) for asset, names in CHECKS.items() for name in names}
@@ -204,6 +206,7 @@ def test_every_check_is_registered_with_its_days() -> None:
         ("tutor_events_snapshot", "day_volume_is_usual"),
         *((f"metrics_{days}day", "null_shares_are_steady") for days in (7, 30, 90)),
         ("tutor_tiers", "tiers_are_steady"),
+        ("tutor_tier_reasons", "evidence_is_sufficient"),
     }
 
 

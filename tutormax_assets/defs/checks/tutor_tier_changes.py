@@ -1,0 +1,97 @@
+"""Checks of ``tutor_tier_changes``: what is said of a difference is all of it."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import dagster as dg
+import polars as pl
+
+from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
+from tutormax_assets.defs.assets.window_metrics import metrics_asset_name
+from tutormax_assets.defs.checks import (
+    Finding,
+    Metadata,
+    check_spec,
+    dates_to_check,
+    first_keys,
+    partition,
+    report,
+)
+from tutormax_assets.metrics.changes import COMPONENTS
+from tutormax_assets.storage.store import PartitionStore
+
+_KEY = ["tutor_id", "window"]
+
+
+def tutor_tier_changes_checks(
+    daily: dg.DailyPartitionsDefinition, *, windows: Sequence[int]
+) -> dg.AssetChecksDefinition:
+    """Build the checks of ``tutor_tier_changes``."""
+    spec = partial(check_spec, asset=TUTOR_TIER_CHANGES, daily=daily)
+    specs = [
+        spec(
+            "splits_add_up",
+            "What came in, aged out and was corrected is the difference of the windows' sums.",
+            blocking=True,
+        )
+    ]
+
+    @dg.multi_asset_check(name=f"{TUTOR_TIER_CHANGES}_checks", specs=specs, can_subset=True)
+    def checks(
+        context: dg.AssetCheckExecutionContext,
+        partition_store: dg.ResourceParam[PartitionStore],
+    ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+        found = {}
+        for key in dates_to_check(context, TUTOR_TIER_CHANGES):
+            changes = partition(partition_store, TUTOR_TIER_CHANGES, key).collect()
+            sums = _sums(partition_store, key, windows, changes)
+            found[key] = {"splits_add_up": splits_add_up(changes, sums)}
+        yield from report(context, specs, found)
+
+    return checks
+
+
+def _sums(
+    store: PartitionStore, key: str, windows: Sequence[int], changes: pl.DataFrame
+) -> pl.DataFrame:
+    """The sums of the windows of the tutors that moved, as ``splits_add_up`` takes them."""
+    names = sorted({name for pairs in COMPONENTS.values() for pair in pairs for name in pair})
+    return pl.concat(
+        partition(store, metrics_asset_name(days), key)
+        .filter(pl.col("tutor_id").is_in(changes["tutor_id"].unique().implode()))
+        .with_columns(no_shows="no_show_count")
+        .select(*_KEY, pl.col(names).cast(pl.Int64))
+        .unpivot(on=names, index=_KEY, variable_name="sum", value_name="of")
+        for days in windows
+    ).collect()
+
+
+def splits_add_up(changes: pl.DataFrame, sums: pl.DataFrame, /) -> Finding:
+    """Whether the parts of each difference add up to what the windows hold.
+
+    The earlier date may have been computed anew since, so that its windows are no measure.
+
+    Args:
+        changes: ``TierChanges``.
+        sums: The sums of the windows: ``tutor_id``, ``window``, ``sum`` and its value ``of``.
+    """
+    rows = changes.filter(pl.col("metric").is_not_null())
+    wrong = []
+    for role in ("numerator", "denominator"):
+        before, came_in, aged_out, corrected, after = (
+            pl.col(f"{role}_{part}")
+            for part in ("before", "came_in", "aged_out", "corrected", "after")
+        )
+        with_sums = rows.join(sums.rename({"sum": role}), on=[*_KEY, role], how="left")
+        total = before + came_in - aged_out + corrected
+        wrong.append(with_sums.filter(total.ne_missing(after) | after.ne_missing(pl.col("of"))))
+    found = pl.concat(frame.select(*_KEY, "days", "metric") for frame in wrong).unique()
+    metadata: Metadata = {"splits": len(rows), "wrong_splits": len(found)}
+    if found.is_empty():
+        return Finding(True, metadata=metadata)
+    return Finding(
+        False,
+        f"{len(found)} of {len(rows)} splits are not what the windows differ by.",
+        {**metadata, "first_splits": first_keys(found, *_KEY, "metric")},
+        advice="The metrics are of another run than the snapshots: run the date again.",
+    )
