@@ -21,6 +21,7 @@ from tutormax_assets.cli import (
     run,
     set_aside,
     status,
+    what_if,
 )
 from tutormax_assets.cli.terminal import Commands
 
@@ -54,6 +55,7 @@ def _options(
 app.command("run")(run.run)
 app.command("backfill")(run.backfill)
 app.command("explain")(explain.explain)
+app.command("what-if")(what_if.what_if)
 app.command("set-aside")(set_aside.set_aside)
 app.command("cleanup")(retention.cleanup)
 app.command("restore")(retention.restore)

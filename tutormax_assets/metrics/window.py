@@ -71,8 +71,7 @@ def window_metrics(
         .join(_window_sums(of_events, windows), on=key, how="left")
         .with_columns(pl.col(_SUMS).fill_null(0))
         .with_columns(**metrics(policy))
-        # Rounding repeats what it rounds: in the same step the plan would grow many times over.
-        .with_columns(round_hundredths(pl.col(_RATES)))
+        .pipe(round_rates)
         .sort("days", "tutor_id")
         .select(pl.col(name).cast(dtype) for name, dtype in pl.Schema(WindowSums).items())
     )
@@ -208,6 +207,12 @@ def _mean(total: str, count: str, decimals: int) -> pl.Expr:
 
 def _share(part: str, whole: str) -> pl.Expr:
     return pl.when(pl.col(whole) > 0).then(100.0 * pl.col(part) / pl.col(whole))
+
+
+def round_rates(metrics: pl.LazyFrame) -> pl.LazyFrame:
+    """The metrics with their rates and means rounded, as they are shown and judged."""
+    # Rounding repeats what it rounds: in the same step the plan would grow many times over.
+    return metrics.with_columns(round_hundredths(pl.col(_RATES)))
 
 
 def round_hundredths(expression: pl.Expr) -> pl.Expr:
