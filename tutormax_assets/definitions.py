@@ -6,12 +6,13 @@ import dagster as dg
 
 from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
 from tutormax_assets.compute.tasks.tiers import SCHEMAS as TIER_ASSETS
+from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_name
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS, platform_snapshot_assets
 from tutormax_assets.defs.assets.platform_tables import platform_tables
 from tutormax_assets.defs.assets.tutor_performance_metrics import tutor_performance_metrics_asset
 from tutormax_assets.defs.assets.tutor_tier_changes import tutor_tier_changes_asset
 from tutormax_assets.defs.assets.tutor_tiers import tutor_tiers_assets
-from tutormax_assets.defs.assets.window_metrics import metrics_asset_name, window_metrics_assets
+from tutormax_assets.defs.assets.window_metrics import window_metrics_assets
 from tutormax_assets.defs.automation.alerts import alert_sensors
 from tutormax_assets.defs.automation.retention import retention_job, retention_sensor
 from tutormax_assets.defs.automation.schedule import nightly_freshness, nightly_schedule
@@ -65,7 +66,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         ),
         window_metrics_assets(daily, backfills, windows=policy.windows),
         tutor_tiers_assets(daily, backfills, windows=policy.windows),
-        tutor_tier_changes_asset(daily, backfills),
+        tutor_tier_changes_asset(daily, backfills, windows=policy.windows),
         tutor_performance_metrics_asset(
             daily, backfills, freshness_policy=nightly_freshness(timezone=settings.timezone)
         ),
@@ -123,7 +124,7 @@ def kept_as_parquet(policy: Policy) -> list[dg.AssetKey]:
     windows = (metrics_asset_name(days) for days in policy.windows)
     return [
         dg.AssetKey(asset)
-        for asset in (*SNAPSHOT_ASSETS, *windows, *TIER_ASSETS, TUTOR_TIER_CHANGES)
+        for asset in (*SNAPSHOT_ASSETS, *windows, WINDOW_EDGES, *TIER_ASSETS, TUTOR_TIER_CHANGES)
     ]
 
 

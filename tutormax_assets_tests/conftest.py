@@ -64,6 +64,7 @@ PARQUET_ASSETS = [
     "metrics_7day",
     "metrics_30day",
     "metrics_90day",
+    "window_edges",
     "tutor_tiers",
     "tutor_tier_reasons",
     "tutor_tier_changes",

@@ -23,7 +23,11 @@ GROUPS = {
     **dict.fromkeys(PLATFORM, "platform"),
     **dict.fromkeys(COMPUTED, "snapshots"),
     **dict.fromkeys(
-        [asset for asset in PARQUET_ASSETS if asset.startswith(("metrics_", "tutor_tier"))],
+        [
+            asset
+            for asset in PARQUET_ASSETS
+            if asset.startswith(("metrics_", "window_", "tutor_tier"))
+        ],
         "metrics",
     ),
     "tutor_performance_metrics": "persisted",
@@ -127,11 +131,8 @@ def test_assets_depend_on_what_they_read(definitions: dg.Definitions) -> None:
         **{key: frames for key in windows},
         "tutor_tiers": windows,
         "tutor_tier_reasons": windows,
-        "tutor_tier_changes": {
-            "tutor_tier_reasons",
-            "sessions_snapshot",
-            "tutor_events_snapshot",
-        },
+        "window_edges": frames,
+        "tutor_tier_changes": {"tutor_tier_reasons", "window_edges", *windows},
         "tutor_performance_metrics": {"tutor_tiers"},
     }
 

@@ -11,10 +11,10 @@ import polars as pl
 
 from tutormax_assets.compute.tasks.changes import COMPARED_DAYS, TUTOR_TIER_CHANGES
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS
+from tutormax_assets.compute.tasks.windows import metrics_asset_name
 from tutormax_assets.database.connection import Timeouts, engine_of
 from tutormax_assets.database.metrics_reading import read_tiers
 from tutormax_assets.dates import midnight
-from tutormax_assets.defs.assets.window_metrics import metrics_asset_name
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.errors import TutormaxError, UsageError
 from tutormax_assets.metrics import quality
@@ -456,11 +456,12 @@ class _Changes:
         names = SessionsSnapshot.column_names()
         if self._ids is None:
             self._ids = self._platform_sessions()
-        numbered = [
-            frame.with_columns(number=pl.int_range(pl.len()).over(*names, *further))
-            for frame, further in ((sessions, ["part"]), (self._ids, []))
-        ]
-        return numbered[0].join(numbered[1], on=[*names, "number"], how="left", nulls_equal=True)
+        number = pl.int_range(pl.len())
+        wanted = sessions.with_columns(number=number.over(*names, "part"))
+        known = self._ids.with_columns(number=number.over(names))
+        return wanted.join(
+            known, on=[*names, "number"], how="left", nulls_equal=True, maintain_order="left"
+        )
 
     def _platform_sessions(self) -> pl.DataFrame:
         """The tutor's sessions as the platform has them now: ``SessionsSnapshot`` with ids."""
@@ -483,7 +484,7 @@ class _Changes:
                     timezone=settings.timezone,
                     with_ids=True,
                 )
-                return good.collect()
+                return good.sort("session_id").collect()
         except (SourceError, TutormaxError) as error:
             self._notes.append(f"The ids of sessions are left out: {error}")
             schema = {"session_id": pl.String(), **pl.Schema(SessionsSnapshot)}

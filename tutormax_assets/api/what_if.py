@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from tutormax_assets.defs.assets.window_metrics import metrics_asset_name
+from tutormax_assets.compute.tasks.windows import metrics_asset_name
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.errors import UsageError
 from tutormax_assets.metrics.comparison import tier_flaps, tier_matrix, tier_movers

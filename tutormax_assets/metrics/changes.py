@@ -8,15 +8,11 @@ of days in both were corrected between the two readings of the platform.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
-from functools import partial
 
 import polars as pl
 
-from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER, Policy
-from tutormax_assets.metrics.schemas import MOVES, SumSplit, TierChanges
-from tutormax_assets.metrics.window import event_sums, session_sums, within_window
-
-FLAGGED = (*HIGHER_IS_BETTER, *LOWER_IS_BETTER)
+from tutormax_assets.metrics.schemas import FLAGGED, MOVES, SUMS, TierChanges
+from tutormax_assets.metrics.window import first_edge, last_edge, within_window
 
 COMPONENTS: Mapping[str, Sequence[tuple[str, str]]] = {
     "avg_rating": [("rating_sum", "ratings")],
@@ -32,10 +28,9 @@ COMPONENTS: Mapping[str, Sequence[tuple[str, str]]] = {
 }
 """The sums that a flagged metric is computed from, each as numerator and denominator."""
 
-_SUMS = {name for pairs in COMPONENTS.values() for pair in pairs for name in pair}
-_SPLIT = ("before", "came_in", "aged_out", "corrected", "after")
+_PARTS = ("before", "came_in", "aged_out", "corrected", "after")
+_MOVED = ("tutor_id", "window", "move", "tier", "tier_before")
 _KEY = ["tutor_id", "window"]
-_PART = ["tutor_id", "is_common"]
 
 
 def moves(after: pl.LazyFrame, before: pl.LazyFrame, /) -> pl.LazyFrame:
@@ -46,22 +41,32 @@ def moves(after: pl.LazyFrame, before: pl.LazyFrame, /) -> pl.LazyFrame:
         before: The same of the earlier one.
 
     Returns:
-        ``tutor_id``, ``window``, ``move``, ``tier``, ``tier_before`` and ``metrics``, the list of
-        those whose flags differ, sorted by key. A tutor who was not there before is new, and one
-        who is not there any more is gone. What moved neither tier nor flag is left out.
+        ``tutor_id``, ``window``, ``move``, ``tier``, ``tier_before``, ``metrics``, the list of
+        those whose flags differ, and of each metric value and flag, with ``_before`` those of the
+        earlier date; sorted by key. A tutor who was not there before is new, and one who is not
+        there any more is gone. What moved neither tier nor flag is left out.
     """
-    flags = [f"{name}_flag" for name in FLAGGED]
+    sides = [column for name in FLAGGED for column in (name, f"{name}_flag")]
     after, before = (
-        frame.select(*_KEY, pl.col("performance_tier").alias("tier"), *flags, present=True)
+        frame.select(*_KEY, pl.col("performance_tier").alias("tier"), *sides, present=True)
         for frame in (after, before)
     )
     both = after.join(before, on=_KEY, how="full", coalesce=True, suffix="_before")
+    is_new, is_gone = pl.col("present_before").is_null(), pl.col("present").is_null()
+    changed = {
+        name: pl.col(f"{name}_flag").ne_missing(pl.col(f"{name}_flag_before")) for name in FLAGGED
+    }
+    moved = both.filter(
+        pl.any_horizontal(
+            is_new, is_gone, pl.col("tier") != pl.col("tier_before"), *changed.values()
+        )
+    )
     # The best tier comes first.
     rank, rank_before = pl.col("tier").to_physical(), pl.col("tier_before").to_physical()
     move = (
-        pl.when(pl.col("present_before").is_null())
+        pl.when(is_new)
         .then(_move("new"))
-        .when(pl.col("present").is_null())
+        .when(is_gone)
         .then(_move("gone"))
         .when(rank < rank_before)
         .then(_move("up"))
@@ -69,170 +74,127 @@ def moves(after: pl.LazyFrame, before: pl.LazyFrame, /) -> pl.LazyFrame:
         .then(_move("down"))
         .otherwise(_move("same"))
     )
-    is_in_both = pl.col("present") & pl.col("present_before")
-    changed = [
-        pl.when(is_in_both & pl.col(f"{name}_flag").ne_missing(pl.col(f"{name}_flag_before"))).then(
-            pl.lit(name)
-        )
-        for name in FLAGGED
-    ]
-    metrics = pl.concat_list(changed).list.drop_nulls().alias("metrics")
-    return (
-        both.select(*_KEY, move.alias("move"), "tier", "tier_before", metrics)
-        .filter((pl.col("move") != "same") | (pl.col("metrics").list.len() > 0))
-        .sort(_KEY)
+    is_in_both = ~is_new & ~is_gone
+    metrics = pl.concat_list(
+        pl.when(is_in_both & is_changed).then(pl.lit(name, dtype=pl.Enum(FLAGGED)))
+        for name, is_changed in changed.items()
     )
+    return moved.select(
+        *_KEY,
+        move.alias("move"),
+        "tier",
+        "tier_before",
+        metrics.list.drop_nulls().alias("metrics"),
+        *(f"{column}{suffix}" for column in sides for suffix in ("", "_before")),
+    ).sort(_KEY)
 
 
-def tier_changes(
-    moved: pl.LazyFrame,
-    after: pl.LazyFrame,
-    before: pl.LazyFrame,
-    splits: pl.LazyFrame,
+def sum_splits(
+    tutors: pl.LazyFrame,
+    after: tuple[pl.LazyFrame, pl.LazyFrame],
+    before: tuple[pl.LazyFrame, pl.LazyFrame],
     /,
     *,
     days: int,
+    window: int,
 ) -> pl.LazyFrame:
+    """Why the sums of a window differ from those of an earlier reference date.
+
+    Rows of the last days came in, and rows of the first days of the window then aged out; all other
+    days are in both windows, and what their sums differ by was corrected. Source: the product's
+    specification, "Evidence, reasons, changes".
+
+    Args:
+        tutors: Rows with ``tutor_id``.
+        after: ``WindowSums`` of the window and ``EdgeSums``, of the reference date.
+        before: The same of the earlier one.
+        days: Days from the earlier one to the reference date.
+        window: Length of the window in days.
+
+    Returns:
+        The rows, and of each of ``SUMS`` its parts, such as ``ratings_before``, ``_came_in``,
+        ``_aged_out``, ``_corrected`` and ``_after``: whole numbers, of which before + came_in -
+        aged_out + corrected is after.
+    """
+    is_apart = days >= window
+    came_in = after[0] if is_apart else after[1].filter(edge=last_edge(days))
+    aged_out = before[0] if is_apart else before[1].filter(edge=first_edge(window, days))
+    parts = {"after": after[0], "before": before[0], "came_in": came_in, "aged_out": aged_out}
+    rows = tutors
+    for part, sums in parts.items():
+        columns = [pl.col(name).cast(pl.Int64).alias(f"{name}_{part}") for name in SUMS]
+        rows = rows.join(
+            _with_no_shows(sums).select("tutor_id", *columns), on="tutor_id", how="left"
+        )
+    known = [f"{name}_{part}" for name in SUMS for part in parts]
+    return rows.with_columns(pl.col(known).fill_null(0)).with_columns(
+        (
+            pl.col(f"{name}_after")
+            - pl.col(f"{name}_came_in")
+            - pl.col(f"{name}_before")
+            + pl.col(f"{name}_aged_out")
+        ).alias(f"{name}_corrected")
+        for name in SUMS
+    )
+
+
+def _with_no_shows(sums: pl.LazyFrame) -> pl.LazyFrame:
+    # The metric is the sum itself.
+    if "no_shows" in sums.collect_schema():
+        return sums
+    return sums.with_columns(no_shows="no_show_count")
+
+
+def tier_changes(moved: pl.LazyFrame, splits: pl.LazyFrame, /, *, days: int) -> pl.LazyFrame:
     """What moved against an earlier reference date, and why.
 
     Args:
         moved: As ``moves`` gives it.
-        after: ``TierReasons`` of the reference date.
-        before: The same of the earlier one.
-        splits: ``SumSplit`` with the ``window``, of the tutors that moved.
-        days: Days from the earlier one to the reference date.
+        splits: Those of its rows of which a flag changed, as ``sum_splits`` gives them.
+        days: Days from the earlier date to the reference date.
 
     Returns:
         ``TierChanges``, sorted by key.
     """
-    components = pl.LazyFrame(
-        [(metric, *pair) for metric, pairs in COMPONENTS.items() for pair in pairs],
-        schema=["metric", "numerator", "denominator"],
-        orient="row",
-    )
-    rows = moved.rename({"metrics": "metric"}).explode("metric")
-    for frame, suffix in ((after, ""), (before, "_before")):
-        rows = rows.join(_by_metric(frame, suffix), on=[*_KEY, "metric"], how="left")
-    rows = rows.join(components, on="metric", how="left")
-    for role in ("numerator", "denominator"):
-        of_role = splits.rename({"sum": role, **{part: f"{role}_{part}" for part in _SPLIT}})
-        rows = rows.join(of_role, on=[*_KEY, role], how="left").with_columns(
-            # A sum that is 0 in all of its parts has no row.
-            pl.when(pl.col(role).is_not_null()).then(pl.col(f"{role}_{part}").fill_null(0))
-            for part in _SPLIT
-        )
+    # Each component would compute them anew.
+    splits = splits.cache()
+    of_metrics = [
+        _of_component(splits, metric, *pair)
+        for metric, pairs in COMPONENTS.items()
+        for pair in pairs
+    ]
+    without = moved.filter(pl.col("metrics").list.len() == 0).select(_MOVED)
     return (
-        rows.with_columns(days=pl.lit(days, dtype=pl.UInt16))
+        pl.concat([without, *of_metrics], how="diagonal")
+        .with_columns(days=pl.lit(days, dtype=pl.UInt16))
         .sort(*_KEY, "metric", "numerator")
         .select(TierChanges.column_names())
     )
 
 
-def _by_metric(reasons: pl.LazyFrame, suffix: str) -> pl.LazyFrame:
-    """The value and the flag of each metric in a row of its own."""
-    return pl.concat(
-        reasons.select(
-            *_KEY,
-            pl.lit(name).alias("metric"),
-            pl.col(name).cast(pl.Float64).alias(f"value{suffix}"),
-            pl.col(f"{name}_flag").alias(f"flag{suffix}"),
-        )
-        for name in FLAGGED
+def _of_component(
+    rows: pl.LazyFrame, metric: str, numerator: str, denominator: str
+) -> pl.LazyFrame:
+    """The rows in which the flag of a metric changed, with the parts of two of its sums."""
+    return rows.filter(pl.col("metrics").list.contains(metric)).select(
+        *_MOVED,
+        metric=pl.lit(metric, dtype=pl.Enum(FLAGGED)),
+        flag=pl.col(f"{metric}_flag"),
+        flag_before=pl.col(f"{metric}_flag_before"),
+        value=pl.col(metric).cast(pl.Float64),
+        value_before=pl.col(f"{metric}_before").cast(pl.Float64),
+        numerator=pl.lit(numerator, dtype=pl.Enum(SUMS)),
+        denominator=pl.lit(denominator, dtype=pl.Enum(SUMS)),
+        **{
+            f"{role}_{part}": pl.col(f"{name}_{part}")
+            for role, name in (("numerator", numerator), ("denominator", denominator))
+            for part in _PARTS
+        },
     )
 
 
 def _move(name: str) -> pl.Expr:
     return pl.lit(name, dtype=pl.Enum(MOVES))
-
-
-def sum_splits(
-    after: tuple[pl.LazyFrame, pl.LazyFrame],
-    before: tuple[pl.LazyFrame, pl.LazyFrame],
-    /,
-    *,
-    reference_date: date,
-    days: int,
-    window: int,
-    policy: Policy,
-) -> pl.LazyFrame:
-    """Why the sums of a window differ from those of an earlier reference date.
-
-    Source: the product's specification, "Evidence, reasons, changes".
-
-    Args:
-        after: ``SessionsSnapshot`` and ``TutorEventsSnapshot`` of the reference date.
-        before: The same of the earlier one.
-        reference_date: The later one.
-        days: Days from the earlier one to it.
-        window: Length of the window in days.
-        policy: Says when a session is punctual and when a first session is a success.
-
-    Returns:
-        ``SumSplit``, one row per tutor and sum that is not 0 in all of its parts.
-    """
-    earlier = reference_date - timedelta(days=days)
-    sums = partial(_sums, window=window, policy=policy)
-    value, is_common = pl.col("value"), pl.col("is_common")
-    nothing = pl.lit(0, dtype=pl.Int64)
-    of_after = sums(*after, at=reference_date, other=earlier).select(
-        "tutor_id",
-        "sum",
-        before=nothing,
-        came_in=pl.when(~is_common).then(value).otherwise(0),
-        aged_out=nothing,
-        corrected=pl.when(is_common).then(value).otherwise(0),
-        after=value,
-    )
-    of_before = sums(*before, at=earlier, other=reference_date).select(
-        "tutor_id",
-        "sum",
-        before=value,
-        came_in=nothing,
-        aged_out=pl.when(~is_common).then(value).otherwise(0),
-        corrected=pl.when(is_common).then(-value).otherwise(0),
-        after=nothing,
-    )
-    return (
-        pl.concat([of_after, of_before])
-        .group_by("tutor_id", "sum")
-        .agg(pl.all().sum())
-        .filter(pl.any_horizontal(pl.col(_SPLIT) != 0))
-        .sort("tutor_id", "sum")
-        .select(SumSplit.column_names())
-    )
-
-
-def _sums(
-    sessions: pl.LazyFrame,
-    events: pl.LazyFrame,
-    *,
-    at: date,
-    other: date,
-    window: int,
-    policy: Policy,
-) -> pl.LazyFrame:
-    """The sums of a window by tutor, apart for the days that it shares with that of another date.
-
-    Returns:
-        ``tutor_id``, ``is_common``, ``sum`` and its ``value``.
-    """
-
-    def within(rows: pl.LazyFrame, column: str) -> pl.LazyFrame:
-        is_common = within_window(column, reference_date=other, days=window)
-        of_window = within_window(column, reference_date=at, days=window)
-        return rows.filter(of_window).with_columns(is_common.alias("is_common"))
-
-    of_sessions = session_sums(within(sessions, "scheduled_date"), policy=policy, by=_PART)
-    of_events = event_sums(within(events, "event_date"), by=_PART)
-    return pl.concat(
-        sums.select(*_PART, pl.col(names).cast(pl.Int64)).unpivot(
-            on=names, index=_PART, variable_name="sum", value_name="value"
-        )
-        for sums, names in (
-            (of_sessions, sorted(_SUMS - {"logins"})),
-            (of_events, ["logins"]),
-        )
-    )
 
 
 def moving_rows(

@@ -56,13 +56,17 @@ def tier_reasons(metrics: pl.LazyFrame, /, *, policy: Policy) -> pl.LazyFrame:
         columns[f"{name}_flag"] = (
             pl.when(green).then(_one_of(FLAGS, "green")).when(red).then(_one_of(FLAGS, "red"))
         )
-    for name, (low, high) in intervals().items():
-        columns[f"{name}_low"] = round_hundredths(low)
-        columns[f"{name}_high"] = round_hundredths(high)
+    ends = {
+        f"{name}_{side}": end
+        for name, low_and_high in intervals().items()
+        for side, end in zip(("low", "high"), low_and_high, strict=True)
+    }
     certainties = {f"{name}_certainty": _certainty(name, policy) for name in intervals()}
     return (
         with_tiers(metrics, policy=policy)
-        .with_columns(**columns)
+        .with_columns(**columns, **ends)
+        # Rounding repeats what it rounds: in the same step the plan would grow many times over.
+        .with_columns(round_hundredths(pl.col(list(ends))))
         .with_columns(**certainties)
         .select(TierReasons.column_names())
     )

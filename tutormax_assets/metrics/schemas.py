@@ -14,6 +14,35 @@ MESSAGE_RESPONSE = "message_response"
 FLAGS = ("green", "red")
 CERTAINTIES = ("certain", "within_noise")
 EVIDENCE = ("sufficient", "thin")
+FLAGGED = (
+    "avg_rating",
+    "first_session_success_rate",
+    "reschedule_rate",
+    "no_show_count",
+    "engagement_score",
+    "learning_objectives_met_pct",
+)
+"""The metrics that carry a flag."""
+
+SUMS = (
+    "sessions",
+    "no_shows",
+    "reschedules_known",
+    "reschedules",
+    "ratings",
+    "rating_sum",
+    "first_rated",
+    "first_successes",
+    "lateness_known",
+    "punctual",
+    "scores",
+    "score_sum",
+    "objectives_known",
+    "objectives_met",
+    "logins",
+)
+"""The sums that they are computed from."""
+
 MOVES = ("up", "down", "new", "gone", "same")
 TIERS = ("Exemplary", "Strong", "Developing", "Needs Attention", "At Risk")
 
@@ -292,6 +321,34 @@ class WindowSums(WindowMetrics):
     )
 
 
+class EdgeSums(dy.Schema):
+    """What the rows of a tutor at an edge of the windows add up to: of the first or last days.
+
+    The sums are those of ``WindowSums`` that flagged metrics are computed from.
+    """
+
+    tutor_id = dy.String(primary_key=True, description="The platform's id of the tutor.")
+    edge = dy.String(
+        primary_key=True,
+        description="last_7: the last 7 days; 30day_first_7: the first 7 days of that window.",
+    )
+    sessions = dy.UInt32(description="Sessions.")
+    no_shows = dy.UInt32(description="Sessions that were a no-show.")
+    reschedules_known = dy.UInt32(description="Sessions with a known reschedule flag.")
+    reschedules = dy.UInt32(description="Sessions that the tutor rescheduled.")
+    ratings = dy.UInt32(description="Sessions with a rating.")
+    rating_sum = dy.Int64(description="Sum of the ratings.")
+    first_rated = dy.UInt32(description="First sessions with a rating.")
+    first_successes = dy.UInt32(description="Of these, those rated 4 or more.")
+    lateness_known = dy.UInt32(description="Sessions whose late_start_minutes is usable.")
+    punctual = dy.UInt32(description="Of these, those that began within the late limit.")
+    scores = dy.UInt32(description="Sessions with an engagement score.")
+    score_sum = dy.Float64(description="Sum of the scores, in units of 1e-9: a whole number.")
+    objectives_known = dy.UInt32(description="Sessions with a known outcome.")
+    objectives_met = dy.UInt32(description="Of these, those that met their objectives.")
+    logins = dy.UInt32(description="Logins.")
+
+
 class TutorTiers(WindowMetrics):
     """One row per tutor of the roster and window: the metrics, their flags and the tier."""
 
@@ -393,21 +450,6 @@ class TierReasons(dy.Schema):
     )
 
 
-class SumSplit(dy.Schema):
-    """One row per tutor and sum of a window: why it differs from that of an earlier date.
-
-    All are whole numbers, and ``before + came_in - aged_out + corrected`` is ``after``.
-    """
-
-    tutor_id = dy.String(primary_key=True)
-    sum = dy.String(primary_key=True, description="Name of the sum, as in WindowSums.")
-    before = dy.Int64()
-    came_in = dy.Int64(description="Rows of days that entered the window.")
-    aged_out = dy.Int64(description="Rows of days that left it.")
-    corrected = dy.Int64(description="Rows of days in both, as known now less as known then.")
-    after = dy.Int64()
-
-
 class TierChanges(dy.Schema):
     """What moved against an earlier reference date: tier and flags, and why.
 
@@ -423,12 +465,12 @@ class TierChanges(dy.Schema):
     move = dy.Enum(MOVES, description="up, down, new, gone, or same where only flags changed.")
     tier = dy.Enum(TIERS, nullable=True, description="Tier now; null of a tutor who is gone.")
     tier_before = dy.Enum(TIERS, nullable=True, description="Tier then; null of a new tutor.")
-    metric = dy.String(nullable=True, description="Metric whose flag changed.")
+    metric = dy.Enum(FLAGGED, nullable=True, description="Metric whose flag changed.")
     flag = dy.Enum(FLAGS, nullable=True, description="Its flag now.")
     flag_before = dy.Enum(FLAGS, nullable=True, description="Its flag then.")
     value = dy.Float64(nullable=True, description="Its value now.")
     value_before = dy.Float64(nullable=True, description="Its value then.")
-    numerator = dy.String(nullable=True, description="A sum that the metric is computed from.")
+    numerator = dy.Enum(SUMS, nullable=True, description="A sum that the metric is computed from.")
     numerator_before = dy.Int64(nullable=True, description="That sum then.")
     numerator_came_in = dy.Int64(nullable=True, description="Of days that entered the window.")
     numerator_aged_out = dy.Int64(nullable=True, description="Of days that left the window.")
@@ -436,7 +478,7 @@ class TierChanges(dy.Schema):
         nullable=True, description="Of days in both, as known now less as known then."
     )
     numerator_after = dy.Int64(nullable=True, description="That sum now.")
-    denominator = dy.String(nullable=True, description="The sum that it is divided by.")
+    denominator = dy.Enum(SUMS, nullable=True, description="The sum that it is divided by.")
     denominator_before = dy.Int64(nullable=True, description="That sum then.")
     denominator_came_in = dy.Int64(nullable=True, description="Of days that entered the window.")
     denominator_aged_out = dy.Int64(nullable=True, description="Of days that left the window.")

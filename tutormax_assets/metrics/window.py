@@ -1,17 +1,19 @@
 """The metrics of a window, each defined once, from sums that a tutor's rows add up to.
 
-The starts of the windows divide the days before a reference date into segments. What a tutor's rows
-of a segment add up to is computed once, and a window is the sum of its segments.
+The starts of the windows, and of their edges, divide the days before a reference date into
+segments. What a tutor's rows of a segment add up to is computed once, and a window is the sum of
+its segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from functools import partial
+from itertools import pairwise
 
 import polars as pl
 
 from tutormax_assets.metrics.policy import Policy, window_name
-from tutormax_assets.metrics.schemas import LOGIN, WindowMetrics, WindowSums
+from tutormax_assets.metrics.schemas import LOGIN, EdgeSums, WindowMetrics, WindowSums
 
 # Sums are taken over whole multiples of these, so that they are exact and the order of the rows
 # does not show: a float holds every whole number up to 2**53.
@@ -55,7 +57,43 @@ def window_metrics(
         ``WindowSums``, one row per window and tutor of the roster, the shortest window first and
         each of them sorted by tutor. Rates and means are rounded to two decimals, half to even.
     """
-    in_segments = partial(_in_segments, reference_date=reference_date, windows=windows)
+    found, _ = windows_and_edges(
+        roster, sessions, events, reference_date=reference_date, windows=windows, policy=policy
+    )
+    return found
+
+
+def windows_and_edges(
+    roster: pl.LazyFrame,
+    sessions: pl.LazyFrame,
+    events: pl.LazyFrame,
+    /,
+    *,
+    reference_date: date,
+    windows: Sequence[int],
+    policy: Policy,
+    edges: Sequence[int] = (),
+) -> tuple[pl.LazyFrame, pl.LazyFrame]:
+    """The metrics of windows, and what the rows at the edges of the windows add up to.
+
+    To collect both together goes through sessions and events once.
+
+    Args:
+        roster: ``TutorRoster``.
+        sessions: ``SessionsSnapshot``; rows outside the windows and of other tutors do not count.
+        events: ``TutorEventsSnapshot``, likewise.
+        reference_date: The day after the last one of each window.
+        windows: Lengths of the windows in days, the shortest first.
+        policy: Weights, limits and scale.
+        edges: Lengths of the edges in days.
+
+    Returns:
+        What ``window_metrics`` returns, and ``EdgeSums``: one row for each tutor and edge that has
+        a row of the tutor.
+    """
+    of_windows, spans = {window_name(days): (0, days) for days in windows}, _edges(windows, edges)
+    ends = sorted({*windows, *(day for span in spans.values() for day in span if day > 0)})
+    in_segments = partial(_in_segments, reference_date=reference_date, ends=ends)
     by = ["tutor_id", "segment"]
     of_sessions = session_sums(in_segments(sessions, "scheduled_date"), policy=policy, by=by)
     of_events = event_sums(in_segments(events, "event_date"), by=by)
@@ -63,18 +101,46 @@ def window_metrics(
         {"days": windows, "window": [window_name(days) for days in windows]},
         schema={"days": pl.UInt16, "window": pl.String},
     )
-    key = ["tutor_id", "days"]
-    return (
+    key = ["tutor_id", "window"]
+    found = (
         roster.select("tutor_id")
         .join(names, how="cross")
-        .join(_window_sums(of_sessions, windows), on=key, how="left")
-        .join(_window_sums(of_events, windows), on=key, how="left")
+        .join(_span_sums(of_sessions, of_windows, ends, "window"), on=key, how="left")
+        .join(_span_sums(of_events, of_windows, ends, "window"), on=key, how="left")
         .with_columns(pl.col(_SUMS).fill_null(0))
         .with_columns(**metrics(policy))
         .pipe(round_rates)
         .sort("days", "tutor_id")
         .select(pl.col(name).cast(dtype) for name, dtype in pl.Schema(WindowSums).items())
     )
+    at_edges = _span_sums(of_sessions, spans, ends, "edge").join(
+        _span_sums(of_events, spans, ends, "edge"),
+        on=["tutor_id", "edge"],
+        how="full",
+        coalesce=True,
+    )
+    return found, (
+        at_edges.with_columns(pl.exclude("tutor_id", "edge").fill_null(0))
+        .sort("tutor_id", "edge")
+        .select(pl.col(name).cast(dtype) for name, dtype in pl.Schema(EdgeSums).items())
+    )
+
+
+def last_edge(days: int) -> str:
+    """The name of the last days before a reference date, in which all windows end."""
+    return f"last_{days}"
+
+
+def first_edge(window: int, days: int) -> str:
+    """The name of the first days of a window."""
+    return f"{window_name(window)}_first_{days}"
+
+
+def _edges(windows: Sequence[int], edges: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """The edges of windows by name: how many days before a reference date each ends and begins."""
+    shorter = [(window, days) for window in windows for days in edges if days < window]
+    last = {last_edge(days): (0, days) for _, days in shorter}
+    return last | {first_edge(window, days): (window - days, window) for window, days in shorter}
 
 
 def session_sums(
@@ -174,27 +240,39 @@ _RATES = [name for name, dtype in pl.Schema(WindowMetrics).items() if dtype == p
 
 
 def _in_segments(
-    rows: pl.LazyFrame, column: str, /, *, reference_date: date, windows: Sequence[int]
+    rows: pl.LazyFrame, column: str, /, *, reference_date: date, ends: Sequence[int]
 ) -> pl.LazyFrame:
-    """The rows of the longest window; a segment is named by how many windows start after it."""
-    starts_after = (pl.col(column) < reference_date - timedelta(days=days) for days in windows)
+    """The rows of the longest window; a segment is named by how many of the ends come before it.
+
+    Args:
+        rows: With the local date in ``column``.
+        column: Its name.
+        reference_date: The day after the last one.
+        ends: Days before the reference date at which a segment ends and the next one begins,
+            ascending.
+    """
+    is_before = (pl.col(column) < reference_date - timedelta(days=days) for days in ends)
     return rows.filter(
-        within_window(column, reference_date=reference_date, days=windows[-1])
-    ).with_columns(pl.sum_horizontal(starts_after).cast(pl.UInt8).alias("segment"))
+        within_window(column, reference_date=reference_date, days=ends[-1])
+    ).with_columns(pl.sum_horizontal(is_before).cast(pl.UInt8).alias("segment"))
 
 
-def _window_sums(sums: pl.LazyFrame, windows: Sequence[int]) -> pl.LazyFrame:
-    """The sums of each window, by its ``days``, from those of its segments."""
+def _span_sums(
+    sums: pl.LazyFrame, spans: Mapping[str, tuple[int, int]], ends: Sequence[int], name: str
+) -> pl.LazyFrame:
+    """The sums of each span of days, by its ``name``, from those of the segments."""
     segments = pl.LazyFrame(
-        [(segment, days) for n, days in enumerate(windows, 1) for segment in range(n)],
-        schema={"segment": pl.UInt8, "days": pl.UInt16},
+        [
+            (segment, span)
+            for span, (first, last) in spans.items()
+            for segment, (begin, end) in enumerate(pairwise([0, *ends]))
+            if first <= begin and end <= last
+        ],
+        schema={"segment": pl.UInt8, name: pl.String},
         orient="row",
     )
-    return (
-        sums.join(segments, on="segment")
-        .group_by("tutor_id", "days")
-        .agg(pl.exclude("segment").sum())
-    )
+    of_spans = sums.join(segments, on="segment").group_by("tutor_id", name)
+    return of_spans.agg(pl.exclude("segment").sum())
 
 
 def _exact_sum(column: str, decimals: int) -> pl.Expr:

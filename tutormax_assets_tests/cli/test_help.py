@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from tutormax_assets.cli import app
 from tutormax_assets_tests.cli.conftest import Invoke, words
@@ -33,6 +33,8 @@ def test_there_are_exactly_these_commands() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
         "run",
         "backfill",
+        "explain",
+        "what-if",
         "set-aside",
         "cleanup",
         "restore",
@@ -56,7 +58,7 @@ def test_every_command_and_option_has_a_help_text(path: tuple[str, ...], invoke:
     command = COMMANDS[path]
     assert command.help
     for option in command.params:
-        assert isinstance(option, TyperOption)
+        assert isinstance(option, TyperOption | TyperArgument)
         assert option.help, f"{' '.join(path)} {option.name}"
     for flag in ("--help", "-h"):
         result = invoke(*path, flag)

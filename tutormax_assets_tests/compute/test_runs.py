@@ -61,14 +61,14 @@ POISON = """
 import os, signal
 import tutormax_assets.compute.tasks.windows as windows
 
-compute = windows.window_metrics
+compute = windows.windows_and_edges
 
 def poisoned(roster, *arguments, **options):
     if {!r} in roster.collect()["tutor_id"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return compute(roster, *arguments, **options)
 
-windows.window_metrics = poisoned
+windows.windows_and_edges = poisoned
 """
 """Lets each worker die of a tutor."""
 

@@ -1,7 +1,8 @@
 """What moved: tiers and flags against those of an earlier date, and the split of the sums."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, timedelta
+from itertools import product
 from typing import Any
 
 import polars as pl
@@ -9,16 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutormax_assets.metrics.changes import COMPONENTS, moves, sum_splits, tier_changes
+from tutormax_assets.metrics.changes import moves, sum_splits, tier_changes
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import tier_reasons
-from tutormax_assets.metrics.schemas import SumSplit, TierChanges
-from tutormax_assets.metrics.window import window_metrics
+from tutormax_assets.metrics.schemas import SUMS, EdgeSums, TierChanges, WindowSums
+from tutormax_assets.metrics.window import window_metrics, windows_and_edges
 from tutormax_assets_tests.metrics.rows import D, Row, events, roster, sessions
 
 POLICY = Policy()
 DETERMINISTIC = settings(derandomize=True, deadline=None, max_examples=50)
 WINDOW = 7
+PARTS = ("before", "came_in", "aged_out", "corrected", "after")
 
 
 def day(ago: int) -> date:
@@ -37,37 +39,62 @@ def reasons(rows: Sequence[Row], *tutors: str, at: date = D) -> pl.LazyFrame:
     return tier_reasons(metrics, policy=POLICY).collect().lazy()
 
 
+def sums(
+    rows: Sequence[Row],
+    logins: Sequence[Row] = (),
+    *,
+    at: date = D,
+    tutors: Sequence[str] = ("t1",),
+) -> tuple[pl.LazyFrame, pl.LazyFrame]:
+    """What the window of a date, and its edges, add up to."""
+    found, edges = windows_and_edges(
+        roster(*tutors),
+        sessions(*rows),
+        events(*logins),
+        reference_date=at,
+        windows=[WINDOW],
+        policy=POLICY,
+        edges=(1, 7),
+    )
+    return (
+        found.pipe(WindowSums.validate, eager=False).collect().lazy(),
+        edges.pipe(EdgeSums.validate, eager=False).collect().lazy(),
+    )
+
+
 def split(
     now: Sequence[Row],
     before: Sequence[Row],
     *,
     days: int = 1,
     logins: tuple[Sequence[Row], Sequence[Row]] = ((), ()),
+    tutors: Sequence[str] = ("t1",),
 ) -> pl.DataFrame:
-    found = sum_splits(
-        (sessions(*now), events(*logins[0])),
-        (sessions(*before), events(*logins[1])),
-        reference_date=D,
+    return sum_splits(
+        pl.LazyFrame({"tutor_id": tutors}),
+        sums(now, logins[0], tutors=tutors),
+        sums(before, logins[1], at=day(days), tutors=tutors),
         days=days,
         window=WINDOW,
-        policy=POLICY,
-    )
-    return found.pipe(SumSplit.validate, eager=False).collect()
+    ).collect()
 
 
 def part(found: pl.DataFrame, name: str) -> tuple[int, ...]:
     """Before, came in, aged out, corrected and after of a sum."""
-    row = found.filter(sum=name)
-    if row.is_empty():
-        return (0,) * 5
-    return row.select("before", "came_in", "aged_out", "corrected", "after").row(0)
+    return found.select(f"{name}_{part}" for part in PARTS).row(0)
 
 
 def changes(now: Sequence[Row], before: Sequence[Row], *, days: int = 1) -> pl.DataFrame:
     """What moved of the tutor t1 from an earlier date on, whose snapshot held other rows."""
-    of_now, of_before = reasons(now), reasons(before, at=day(days))
-    splits = split(now, before, days=days).lazy().with_columns(window=pl.lit(f"{WINDOW}day"))
-    found = tier_changes(moves(of_now, of_before), of_now, of_before, splits, days=days)
+    moved = moves(reasons(now), reasons(before, at=day(days)))
+    splits = sum_splits(
+        moved.filter(pl.col("metrics").list.len() > 0),
+        sums(now),
+        sums(before, at=day(days)),
+        days=days,
+        window=WINDOW,
+    )
+    found = tier_changes(moved, splits, days=days)
     return found.pipe(TierChanges.validate, eager=False).collect()
 
 
@@ -123,32 +150,53 @@ ROWS = st.fixed_dictionaries(
 @DETERMINISTIC
 @given(st.lists(ROWS, max_size=12), st.lists(ROWS, max_size=12), st.sampled_from([1, 7]))
 def test_the_parts_add_up_exactly(now: list[Row], before: list[Row], days: int) -> None:
-    found = split(now, before, days=days)
-    total = found["before"] + found["came_in"] - found["aged_out"] + found["corrected"]
-    assert total.equals(found["after"], check_names=False)
-    # The sums are those of the windows themselves.
-    for rows, at, side in ((now, D, "after"), (before, day(days), "before")):
-        metrics = window_metrics(
-            roster("t1", "t2"),
-            sessions(*rows),
-            events(),
-            reference_date=at,
-            windows=[WINDOW],
-            policy=POLICY,
-        ).collect()
-        sums = metrics.with_columns(no_shows="no_show_count").select(
-            "tutor_id", *{name for pairs in COMPONENTS.values() for pair in pairs for name in pair}
-        )
-        expected = {
-            (tutor, name): int(value)
-            for tutor, name, value in sums.unpivot(index="tutor_id").iter_rows()
-            if value
-        }
-        assert expected == {
-            (tutor, name): value
-            for tutor, name, value in found.select("tutor_id", "sum", side).iter_rows()
-            if value
-        }
+    tutors = ["t1", "t2"]
+    found = split(now, before, days=days, tutors=tutors)
+    earlier = day(days)
+    common = {
+        date_
+        for date_ in (day(ago) for ago in range(40))
+        if D - timedelta(days=WINDOW) <= date_ < D
+        and earlier - timedelta(days=WINDOW) <= date_ < earlier
+    }
+    for tutor, name in product(tutors, SUMS):
+        *parts, after = part(found.filter(tutor_id=tutor), name)
+        was, came_in, aged_out, corrected = parts
+        assert was + came_in - aged_out + corrected == after
+        assert after == total(now, name, tutor, days_of(D))
+        assert was == total(before, name, tutor, days_of(earlier))
+        assert came_in == total(now, name, tutor, days_of(D) - common)
+        assert aged_out == total(before, name, tutor, days_of(earlier) - common)
+        assert corrected == total(now, name, tutor, common) - total(before, name, tutor, common)
+
+
+def days_of(reference_date: date) -> set[date]:
+    return {reference_date - timedelta(days=ago) for ago in range(1, WINDOW + 1)}
+
+
+def total(rows: Sequence[Row], name: str, tutor: str, days: set[date]) -> int:
+    """A sum over the rows of some days, added up one by one."""
+    mine = [row for row in rows if row["tutor_id"] == tutor and row["scheduled_date"] in days]
+    return sum(OF_A_ROW[name](row) for row in mine)
+
+
+OF_A_ROW: dict[str, Callable[[Row], int]] = {
+    "sessions": lambda row: 1,
+    "no_shows": lambda row: row["no_show"],
+    "reschedules_known": lambda row: row["tutor_initiated_reschedule"] is not None,
+    "reschedules": lambda row: bool(row["tutor_initiated_reschedule"]),
+    "ratings": lambda row: row["overall_rating"] is not None,
+    "rating_sum": lambda row: row["overall_rating"] or 0,
+    "first_rated": lambda row: row["session_number"] == 1 and row["overall_rating"] is not None,
+    "first_successes": lambda row: row["session_number"] == 1 and (row["overall_rating"] or 0) >= 4,
+    "lateness_known": lambda row: row["late_start_minutes"] is not None,
+    "punctual": lambda row: row["late_start_minutes"] == 0,
+    "scores": lambda row: row["engagement_score"] is not None,
+    "score_sum": lambda row: round((row["engagement_score"] or 0) * 1e9),
+    "objectives_known": lambda row: row["learning_objectives_met"] is not None,
+    "objectives_met": lambda row: bool(row["learning_objectives_met"]),
+    "logins": lambda row: 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +253,7 @@ def test_a_composite_metric_has_a_row_for_each_of_its_parts() -> None:
     now = [{"scheduled_date": day(2), "engagement_score": 0.0}]
     found = changes(now, before).filter(metric="engagement_score")
     assert found.select("numerator", "numerator_corrected").rows() == [
-        ("logins", 0),
         ("punctual", 0),
         ("score_sum", -(10**9)),
+        ("logins", 0),
     ]

@@ -13,6 +13,7 @@ ALLOWED = {
     "dataframely",
     "datetime",
     "functools",
+    "itertools",
     "operator",
     "polars",
     "pydantic",

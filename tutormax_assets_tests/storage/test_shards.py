@@ -38,7 +38,7 @@ from tutormax_assets_tests.conftest import PARQUET_ASSETS, Platform, captured_lo
 
 DAY = "2025-11-07"
 TIMES = ("created_at", "updated_at")
-_WINDOWS = ("metrics_7day", "metrics_30day", "metrics_90day")
+_WINDOWS = ("metrics_7day", "metrics_30day", "metrics_90day", "window_edges")
 _TIERS = ("tutor_tiers", "tutor_tier_reasons")
 _READ = tuple(asset for asset in PARQUET_ASSETS if asset.endswith(("_snapshot", "_set_aside")))
 AFFECTED = {
@@ -213,7 +213,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: str, tutor_id: str) -> None:
     if step == "platform_snapshot":
         instead(quality, "good_events", lambda events: events)
     elif step == "window_metrics":
-        instead(tasks.windows, "window_metrics", lambda roster, *_: roster)
+        instead(tasks.windows, "windows_and_edges", lambda roster, *_: roster)
     else:
         instead(tasks.tiers, "performance_tiers", lambda metrics: metrics)
 

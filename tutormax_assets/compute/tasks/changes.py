@@ -8,6 +8,7 @@ import polars as pl
 from upath import UPath
 
 from tutormax_assets.compute.context import TaskContext
+from tutormax_assets.compute.tasks.windows import EDGE_DAYS
 from tutormax_assets.metrics.changes import moves, sum_splits, tier_changes
 from tutormax_assets.metrics.policy import Policy, window_name
 from tutormax_assets.metrics.schemas import TierChanges
@@ -15,7 +16,7 @@ from tutormax_assets.storage.partition import Partition, Rows, StoredParts, stor
 
 TUTOR_TIER_CHANGES = "tutor_tier_changes"
 
-COMPARED_DAYS = (1, 7)
+COMPARED_DAYS = EDGE_DAYS
 """How many days before a reference date those are that it is compared with."""
 
 
@@ -25,14 +26,14 @@ class ComputedDate:
 
     Attributes:
         reasons: ``TierReasons``.
-        sessions: ``SessionsSnapshot``.
-        events: ``TutorEventsSnapshot``.
+        sums: ``WindowSums`` of each window, the shortest first.
+        edges: ``EdgeSums``.
         left_out: ``TutorRoster`` of the tutors who are not computed; None if not known.
     """
 
     reasons: Partition
-    sessions: Rows
-    events: Rows
+    sums: Sequence[Rows]
+    edges: Rows
     left_out: Rows | None
 
     def is_unknown(self) -> pl.Expr:
@@ -53,7 +54,7 @@ class ChangesTask:
         computed: What is stored of it.
         earlier: The same of earlier dates, by how many days before they are.
         path: The partition to store.
-        policy: Its windows, and what the sums go by.
+        policy: Its windows.
     """
 
     reference_date: date
@@ -82,28 +83,12 @@ def compute_changes(task: ChangesTask, context: TaskContext) -> ChangesReport:
     Raises:
         StorageError: The storage cannot be written.
     """
-    after = task.computed.reasons.rows().scan()
-    moved = {days: _moved(task.computed, earlier) for days, earlier in task.earlier.items()}
-    tutors = pl.concat([pl.Series("tutor_id", [], pl.String), *map(_with_flags, moved.values())])
-    rows_after = _rows_of(task.computed, tutors)
-    frames = [TierChanges.create_empty()]
+    frames = [pl.LazyFrame(schema=pl.Schema(TierChanges))]
     for days, earlier in task.earlier.items():
-        of_days = moved[days]
-        splits = _splits(
-            rows_after,
-            _rows_of(earlier, _with_flags(of_days)),
-            of_days,
-            reference_date=task.reference_date,
-            days=days,
-            policy=task.policy,
-        )
-        before = earlier.reasons.rows().scan()
-        frames.append(
-            tier_changes(of_days.lazy(), after, before, splits, days=days)
-            .pipe(TierChanges.validate, eager=False)
-            .collect()
-        )
-    rows = pl.concat(frames).sort("tutor_id", maintain_order=True)
+        moved = _moved(task.computed, earlier)
+        splits = _splits(task.computed, earlier, moved, days=days, windows=task.policy.windows)
+        frames.append(tier_changes(moved.lazy(), splits, days=days))
+    rows = pl.concat(frames).pipe(TierChanges.validate, eager=False).collect(engine="streaming")
     return ChangesReport(store_parts(task.path, rows.lazy()), count_moves(rows))
 
 
@@ -130,41 +115,24 @@ def _moved(computed: ComputedDate, earlier: ComputedDate) -> pl.DataFrame:
     return found.filter(~is_unknown).collect()
 
 
-def _with_flags(moved: pl.DataFrame) -> pl.Series:
-    """The tutors of whom a flag changed."""
-    return moved.filter(pl.col("metrics").list.len() > 0)["tutor_id"].unique()
-
-
-def _rows_of(computed: ComputedDate, tutors: pl.Series) -> tuple[pl.LazyFrame, pl.LazyFrame]:
-    is_wanted = pl.col("tutor_id").is_in(tutors.implode())
-    scans = [rows.scan().filter(is_wanted) for rows in (computed.sessions, computed.events)]
-    sessions, events = pl.collect_all(scans)
-    return sessions.lazy(), events.lazy()
-
-
 def _splits(
-    after: tuple[pl.LazyFrame, pl.LazyFrame],
-    before: tuple[pl.LazyFrame, pl.LazyFrame],
+    computed: ComputedDate,
+    earlier: ComputedDate,
     moved: pl.DataFrame,
     *,
-    reference_date: date,
     days: int,
-    policy: Policy,
+    windows: Sequence[int],
 ) -> pl.LazyFrame:
-    """``SumSplit`` of all windows, with the ``window``, of the tutors that moved in it."""
+    """What ``sum_splits`` gives of the tutors of whom a flag changed, of all windows."""
+    with_flags = moved.lazy().filter(pl.col("metrics").list.len() > 0)
     return pl.concat(
         sum_splits(
-            after,
-            before,
-            reference_date=reference_date,
+            with_flags.filter(window=window_name(window)),
+            *((one.sums[place].scan(), one.edges.scan()) for one in (computed, earlier)),
             days=days,
             window=window,
-            policy=policy,
         )
-        .filter(pl.col("tutor_id").is_in(_with_flags(of_window).implode()))
-        .with_columns(window=pl.lit(window_name(window)))
-        for window in policy.windows
-        for of_window in [moved.filter(window=window_name(window))]
+        for place, window in enumerate(windows)
     )
 
 

@@ -12,8 +12,8 @@ from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.faults import reason
 from tutormax_assets.metrics.policy import Policy, window_name
-from tutormax_assets.metrics.schemas import WindowSums
-from tutormax_assets.metrics.window import window_metrics
+from tutormax_assets.metrics.schemas import EdgeSums, WindowSums
+from tutormax_assets.metrics.window import windows_and_edges
 from tutormax_assets.storage.partition import (
     Division,
     Partition,
@@ -24,6 +24,11 @@ from tutormax_assets.storage.partition import (
     store_parts,
 )
 from tutormax_assets.storage.shards import shard_name
+
+WINDOW_EDGES = "window_edges"
+
+EDGE_DAYS = (1, 7)
+"""Lengths of the edges of windows: those of the dates that a reference date is compared with."""
 
 # A date with few tutors does not keep all cores busy; one with many takes the memory of many.
 _TUTORS_AT_ONCE = 40_000
@@ -39,7 +44,7 @@ class WindowsOfShard:
         sessions: ``SessionsSnapshot``.
         events: ``TutorEventsSnapshot``.
         shard: Its number.
-        paths: The partitions to store, by the length of the window in days, the shortest first.
+        paths: The partitions to store, by asset.
     """
 
     reference_date: date
@@ -47,14 +52,23 @@ class WindowsOfShard:
     sessions: Rows
     events: Rows
     shard: int
-    paths: Mapping[int, UPath]
+    paths: Mapping[str, UPath]
 
 
 @dataclass(frozen=True)
 class WindowsTask:
-    """Shards to compute at once."""
+    """Shards to compute at once.
+
+    Attributes:
+        shards: The shards.
+        windows: Lengths in days of the windows to store, the shortest first.
+        with_edges: Whether what the edges of all windows add up to is stored, too.
+        policy: Thresholds and weights.
+    """
 
     shards: Sequence[WindowsOfShard]
+    windows: Sequence[int]
+    with_edges: bool
     policy: Policy
 
 
@@ -63,13 +77,13 @@ class WindowsPlan:
     """What is to be done for the reference dates of a run.
 
     Attributes:
-        paths: The partitions to store, by the length of the window in days and by date.
+        paths: The partitions to store, by asset and date.
         divisions: The shards of each date that can be computed, and those that cannot.
         tasks: By the names of their shards.
         dates: Of each task, the dates that its shards are of.
     """
 
-    paths: Mapping[int, Mapping[str, UPath]]
+    paths: Mapping[str, Mapping[str, UPath]]
     divisions: Mapping[str, Division]
     tasks: Mapping[str, WindowsTask]
     dates: Mapping[str, Sequence[str]]
@@ -80,11 +94,11 @@ class WindowsReport:
     """What was stored.
 
     Attributes:
-        stored: Of each shard, by the length of the window in days.
+        stored: Of each shard, by asset.
         compute_seconds: How long the computing of a shard took on average.
     """
 
-    stored: list[dict[int, StoredParts]]
+    stored: list[dict[str, StoredParts]]
     compute_seconds: float
 
 
@@ -93,11 +107,11 @@ class WindowsOfDates:
     """What was computed.
 
     Attributes:
-        partitions: By the length of the window in days and by date.
+        partitions: By asset and date.
         compute_seconds: How long the computing of all windows of a date took.
     """
 
-    partitions: Mapping[int, Mapping[str, Partition]]
+    partitions: Mapping[str, Mapping[str, Partition]]
     compute_seconds: Mapping[str, float]
 
 
@@ -106,7 +120,7 @@ def plan_windows(
     sessions: Mapping[str, Partition],
     events: Mapping[str, Partition],
     *,
-    paths: Mapping[int, Mapping[str, UPath]],
+    paths: Mapping[str, Mapping[str, UPath]],
     policy: Policy,
 ) -> WindowsPlan:
     """Divide reference dates into tasks: a shard each, or whole dates of few tutors.
@@ -115,7 +129,7 @@ def plan_windows(
         rosters: ``TutorRoster`` by reference date in ISO form.
         sessions: ``SessionsSnapshot`` of the same dates.
         events: ``TutorEventsSnapshot`` of the same dates.
-        paths: The partitions to store, by the length of the window in days and by date.
+        paths: The partitions to store, by asset and date: windows of the policy and their edges.
         policy: Thresholds and weights.
     """
     divisions = {
@@ -130,17 +144,21 @@ def plan_windows(
                 sessions[key].rows(number),
                 events[key].rows(number),
                 number or 0,
-                {days: of_window[key] for days, of_window in paths.items()},
+                {asset: of_asset[key] for asset, of_asset in paths.items()},
             ),
         )
         for key, divided in divisions.items()
         for number in divided.numbers
     }
     groups = {_group_name(names): [shards[name] for name in names] for names in _groups(shards)}
+    windows = [days for days in policy.windows if metrics_asset_name(days) in paths]
     return WindowsPlan(
         paths,
         divisions,
-        {name: WindowsTask([one for _, one in group], policy) for name, group in groups.items()},
+        {
+            name: WindowsTask([one for _, one in group], windows, WINDOW_EDGES in paths, policy)
+            for name, group in groups.items()
+        },
         {name: [key for key, _ in group] for name, group in groups.items()},
     )
 
@@ -158,31 +176,31 @@ def collect_windows(
     Raises:
         ShardsError: No shard of a date was computed.
     """
-    stored: dict[tuple[int, str], list[StoredParts]] = {}
+    stored: dict[tuple[str, str], list[StoredParts]] = {}
     seconds = dict.fromkeys(plan.divisions, 0.0)
     failed = {key: dict(divided.failed) for key, divided in plan.divisions.items()}
     for name, report in reports.items():
         for key, of_shard in zip(plan.dates[name], report.stored, strict=True):
             seconds[key] += report.compute_seconds
-            for days, parts in of_shard.items():
-                stored.setdefault((days, key), []).append(parts)
+            for asset, parts in of_shard.items():
+                stored.setdefault((asset, key), []).append(parts)
     for name, error in errors.items():
         for key, shard in zip(plan.dates[name], plan.tasks[name].shards, strict=True):
             failed[key][shard.shard] = reason(error)
     if errors and any(len(failed[key]) == len(of.shards) for key, of in plan.divisions.items()):
         raise ShardsError(errors, of=len(plan.tasks)) from next(iter(errors.values()))
     partitions = {
-        days: {
+        asset: {
             key: partition_of(
                 path,
                 plan.divisions[key].shards,
-                stored.get((days, key), []),
+                stored.get((asset, key), []),
                 failed=failed[key],
-                no_rows=WindowSums.create_empty(),
+                no_rows=(EdgeSums if asset == WINDOW_EDGES else WindowSums).create_empty(),
             )
-            for key, path in of_window.items()
+            for key, path in of_asset.items()
         }
-        for days, of_window in plan.paths.items()
+        for asset, of_asset in plan.paths.items()
     }
     return WindowsOfDates(partitions, seconds)
 
@@ -194,29 +212,49 @@ def compute_windows(task: WindowsTask, context: TaskContext) -> WindowsReport:
         StorageError: The storage cannot be written.
     """
     started = perf_counter()
-    frames = pl.collect_all(
-        [
-            window_metrics(
-                shard.roster.scan(),
-                shard.sessions.scan(),
-                shard.events.scan(),
-                reference_date=shard.reference_date,
-                windows=list(shard.paths),
-                policy=task.policy,
-            ).pipe(WindowSums.validate, eager=False)
-            for shard in task.shards
-        ],
-        engine="streaming",
-    )
+    lazy = [frame for shard in task.shards for frame in _frames(shard, task)]
+    frames = pl.collect_all(lazy, engine="streaming")
     seconds = (perf_counter() - started) / len(task.shards)
+    each = len(lazy) // len(task.shards)
     stored = [
-        {
-            days: store_parts(path, rows.lazy().filter(window=window_name(days)), first=shard.shard)
-            for days, path in shard.paths.items()
-        }
-        for shard, rows in zip(task.shards, frames, strict=True)
+        dict(_store(shard, task, frames[each * place : each * (place + 1)]))
+        for place, shard in enumerate(task.shards)
     ]
     return WindowsReport(stored, seconds)
+
+
+def _frames(shard: WindowsOfShard, task: WindowsTask) -> Iterator[pl.LazyFrame]:
+    """The windows of a shard, and what their edges add up to if that is wanted."""
+    windows, edges = windows_and_edges(
+        shard.roster.scan(),
+        shard.sessions.scan(),
+        shard.events.scan(),
+        reference_date=shard.reference_date,
+        windows=task.policy.windows if task.with_edges else task.windows,
+        policy=task.policy,
+        edges=EDGE_DAYS if task.with_edges else (),
+    )
+    yield windows.pipe(WindowSums.validate, eager=False)
+    if task.with_edges:
+        yield edges.pipe(EdgeSums.validate, eager=False)
+
+
+def _store(
+    shard: WindowsOfShard, task: WindowsTask, frames: Sequence[pl.DataFrame]
+) -> Iterator[tuple[str, StoredParts]]:
+    windows, *edges = (frame.lazy() for frame in frames)
+    rows = {
+        metrics_asset_name(days): windows.filter(window=window_name(days)) for days in task.windows
+    }
+    for of_edges in edges:
+        rows[WINDOW_EDGES] = of_edges
+    for asset, of_asset in rows.items():
+        yield asset, store_parts(shard.paths[asset], of_asset, first=shard.shard)
+
+
+def metrics_asset_name(days: int) -> str:
+    """The name of the asset that holds the metrics of a window of so many days."""
+    return f"metrics_{days}day"
 
 
 def _group_name(names: Sequence[str]) -> str:

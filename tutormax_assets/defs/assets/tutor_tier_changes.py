@@ -1,6 +1,7 @@
 """What moved against the day before and seven days before, and why."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import date, timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ from tutormax_assets.compute.tasks.changes import (
     sum_of_moves,
 )
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS
+from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_name
 from tutormax_assets.defs.assets import OWNERS, frame_metadata, keep_partitions, reference_dates
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.schemas import TierChanges
@@ -26,16 +28,17 @@ from tutormax_assets.storage.partition import partition_of
 from tutormax_assets.storage.shards import ALL_IN_ONE
 from tutormax_assets.storage.store import PartitionStore
 
-_SESSIONS, _EVENTS = "sessions_snapshot", "tutor_events_snapshot"
-
 
 def tutor_tier_changes_asset(
-    daily: dg.DailyPartitionsDefinition, backfill_policy: dg.BackfillPolicy
+    daily: dg.DailyPartitionsDefinition,
+    backfill_policy: dg.BackfillPolicy,
+    *,
+    windows: Sequence[int],
 ) -> dg.AssetsDefinition:
     """Build the asset ``tutor_tier_changes``."""
 
     @dg.asset(
-        deps=[TUTOR_TIER_REASONS, _SESSIONS, _EVENTS],
+        deps=[TUTOR_TIER_REASONS, WINDOW_EDGES, *map(metrics_asset_name, windows)],
         partitions_def=daily,
         backfill_policy=backfill_policy,
         group_name="metrics",
@@ -59,8 +62,8 @@ def tutor_tier_changes_asset(
         tasks = {
             key: ChangesTask(
                 reference_date,
-                _computed(partition_store, key),
-                _earlier(partition_store, reference_date),
+                _computed(partition_store, key, windows),
+                _earlier(partition_store, reference_date, windows),
                 partition_store.path(TUTOR_TIER_CHANGES, key),
                 metrics_policy.policy,
             )
@@ -81,25 +84,25 @@ def tutor_tier_changes_asset(
     return tutor_tier_changes
 
 
-def _computed(store: PartitionStore, key: str) -> ComputedDate:
+def _computed(store: PartitionStore, key: str, windows: Sequence[int]) -> ComputedDate:
     try:
         left_out = store.whole_partition("tutors_left_out", key).rows()
     except FileNotFoundError:
         # An earlier version computed the date.
         left_out = None
-    reasons, sessions, events = (
-        store.partitions(asset, [key])[key] for asset in (TUTOR_TIER_REASONS, _SESSIONS, _EVENTS)
-    )
-    return ComputedDate(reasons, sessions.rows(), events.rows(), left_out)
+    assets = (TUTOR_TIER_REASONS, WINDOW_EDGES, *map(metrics_asset_name, windows))
+    reasons, edges, *sums = (store.partitions(asset, [key])[key] for asset in assets)
+    return ComputedDate(reasons, [of_window.rows() for of_window in sums], edges.rows(), left_out)
 
 
-def _earlier(store: PartitionStore, reference_date: date) -> dict[int, ComputedDate]:
+def _earlier(
+    store: PartitionStore, reference_date: date, windows: Sequence[int]
+) -> dict[int, ComputedDate]:
     found = {}
     for days in COMPARED_DAYS:
-        try:
-            found[days] = _computed(store, str(reference_date - timedelta(days=days)))
-        except (FileNotFoundError, StorageError):
-            continue
+        with suppress(FileNotFoundError, StorageError):
+            key = str(reference_date - timedelta(days=days))
+            found[days] = _computed(store, key, windows)
     return found
 
 

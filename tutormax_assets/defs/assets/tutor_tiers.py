@@ -20,9 +20,9 @@ from tutormax_assets.compute.tasks.tiers import (
     thin_counts,
     tier_counts,
 )
+from tutormax_assets.compute.tasks.windows import metrics_asset_name
 from tutormax_assets.defs.assets import OWNERS, frame_metadata, keep_partitions
 from tutormax_assets.defs.assets.distribution import distribution_image
-from tutormax_assets.defs.assets.window_metrics import metrics_asset_name
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from tutormax_assets.metrics.reasons import DENOMINATORS

@@ -5,18 +5,19 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from tutormax_assets.compute.shard_map import Compute
-from tutormax_assets.compute.tasks.windows import collect_windows, compute_windows, plan_windows
+from tutormax_assets.compute.tasks.windows import (
+    WINDOW_EDGES,
+    collect_windows,
+    compute_windows,
+    metrics_asset_name,
+    plan_windows,
+)
 from tutormax_assets.defs.assets import OWNERS, frame_metadata, keep_partitions
 from tutormax_assets.defs.resources import MetricsPolicy
-from tutormax_assets.metrics.schemas import WindowSums, origins
+from tutormax_assets.metrics.schemas import EdgeSums, WindowSums, origins
 from tutormax_assets.storage.store import PartitionStore
 
 _READ = ("tutor_roster", "sessions_snapshot", "tutor_events_snapshot")
-
-
-def metrics_asset_name(days: int) -> str:
-    """The name of the asset that holds the metrics of a window of so many days."""
-    return f"metrics_{days}day"
 
 
 def window_metrics_assets(
@@ -29,7 +30,7 @@ def window_metrics_assets(
 
     @dg.multi_asset(
         name="window_metrics",
-        specs=[_spec(days) for days in windows],
+        specs=[*(_spec(days) for days in windows), _spec_of_edges()],
         can_subset=True,
         partitions_def=daily,
         backfill_policy=backfill_policy,
@@ -42,16 +43,12 @@ def window_metrics_assets(
     ) -> Iterator[dg.MaterializeResult[None]]:
         """Go through the snapshots of each reference date once for all windows."""
         keys = context.partition_keys
-        selected = {
-            days: asset
-            for days in windows
-            if dg.AssetKey(asset := metrics_asset_name(days)) in context.selected_asset_keys
-        }
+        assets = [*map(metrics_asset_name, windows), WINDOW_EDGES]
+        selected = [one for one in assets if dg.AssetKey(one) in context.selected_asset_keys]
         plan = plan_windows(
             *(partition_store.partitions(asset, keys) for asset in _READ),
             paths={
-                days: {key: partition_store.path(asset, key) for key in keys}
-                for days, asset in selected.items()
+                asset: {key: partition_store.path(asset, key) for key in keys} for asset in selected
             },
             policy=metrics_policy.policy,
         )
@@ -61,11 +58,11 @@ def window_metrics_assets(
             # On one of the assets, so that the seconds of a run add up.
             context.add_asset_metadata(
                 {"all_windows_compute_seconds": round(seconds, 3)},
-                asset_key=next(iter(selected.values())),
+                asset_key=selected[0],
                 partition_key=key,
             )
-        for days, asset in selected.items():
-            keep_partitions(context, partition_store, asset, found.partitions[days])
+        for asset in selected:
+            keep_partitions(context, partition_store, asset, found.partitions[asset])
             yield dg.MaterializeResult(asset_key=asset)
 
     return metrics_of_windows
@@ -85,4 +82,21 @@ def _spec(days: int) -> dg.AssetSpec:
         owners=OWNERS,
         kinds={"polars", "parquet"},
         metadata=frame_metadata(WindowSums, origins(WindowSums)),
+    )
+
+
+def _spec_of_edges() -> dg.AssetSpec:
+    return dg.AssetSpec(
+        WINDOW_EDGES,
+        deps=_READ,
+        skippable=True,
+        group_name="metrics",
+        description=(
+            "What the rows of the first and last days of each window add up to, so that a later "
+            "date can tell which rows came in and which aged out. One row per tutor and edge per "
+            "reference date."
+        ),
+        owners=OWNERS,
+        kinds={"polars", "parquet"},
+        metadata=frame_metadata(EdgeSums, {"tutor_id": [("sessions_snapshot", "tutor_id")]}),
     )

@@ -7,7 +7,7 @@ import dagster as dg
 import polars as pl
 
 from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
-from tutormax_assets.defs.assets.window_metrics import metrics_asset_name
+from tutormax_assets.compute.tasks.windows import metrics_asset_name
 from tutormax_assets.defs.checks import (
     Finding,
     Metadata,
@@ -17,7 +17,7 @@ from tutormax_assets.defs.checks import (
     partition,
     report,
 )
-from tutormax_assets.metrics.changes import COMPONENTS
+from tutormax_assets.metrics.schemas import SUMS
 from tutormax_assets.storage.store import PartitionStore
 
 _KEY = ["tutor_id", "window"]
@@ -55,13 +55,12 @@ def _sums(
     store: PartitionStore, key: str, windows: Sequence[int], changes: pl.DataFrame
 ) -> pl.DataFrame:
     """The sums of the windows of the tutors that moved, as ``splits_add_up`` takes them."""
-    names = sorted({name for pairs in COMPONENTS.values() for pair in pairs for name in pair})
+    moved = changes["tutor_id"].unique().implode()
     return pl.concat(
         partition(store, metrics_asset_name(days), key)
-        .filter(pl.col("tutor_id").is_in(changes["tutor_id"].unique().implode()))
+        .filter(pl.col("tutor_id").is_in(moved))
         .with_columns(no_shows="no_show_count")
-        .select(*_KEY, pl.col(names).cast(pl.Int64))
-        .unpivot(on=names, index=_KEY, variable_name="sum", value_name="of")
+        .select(*_KEY, pl.col(SUMS).cast(pl.Int64))
         for days in windows
     ).collect()
 
@@ -73,18 +72,19 @@ def splits_add_up(changes: pl.DataFrame, sums: pl.DataFrame, /) -> Finding:
 
     Args:
         changes: ``TierChanges``.
-        sums: The sums of the windows: ``tutor_id``, ``window``, ``sum`` and its value ``of``.
+        sums: The sums of the windows: ``tutor_id``, ``window`` and each of ``SUMS``.
     """
     rows = changes.filter(pl.col("metric").is_not_null())
+    of_windows = rows.join(sums, on=_KEY, how="left")
     wrong = []
     for role in ("numerator", "denominator"):
         before, came_in, aged_out, corrected, after = (
             pl.col(f"{role}_{part}")
             for part in ("before", "came_in", "aged_out", "corrected", "after")
         )
-        with_sums = rows.join(sums.rename({"sum": role}), on=[*_KEY, role], how="left")
         total = before + came_in - aged_out + corrected
-        wrong.append(with_sums.filter(total.ne_missing(after) | after.ne_missing(pl.col("of"))))
+        held = pl.coalesce(pl.when(pl.col(role) == name).then(pl.col(name)) for name in SUMS)
+        wrong.append(of_windows.filter(total.ne_missing(after) | after.ne_missing(held)))
     found = pl.concat(frame.select(*_KEY, "days", "metric") for frame in wrong).unique()
     metadata: Metadata = {"splits": len(rows), "wrong_splits": len(found)}
     if found.is_empty():

@@ -6,7 +6,7 @@ from functools import partial
 import dagster as dg
 import polars as pl
 
-from tutormax_assets.defs.assets.window_metrics import metrics_asset_name
+from tutormax_assets.compute.tasks.windows import metrics_asset_name
 from tutormax_assets.defs.checks import (
     WARN,
     Finding,

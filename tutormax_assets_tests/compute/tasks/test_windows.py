@@ -23,6 +23,9 @@ SMALL, LARGE = "2025-11-06", "2025-11-07"
 BY_DATE = {SMALL: ALL_IN_ONE, LARGE: Shards(("b",))}
 
 
+ASSETS = ("metrics_7day", "metrics_30day", "window_edges")
+
+
 def partitions(tmp_path: Path, asset: str, dates: dict[str, Shards]) -> dict[str, Partition]:
     found = {}
     for key, shards in dates.items():
@@ -37,7 +40,7 @@ def plan_of(tmp_path: Path, dates: dict[str, Shards]) -> WindowsPlan:
         partitions(tmp_path, "roster", dates),
         partitions(tmp_path, "sessions", dates),
         partitions(tmp_path, "events", dates),
-        paths={days: {key: UPath(tmp_path / f"{days}" / key) for key in dates} for days in (7, 30)},
+        paths={asset: {key: UPath(tmp_path / asset / key) for key in dates} for asset in ASSETS},
         policy=Policy(),
     )
 
@@ -47,8 +50,8 @@ def report_of(plan: WindowsPlan, name: str) -> WindowsReport:
     return WindowsReport(
         [
             {
-                days: store_parts(path, empty, first=shard.shard)
-                for days, path in shard.paths.items()
+                asset: store_parts(path, empty, first=shard.shard)
+                for asset, path in shard.paths.items()
             }
             for shard in plan.tasks[name].shards
         ],
@@ -84,12 +87,13 @@ def test_what_was_computed_is_a_partition_for_each_window_and_date(tmp_path: Pat
 
     found = collect_windows(plan, {name: report_of(plan, name) for name in plan.tasks}, {})
 
-    assert {days: list(of_window) for days, of_window in found.partitions.items()} == {
-        7: [SMALL, LARGE],
-        30: [SMALL, LARGE],
+    assert {asset: list(of_asset) for asset, of_asset in found.partitions.items()} == {
+        asset: [SMALL, LARGE] for asset in ASSETS
     }
-    assert len(found.partitions[30][LARGE].parts) == 2
-    assert found.partitions[7][LARGE].path == UPath(tmp_path / "7" / LARGE)
+    assert len(found.partitions["window_edges"][LARGE].parts) == 2
+    assert found.partitions["metrics_7day"][LARGE].path == UPath(tmp_path / "metrics_7day" / LARGE)
+    task = plan.tasks[SMALL]
+    assert (task.windows, task.with_edges) == ([7, 30], True)
     assert found.compute_seconds == {SMALL: 0.5, LARGE: 1.0}
 
 
@@ -102,7 +106,7 @@ def test_a_shard_that_fails_is_named_in_its_date_and_a_date_that_fails_is_raised
 
     found = collect_windows(plan, reports, {lost: ValueError("poisoned")})
 
-    assert {key: of.failed for key, of in found.partitions[7].items()} == {
+    assert {key: of.failed for key, of in found.partitions["metrics_7day"].items()} == {
         SMALL: {},
         LARGE: {1: "poisoned"},
     }

@@ -15,52 +15,49 @@ from tutormax_assets.defs.checks.tutor_tiers import (
 from tutormax_assets.metrics.changes import moves, sum_splits, tier_changes
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import tier_reasons
+from tutormax_assets.metrics.schemas import SUMS
 from tutormax_assets.metrics.tiers import performance_tiers
-from tutormax_assets.metrics.window import window_metrics
+from tutormax_assets.metrics.window import windows_and_edges
 from tutormax_assets_tests.metrics.rows import D, events, roster, sessions
 
 POLICY = Policy()
 RATED = [{"scheduled_date": D - timedelta(days=ago), "overall_rating": 5} for ago in (2, 3)]
 
 
-def windows(rows: list[dict[str, Any]], *, days_ago: int = 0) -> pl.DataFrame:
-    return window_metrics(
+def windows(rows: list[dict[str, Any]], *, days_ago: int = 0) -> tuple[pl.LazyFrame, pl.LazyFrame]:
+    """What the windows of a date, and their edges, add up to."""
+    return windows_and_edges(
         roster("t1", "t2"),
         sessions(*rows),
         events(),
         reference_date=D - timedelta(days=days_ago),
         windows=[7],
         policy=POLICY,
-    ).collect()
+        edges=(1,),
+    )
 
 
 def reasons(rows: list[dict[str, Any]], *, days_ago: int = 0) -> pl.DataFrame:
-    return tier_reasons(windows(rows, days_ago=days_ago).lazy(), policy=POLICY).collect()
+    return tier_reasons(windows(rows, days_ago=days_ago)[0], policy=POLICY).collect()
+
+
+def tiers(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    return performance_tiers(windows(rows)[0], policy=POLICY).collect()
 
 
 @pytest.fixture
 def changes() -> pl.DataFrame:
     """What moved as two ratings arrived late."""
     before = [{**row, "overall_rating": None} for row in RATED]
-    after, earlier = reasons(RATED).lazy(), reasons(before, days_ago=1).lazy()
-    splits = sum_splits(
-        (sessions(*RATED), events()),
-        (sessions(*before), events()),
-        reference_date=D,
-        days=1,
-        window=7,
-        policy=POLICY,
-    ).with_columns(window=pl.lit("7day"))
-    return tier_changes(moves(after, earlier), after, earlier, splits, days=1).collect()
+    moved = moves(reasons(RATED).lazy(), reasons(before, days_ago=1).lazy())
+    splits = sum_splits(moved, windows(RATED), windows(before, days_ago=1), days=1, window=7)
+    return tier_changes(moved, splits, days=1).collect()
 
 
 @pytest.fixture
 def sums() -> pl.DataFrame:
-    names = ["rating_sum", "ratings"]
-    found = windows(RATED).select("tutor_id", "window", pl.col(names).cast(pl.Int64))
-    return found.unpivot(
-        on=names, index=["tutor_id", "window"], variable_name="sum", value_name="of"
-    )
+    found = windows(RATED)[0].with_columns(no_shows="no_show_count")
+    return found.select("tutor_id", "window", pl.col(SUMS).cast(pl.Int64)).collect()
 
 
 def test_splits_that_add_up_to_the_windows_pass(changes: pl.DataFrame, sums: pl.DataFrame) -> None:
@@ -99,8 +96,7 @@ def test_dates_without_a_change_have_nothing_to_add_up(
 
 
 def test_reasons_of_the_same_run_agree_with_the_tiers() -> None:
-    tiers = performance_tiers(windows(RATED).lazy(), policy=POLICY).collect()
-    assert reasons_agree_with_tiers(reasons(RATED), tiers).passed
+    assert reasons_agree_with_tiers(reasons(RATED), tiers(RATED)).passed
 
 
 @pytest.mark.parametrize(
@@ -113,16 +109,14 @@ def test_reasons_of_the_same_run_agree_with_the_tiers() -> None:
     ],
 )
 def test_reasons_that_say_something_else_fail(wrong: dict[str, pl.Expr]) -> None:
-    tiers = performance_tiers(windows(RATED).lazy(), policy=POLICY).collect()
-    finding = reasons_agree_with_tiers(reasons(RATED).with_columns(**wrong), tiers)
+    finding = reasons_agree_with_tiers(reasons(RATED).with_columns(**wrong), tiers(RATED))
 
     assert (finding.passed, finding.severity) == (False, ERROR)
 
 
 def test_rows_that_one_of_them_lacks_fail() -> None:
-    tiers = performance_tiers(windows(RATED).lazy(), policy=POLICY).collect()
-    assert not reasons_agree_with_tiers(reasons(RATED).head(1), tiers).passed
-    assert not reasons_agree_with_tiers(reasons(RATED), tiers.head(1)).passed
+    assert not reasons_agree_with_tiers(reasons(RATED).head(1), tiers(RATED)).passed
+    assert not reasons_agree_with_tiers(reasons(RATED), tiers(RATED).head(1)).passed
 
 
 @pytest.mark.parametrize(("share", "passed"), [(0.5, False), (1.0, True)])

@@ -1,0 +1,193 @@
+"""Why a tutor is in a tier: what aged out, what arrived late, what was deleted."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tutormax_assets.database import tables
+from tutormax_assets_tests.cli.conftest import Invoke, words
+from tutormax_assets_tests.conftest import Platform, new_database, open_platform
+
+DAY_BEFORE, DAY = date(2025, 11, 6), date(2025, 11, 7)
+
+
+def noon(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day, 12, tzinfo=UTC)
+
+
+def sessions(platform: Platform, tutor: str, day: date, number: int, **values: Any) -> None:
+    rows = (
+        {
+            "session_id": f"{tutor}-{day}-{n}",
+            "tutor_id": tutor,
+            "scheduled_start": noon(day),
+            "actual_start": None if values.get("no_show") else noon(day),
+            **values,
+        }
+        for n in range(number)
+    )
+    platform.add(tables.sessions, *rows)
+
+
+@pytest.fixture(scope="module")
+def computed(
+    server_url: sa.URL, template_database: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Platform]:
+    """Two dates, between which a rating arrived and sessions were deleted."""
+    home = tmp_path_factory.mktemp("explain")
+    with (
+        new_database(server_url, template=template_database) as url,
+        open_platform(url, home / "home") as platform,
+    ):
+        sessions(platform, "aged", DAY_BEFORE - timedelta(days=7), 4, no_show=True)
+        sessions(platform, "aged", DAY_BEFORE - timedelta(days=3), 2)
+        sessions(platform, "late", DAY_BEFORE - timedelta(days=3), 1)
+        sessions(platform, "deleted", DAY_BEFORE - timedelta(days=3), 4, no_show=True)
+        sessions(platform, "deleted", DAY_BEFORE - timedelta(days=2), 2)
+        assert platform.run(str(DAY_BEFORE))[0].all_saved
+        platform.add(
+            tables.student_feedback,
+            {
+                "feedback_id": "f",
+                "session_id": f"late-{DAY_BEFORE - timedelta(days=3)}-0",
+                "tutor_id": "late",
+                "overall_rating": 5,
+            },
+        )
+        platform.execute("DELETE FROM sessions WHERE tutor_id = 'deleted' AND no_show")
+        assert platform.run(str(DAY))[0].all_saved
+        yield platform
+
+
+@pytest.fixture
+def explained(
+    computed: Platform, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Invoke]:
+    with open_platform(computed.url, Path(computed.settings.home_path), using=monkeypatch):
+        yield invoke
+
+
+def window(explained: Invoke, tutor: str, *arguments: str) -> dict[str, Any]:
+    result = explained("explain", tutor, "--date", str(DAY), "--window", "7day", "--json")
+    assert result.exit_code == 0, result.stderr
+    [found] = json.loads(result.stdout)["windows"]
+    assert isinstance(found, dict)
+    return found
+
+
+def since_the_day_before(found: dict[str, Any], metric: str) -> dict[str, Any]:
+    [change] = [one for one in found["changes"] if one["days"] == 1]
+    assert change["compared_with"] == str(DAY_BEFORE)
+    [split] = [one for one in change["splits"] if one["metric"] == metric]
+    rows = [one for one in change["rows"] if one["metric"] == metric]
+    return {"move": change["move"], "split": split, "rows": rows}
+
+
+def parts(split: dict[str, Any], role: str = "numerator") -> tuple[int, ...]:
+    names = ("before", "came_in", "aged_out", "corrected", "after")
+    return tuple(split[f"{role}_{name}"] for name in names)
+
+
+def test_sessions_that_left_the_window_aged_out(explained: Invoke) -> None:
+    found = since_the_day_before(window(explained, "aged"), "no_show_count")
+
+    assert (found["split"]["flag_before"], found["split"]["flag"]) == ("red", "green")
+    assert parts(found["split"]) == (4, 0, 4, 0, 0)
+    assert parts(found["split"], "denominator") == (6, 0, 4, 0, 2)
+    day = str(DAY_BEFORE - timedelta(days=7))
+    assert [(row["part"], row["date"], row["session_id"]) for row in found["rows"]] == [
+        ("aged_out", day, f"aged-{day}-{n}") for n in range(4)
+    ]
+
+
+def test_feedback_that_arrived_late_is_a_correction(explained: Invoke) -> None:
+    found = since_the_day_before(window(explained, "late"), "avg_rating")
+
+    assert (found["split"]["value_before"], found["split"]["value"]) == (None, 5)
+    assert parts(found["split"]) == (0, 0, 0, 5, 5)
+    day = str(DAY_BEFORE - timedelta(days=3))
+    [row] = found["rows"]
+    assert row == {
+        "metric": "avg_rating",
+        "part": "corrected_to",
+        "date": day,
+        "session_id": f"late-{day}-0",
+        "overall_rating": 5,
+    }
+
+
+def test_a_deleted_session_is_a_correction_without_an_id(explained: Invoke) -> None:
+    found = since_the_day_before(window(explained, "deleted"), "no_show_count")
+
+    assert parts(found["split"]) == (4, 0, 0, -4, 0)
+    assert [(row["part"], row["session_id"]) for row in found["rows"]] == [
+        ("corrected_from", None)
+    ] * 4
+
+
+def test_it_says_since_when_how_sure_and_how_far(explained: Invoke) -> None:
+    found = window(explained, "late")
+
+    assert found["tier_since"] == str(DAY if found["previous_tier"] else DAY_BEFORE)
+    assert (found["evidence"], found["sessions"]) == ("thin", 1)
+    rating = next(one for one in found["metrics"] if one["metric"] == "avg_rating")
+    assert (rating["flag"], rating["certainty"], rating["denominator"]) == (
+        "green",
+        "within_noise",
+        1,
+    )
+    assert "green" in found["better"] or "red" in found["better"]
+    assert found["engagement"] == {"login": 0.0, "session": 50.0, "punctual": 100.0}
+
+
+def test_a_person_reads_it_in_a_pipe(explained: Invoke) -> None:
+    result = explained("explain", "aged", "--date", str(DAY))
+
+    assert result.exit_code == 0
+    text = words(result.stdout)
+    assert "7day: " in text
+    assert "30day: " in text
+    assert "no_shows: 4 + 0 came in - 4 aged out + 0 corrected = 0" in text
+    assert f"{DAY_BEFORE - timedelta(days=7)} aged out: aged-" in text
+    assert "Note: Thin evidence: 2 sessions in the 7day window" in text
+
+
+def test_another_policy_than_that_of_the_date_is_told(
+    explained: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[thresholds.engagement_score]\ngreen = 30\nred = 30\n")
+    report = json.loads(explained("explain", "aged", "--date", str(DAY), "--json").stdout)
+    assert not any("policy" in note for note in report["notes"])
+    monkeypatch.setenv("TUTORMAX_POLICY", str(policy))
+
+    report = json.loads(explained("explain", "aged", "--date", str(DAY), "--json").stdout)
+
+    assert "The policy is another one than when the date was computed" in report["notes"][0]
+    for found in report["windows"]:
+        [score] = [one for one in found["metrics"] if one["metric"] == "engagement_score"]
+        # The flag is that of the run, the bound today's.
+        assert (score["flag"], score["green"]) == ("red", "30 or more")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nobody",), "2025-11-07 has no tutor 'nobody': the id is unknown"),
+        (("aged", "--window", "31day"), "no window '31day'; expected one of 7day, 30day, 90day."),
+        (("aged", "--date", "2025-11-01"), "2025-11-01 has no reasons: it has not been computed"),
+        (("aged", "--date", "soon"), "--date 'soon' is not a date"),
+    ],
+)
+def test_what_is_not_there_is_a_sentence(
+    explained: Invoke, arguments: tuple[str, ...], said: str
+) -> None:
+    result = explained("explain", "--date", str(DAY), *arguments)
+
+    assert result.exit_code == 2
+    assert said in words(result.stderr)
