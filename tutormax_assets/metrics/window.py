@@ -79,12 +79,12 @@ def windows_and_edges(
     To collect both together goes through sessions and events once.
 
     Args:
-        roster: ``TutorRoster``.
-        sessions: ``SessionsSnapshot``; rows outside the windows and of other tutors do not count.
-        events: ``TutorEventsSnapshot``, likewise.
-        reference_date: The day after the last one of each window.
-        windows: Lengths of the windows in days, the shortest first.
-        policy: Weights, limits and scale.
+        roster: As for ``window_metrics``.
+        sessions: Likewise.
+        events: Likewise.
+        reference_date: Likewise.
+        windows: Likewise.
+        policy: Likewise.
         edges: Lengths of the edges in days.
 
     Returns:
@@ -97,10 +97,7 @@ def windows_and_edges(
     by = ["tutor_id", "segment"]
     of_sessions = session_sums(in_segments(sessions, "scheduled_date"), policy=policy, by=by)
     of_events = event_sums(in_segments(events, "event_date"), by=by)
-    names = pl.LazyFrame(
-        {"days": windows, "window": [window_name(days) for days in windows]},
-        schema={"days": pl.UInt16, "window": pl.String},
-    )
+    names = pl.LazyFrame({"days": windows, "window": [window_name(days) for days in windows]})
     key = ["tutor_id", "window"]
     found = (
         roster.select("tutor_id")

@@ -27,7 +27,7 @@ from tutormax_assets.defs.assets import OWNERS, PLATFORM_POOL, lineage_metadata,
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.source.platform import PlatformDatabase
-from tutormax_assets.storage.partition import Division
+from tutormax_assets.storage.partition import Division, Partition
 from tutormax_assets.storage.shards import shard_name
 from tutormax_assets.storage.store import PartitionStore
 
@@ -75,15 +75,8 @@ def tutor_performance_metrics_asset(
         saved = _Saved(context.asset_key)
         partitions = partition_store.partitions(_TIERS, context.partition_keys)
         for key, reference_date in reference_dates(context).items():
-            plan = plan_writing(
-                key,
-                partitions[key],
-                timezone=daily.timezone,
-                batch_size=run_options.batch_size,
-                max_retries=run_options.max_retries,
-                retry_delay_seconds=run_options.retry_delay_seconds,
-                holder=date_locks.holder if compute.is_elsewhere else None,
-            )
+            holder = date_locks.holder if compute.is_elsewhere else None
+            plan = _plan(key, partitions[key], daily, run_options, holder)
             reports, error = _write(compute, plan, log=context.log)
             not_written = _not_computed(partition_store, key, plan.division)
             not_written += skip_unwritten(plan, reports, str(error))
@@ -192,6 +185,24 @@ class _Saved:
         saved_in_part = {key: of for key, of in self.broken_off.items() if of["successful"]}
         for key, metadata in {**saved_in_part, **self.partial}.items():
             yield dg.AssetObservation(self.asset_key, partition=key, metadata=metadata)
+
+
+def _plan(
+    key: str,
+    tiers: Partition,
+    daily: dg.DailyPartitionsDefinition,
+    run_options: RunOptions,
+    holder: int | None,
+) -> WritingPlan:
+    return plan_writing(
+        key,
+        tiers,
+        timezone=daily.timezone,
+        batch_size=run_options.batch_size,
+        max_retries=run_options.max_retries,
+        retry_delay_seconds=run_options.retry_delay_seconds,
+        holder=holder,
+    )
 
 
 def _write(
