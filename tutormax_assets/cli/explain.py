@@ -1,7 +1,9 @@
 """``tutormax explain``: why a tutor is in a tier, since when, what moved, and how sure that is."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
         WindowChange,
         WindowExplanation,
     )
+    from tutormax_assets.settings import Settings
 
 _SHOWN_ROWS = 20
 _NUMBERS = ("Value", "95 %", "Rows")
@@ -41,11 +44,18 @@ def explain(
         str | None,
         typer.Option("--window", help="Only this window, such as 30day.", metavar="WINDOW"),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", help="Write a page that may be handed to the tutor.", metavar="FILE"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show why a tutor is in a tier, since when, what moved, and how sure that is.
 
-    Exit code: 0 shown, 2 wrong use, or the date or tutor has not been computed.
+    Exit code: 0 shown, 1 the page cannot be written, 2 wrong use, or the date or tutor has not been
+    computed.
     """
     environment = settings()
     with sentences():
@@ -54,11 +64,28 @@ def explain(
         found = explanation.explain(
             environment, tutor, reference_date("--date", day, environment), window=window
         )
+    if html is not None:
+        with sentences():
+            _write_page(html, found, environment)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
         return
+    if html is not None:
+        show(f"Written: {html}")
+        return
     for block in _blocks(found):
         show(block)
+
+
+def _write_page(path: Path, found: "Explanation", environment: "Settings") -> None:
+    from tutormax_assets.api.pages import explanation_page
+    from tutormax_assets.defs.resources import load_policy
+
+    page = explanation_page(found, load_policy(environment))
+    # For its owner only: it is about a person.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(page)
 
 
 def _blocks(found: "Explanation") -> Iterator["str | Table"]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tutormax_assets.api import explanation, pages
 from tutormax_assets.database import tables
+from tutormax_assets.metrics.policy import Policy
 from tutormax_assets_tests.cli.conftest import Invoke, words
 from tutormax_assets_tests.conftest import Platform, new_database, open_platform
 
@@ -191,3 +194,34 @@ def test_what_is_not_there_is_a_sentence(
 
     assert result.exit_code == 2
     assert said in words(result.stderr)
+
+
+def test_a_page_says_the_same_and_is_for_its_owner_only(explained: Invoke, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+
+    result = explained("explain", "aged", "--date", str(DAY), "--html", str(file))
+
+    assert (result.exit_code, words(result.stdout)) == (0, words(f"Written: {file}"))
+    assert file.stat().st_mode & 0o777 == 0o600
+    page = words(file.read_text(encoding="utf-8"))
+    assert f"Tiers of tutor <code>aged</code> on {DAY}" in page
+    assert "No-shows: 4 (red) then, 0 (green) now." in page
+    assert "4 then, 0 came in, 4 aged out, 0 corrected, 0 now." in page
+    assert "Thin evidence: 2 sessions in the 7day window" in page
+    assert "Remark of the reviewer" in page
+    for outside in ("<script", "http", "src=", "Private"):
+        assert outside not in page
+
+
+def test_a_page_escapes_what_comes_from_outside(computed: Platform) -> None:
+    found = explanation.explain(computed.settings, "aged", DAY)
+    page = pages.explanation_page(replace(found, tutor_id="<b>&"), Policy())
+    assert "<code>&lt;b&gt;&amp;</code>" in page
+    assert "<b>" not in page
+
+
+def test_a_page_that_cannot_be_written_is_a_sentence(explained: Invoke, tmp_path: Path) -> None:
+    result = explained("explain", "aged", "--date", str(DAY), "--html", str(tmp_path / "no" / "p"))
+
+    assert result.exit_code == 1
+    assert "no/p: No such file or directory" in words(result.stderr)
