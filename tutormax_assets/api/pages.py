@@ -5,7 +5,7 @@ from typing import Any
 
 import jinja2
 
-from tutormax_assets.api.explanation import Explanation, distance_in_words
+from tutormax_assets.api.explanation import Explanation, WindowChange, distance_in_words
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import Distance
 
@@ -66,13 +66,14 @@ def _environment() -> jinja2.Environment:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    filters: Mapping[str, Callable[..., str]] = {
+    filters: Mapping[str, Callable[..., Any]] = {
         "days": lambda window: f"{window.removesuffix('day')} days",
         "distance": _distance,
         "metric_in_words": _METRICS.__getitem__,
         "number": lambda value: "-" if value is None else f"{value:g}",
         "part_in_words": _PARTS.__getitem__,
         "rows_in_words": _ROWS.__getitem__,
+        "shown_rows": _shown_rows,
         "share": lambda weight: f"{weight:.0%}",
         "sum_in_words": lambda name: _SUMS[name].capitalize(),
         "sum_of": _sum_of,
@@ -87,6 +88,11 @@ def _distance(distance: Distance) -> str:
     for name, words in _METRICS.items():
         said = said.replace(name, words.lower())
     return said
+
+
+def _shown_rows(change: WindowChange) -> list[Mapping[str, Any]]:
+    # A tutor knows whose session it was, and feedback is the student's.
+    return [row for row in change.rows if "overall_rating" not in row]
 
 
 def _sum_of(value: int, name: str) -> str:

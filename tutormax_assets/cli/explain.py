@@ -85,6 +85,7 @@ def _write_page(path: Path, found: "Explanation", environment: "Settings") -> No
     # For its owner only: it is about a person.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:
+        os.fchmod(descriptor, 0o600)
         file.write(page)
 
 
@@ -161,7 +162,9 @@ def _change(change: "WindowChange") -> Iterator[str]:
                 f" + {corrected} corrected = {after}"
             )
     for row in change.rows[:_SHOWN_ROWS]:
-        what = row.get("session_id") or ("" if "logins" in row else "session not there any more")
+        what = row.get("session_id") or (
+            "" if "logins" in row else "no id, changed or deleted since"
+        )
         yield f"    {row['date']} {_PARTS[row['part']]}: {what} {_values(row)}".replace(":  ", ": ")
     if len(change.rows) > _SHOWN_ROWS:
         yield f"    {len(change.rows) - _SHOWN_ROWS} more are in --json."

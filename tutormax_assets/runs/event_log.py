@@ -6,9 +6,10 @@ to the disk. A range run records a thousand events, so that would take longer th
 of.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,36 +23,41 @@ _BUSY_TIMEOUT_SECONDS = 30
 
 
 class PooledSqliteEventLogStorage(SqliteEventLogStorage):
-    """The event log below the Dagster home, with one connection to each file that is in use.
+    """The event log with one connection to each file that is in use.
 
+    The files are in ``base_dir``, or else where Dagster has them in a home that names no storage.
     What is recorded, where, and in which transactions is as with Dagster's own class, and processes
     with either class read and write the same files. After a power failure, and only then, the last
     events may be missing; a run without its end is then put on record as failed, like one whose
     process was killed.
     """
 
-    def __init__(self, inst_data: ConfigurableClassData | None = None) -> None:
+    def __init__(
+        self, inst_data: ConfigurableClassData | None = None, *, base_dir: str | None = None
+    ) -> None:
         """Leave the files alone until the instance says where its home is."""
         self._of_yaml = inst_data
+        self._folder = base_dir
         self._engines: dict[str, sa.Engine] = {}
         self._tables: set[str] = set()
         self._in_use = threading.RLock()
 
     @classmethod
     def config_type(cls) -> Mapping[str, Any]:
-        """No configuration: the files are where Dagster's own class has them."""
-        return {}
+        """The configuration: ``base_dir``, which may be left out."""
+        return {"base_dir": dg.Field(dg.StringSource, is_required=False)}
 
     @classmethod
     def from_config_value(
-        cls, inst_data: ConfigurableClassData | None, _config_value: Mapping[str, Any]
+        cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> Self:
         """The storage of an instance that is being opened."""
-        return cls(inst_data)
+        return cls(inst_data, **config_value)
 
     def register_instance(self, instance: dg.DagsterInstance) -> None:
         """Open the files in the home of the instance."""
-        super().__init__(str(Path(instance.root_directory, "history", "runs")), self._of_yaml)
+        folder = self._folder or str(Path(instance.root_directory, "history", "runs"))
+        super().__init__(folder, self._of_yaml)
         super().register_instance(instance)
 
     @contextmanager
@@ -60,12 +66,24 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         if run_id is None:
             raise ValueError("found no id of a run, expected one: each run has a file of its own")
         with self._in_use:
+            path = Path(self.path_for_shard(run_id))
+            if run_id in self._engines and not path.exists():
+                # Another process has deleted the run.
+                self._engines.pop(run_id).dispose()
+                self._initialized_dbs.discard(run_id)
             if run_id not in self._engines:
-                # The file has its journal before Dagster makes the tables, a transaction each.
-                with self._engine(run_id).connect(), super().run_connection(run_id):
-                    pass
+                self._make(run_id)
             with self._engine(run_id).begin() as connection:
                 yield connection
+
+    def _make(self, run_id: str) -> None:
+        try:
+            # The file has its journal before Dagster makes the tables, a transaction each.
+            with self._engine(run_id).connect(), super().run_connection(run_id):
+                pass
+        except BaseException:
+            self._engines.pop(run_id).dispose()
+            raise
 
     @contextmanager
     def index_connection(self) -> Iterator[sa.Connection]:
@@ -77,7 +95,8 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         """Record an event, and have those who watch its run told."""
         super().store_event(event)
         # They wait for the file to change; what has changed is the journal beside it.
-        Path(self.path_for_shard(event.run_id)).touch()
+        with suppress(FileNotFoundError):
+            os.utime(self.path_for_shard(event.run_id))
 
     def has_table(self, table_name: str) -> bool:
         """Whether the file that all runs share has a table."""

@@ -6,7 +6,7 @@ reader sees the old partition or the new one, and a shard that was stored twice 
 
 import io
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -258,7 +258,8 @@ def merge_partition(partition: Partition, *, only: Sequence[str]) -> Partition:
     """The rows of some tutors in a partition, with those that are stored of the others.
 
     Raises:
-        StorageError: The storage cannot be written.
+        StorageError: The storage cannot be written, or an earlier version has written what is
+            stored.
     """
     try:
         stored = open_partition(partition.path)
@@ -272,9 +273,24 @@ def merge_partition(partition: Partition, *, only: Sequence[str]) -> Partition:
             .scan()
             .filter(pl.col("tutor_id").is_in(only), stored.shards.number() == number)
         )
+        expect_columns(others, rows.collect_schema(), path=partition.path)
         stored_again = store_parts(partition.path, pl.concat([others, rows]), first=number)
         [parts[number]] = stored_again.parts
     return replace(stored, parts=tuple(parts), seconds=partition.seconds)
+
+
+def expect_columns(rows: pl.LazyFrame, columns: Collection[str], *, path: UPath) -> None:
+    """Check that the rows of a partition have some columns.
+
+    Raises:
+        StorageError: An earlier version has written it.
+    """
+    missing = [name for name in columns if name not in rows.collect_schema()]
+    if missing:
+        raise StorageError(
+            f"{path} lacks {len(missing)} columns, such as {missing[0]}: an earlier version has"
+            f" written it. Run {path.stem} again, for all tutors."
+        )
 
 
 def list_partition(partition: Partition) -> None:

@@ -1,6 +1,7 @@
 """The store of partitions: where each lies, and what a run reads and keeps of it."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from time import perf_counter
 
 import polars as pl
@@ -15,7 +16,7 @@ from tutormax_assets.storage.partition import (
     open_partition,
 )
 
-_TUTORS_LEFT_OUT, _TUTOR_ROSTER = "tutors_left_out", "tutor_roster"
+TUTORS_LEFT_OUT, _TUTOR_ROSTER = "tutors_left_out", "tutor_roster"
 
 
 def partition_path(base_path: str, asset: str, partition_key: str) -> UPath:
@@ -71,6 +72,22 @@ class PartitionStore:
             for key in partition_keys
         }
 
+    def partition(self, asset: str, partition_key: str) -> Partition:
+        """A partition of an asset, as ``partitions`` opens it."""
+        return self.partitions(asset, [partition_key])[partition_key]
+
+    def earlier_partition(self, asset: str, partition_key: str) -> Partition:
+        """A partition of a date that the run does not compute, restricted to the run's tutors.
+
+        Another run may be computing it. Shards that failed are named whichever the tutors.
+
+        Raises:
+            FileNotFoundError: The partition has not been materialized.
+            StorageError: Its listing is damaged.
+        """
+        whole = self.whole_partition(asset, partition_key)
+        return replace(whole, tutor_ids=self.tutor_ids)
+
     def whole_partition(self, asset: str, partition_key: str) -> Partition:
         """A partition of an asset with all of its tutors, whichever the run is filtered to.
 
@@ -90,7 +107,7 @@ class PartitionStore:
     def active_tutors_left_out(self, partition_key: str) -> int:
         """Number of active tutors that no run of a date has computed yet; 0 if not known."""
         try:
-            left_out = self.whole_partition(_TUTORS_LEFT_OUT, partition_key)
+            left_out = self.whole_partition(TUTORS_LEFT_OUT, partition_key)
         except FileNotFoundError:
             # An earlier version computed the date.
             return 0

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from tutormax_assets.runs.instance import dagster_instance
+from tutormax_assets.runs.private_dagster import SqliteEventLogStorage
 from tutormax_assets.settings import Settings
 
 KEYS = ["2025-11-06", "2025-11-07"]
@@ -207,3 +208,52 @@ def test_deleted_runs_are_gone_and_new_ones_recorded(instance: dg.DagsterInstanc
 
     assert recorded(instance, run_id) == []
     assert "ASSET_MATERIALIZATION" in recorded(instance, run(instance))
+
+
+def test_a_run_whose_file_could_not_be_made_is_recorded_once_it_can(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = instance.event_log_storage
+    [first, *_] = instance.all_logs(run(instance))
+    event = first._replace(run_id="another")
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteEventLogStorage, "_initdb", failing)
+        with pytest.raises(OSError, match="disk is full"):
+            log.store_event(event)
+
+    log.store_event(event)
+
+    assert len(log.get_logs_for_run("another")) == 1
+
+
+def failing(*_: Any, **__: Any) -> None:
+    raise OSError("disk is full")
+
+
+def test_events_of_a_run_that_another_process_deleted_are_recorded_anew(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    dagster_run = instance.get_run_by_id(run(instance))
+    assert dagster_run is not None
+    for file in (tmp_path / "history" / "runs").glob(f"{dagster_run.run_id}.db*"):
+        file.unlink()
+
+    instance.report_engine_event("Something new", dagster_run)
+
+    with opened(tmp_path) as another:
+        assert recorded(another, dagster_run.run_id) == ["ENGINE_EVENT"]
+
+
+def test_another_folder_can_be_named(tmp_path: Path) -> None:
+    home, folder = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    named = f"config: {{base_dir: {folder}}}"
+    packaged = Path("tutormax_assets/dagster.yaml")
+    text = (Path(__file__).parents[2] / packaged).read_text(encoding="utf-8")
+    line = "  class: PooledSqliteEventLogStorage\n"
+    (home / "dagster.yaml").write_text(text.replace(line, f"{line}  {named}\n"))
+    with opened(home) as instance:
+        run_id = run(instance)
+
+    assert (folder / f"{run_id}.db").exists()
+    assert not (home / "history" / "runs").exists()

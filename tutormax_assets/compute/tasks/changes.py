@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 
 import polars as pl
 from upath import UPath
@@ -70,10 +70,12 @@ class ChangesReport:
 
     Attributes:
         stored: The file.
+        compared: How many days before the dates are that it was compared with.
         moves: ``days``, ``window``, ``move`` and number of ``tutors``.
     """
 
     stored: StoredParts
+    compared: Sequence[int]
     moves: pl.DataFrame
 
 
@@ -83,13 +85,25 @@ def compute_changes(task: ChangesTask, context: TaskContext) -> ChangesReport:
     Raises:
         StorageError: The storage cannot be written.
     """
-    frames = [pl.LazyFrame(schema=pl.Schema(TierChanges))]
+    found = {}
     for days, earlier in task.earlier.items():
-        moved = _moved(task.computed, earlier)
-        splits = _splits(task.computed, earlier, moved, days=days, windows=task.policy.windows)
-        frames.append(tier_changes(moved.lazy(), splits, days=days))
-    rows = pl.concat(frames).pipe(TierChanges.validate, eager=False).collect(engine="streaming")
-    return ChangesReport(store_parts(task.path, rows.lazy()), count_moves(rows))
+        try:
+            found[days] = _changes(task.computed, earlier, days, task.policy.windows)
+        # The run has no lock on an earlier date, whose files another run may delete meanwhile.
+        except (OSError, pl.exceptions.PolarsError) as error:
+            date_ = task.reference_date - timedelta(days=days)
+            context.log.warning(f"{task.reference_date} is not compared with {date_}: {error}")
+    rows = pl.concat([TierChanges.create_empty(), *found.values()])
+    return ChangesReport(store_parts(task.path, rows.lazy()), list(found), count_moves(rows))
+
+
+def _changes(
+    computed: ComputedDate, earlier: ComputedDate, days: int, windows: Sequence[int]
+) -> pl.DataFrame:
+    moved = _moved(computed, earlier)
+    splits = _splits(computed, earlier, moved, days=days, windows=windows)
+    found = tier_changes(moved.lazy(), splits, days=days)
+    return found.pipe(TierChanges.validate, eager=False).collect(engine="streaming")
 
 
 def count_moves(changes: pl.DataFrame) -> pl.DataFrame:

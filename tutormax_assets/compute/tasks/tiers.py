@@ -13,7 +13,7 @@ from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.faults import reason
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import tier_reasons
-from tutormax_assets.metrics.schemas import TIERS, TierReasons, TutorTiers
+from tutormax_assets.metrics.schemas import TIERS, TierReasons, TutorTiers, WindowSums
 from tutormax_assets.metrics.tiers import performance_tiers
 from tutormax_assets.storage.partition import (
     Division,
@@ -21,6 +21,7 @@ from tutormax_assets.storage.partition import (
     Rows,
     StoredParts,
     division,
+    expect_columns,
     partition_of,
     store_parts,
 )
@@ -137,9 +138,12 @@ def compute_tiers(task: TiersTask, context: TaskContext) -> TiersReport:
     """Raise the flags of each tutor and window, find the tier, and say why.
 
     Raises:
-        StorageError: The storage cannot be written.
+        StorageError: The storage cannot be written, or an earlier version has computed the metrics.
     """
-    metrics = pl.concat(rows.scan() for rows in task.metrics)
+    scans = [rows.scan() for rows in task.metrics]
+    for rows, scan in zip(task.metrics, scans, strict=True):
+        expect_columns(scan, WindowSums.column_names(), path=rows.files[0].parent)
+    metrics = pl.concat(scans)
     functions: Mapping[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
         TUTOR_TIERS: partial(performance_tiers, policy=task.policy),
         TUTOR_TIER_REASONS: partial(tier_reasons, policy=task.policy),

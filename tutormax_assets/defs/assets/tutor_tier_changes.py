@@ -1,6 +1,6 @@
 """What moved against the day before and seven days before, and why."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date, timedelta
 from typing import Any
@@ -12,6 +12,7 @@ from tutormax_assets.compute.shard_map import Compute
 from tutormax_assets.compute.tasks.changes import (
     COMPARED_DAYS,
     TUTOR_TIER_CHANGES,
+    ChangesReport,
     ChangesTask,
     ComputedDate,
     compute_changes,
@@ -24,9 +25,9 @@ from tutormax_assets.defs.assets import OWNERS, frame_metadata, keep_partitions,
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.schemas import TierChanges
 from tutormax_assets.storage.files import StorageError
-from tutormax_assets.storage.partition import partition_of
+from tutormax_assets.storage.partition import Partition, partition_of
 from tutormax_assets.storage.shards import ALL_IN_ONE
-from tutormax_assets.storage.store import PartitionStore
+from tutormax_assets.storage.store import TUTORS_LEFT_OUT, PartitionStore
 
 
 def tutor_tier_changes_asset(
@@ -62,7 +63,7 @@ def tutor_tier_changes_asset(
         tasks = {
             key: ChangesTask(
                 reference_date,
-                _computed(partition_store, key, windows),
+                _computed(key, windows, partition_store.partition),
                 _earlier(partition_store, reference_date, windows),
                 partition_store.path(TUTOR_TIER_CHANGES, key),
                 metrics_policy.policy,
@@ -73,7 +74,7 @@ def tutor_tier_changes_asset(
         for key, report in reports.items():
             others = partition_store.rows_of_others(TUTOR_TIER_CHANGES, key)
             counts = [report.moves, *([] if others is None else [count_moves(others.collect())])]
-            metadata = _metadata(dates[key], tasks[key], sum_of_moves(counts))
+            metadata = _metadata(dates[key], report, sum_of_moves(counts))
             context.add_asset_metadata(metadata, partition_key=key)
         partitions = {
             key: partition_of(tasks[key].path, ALL_IN_ONE, [report.stored])
@@ -84,14 +85,16 @@ def tutor_tier_changes_asset(
     return tutor_tier_changes
 
 
-def _computed(store: PartitionStore, key: str, windows: Sequence[int]) -> ComputedDate:
+def _computed(
+    key: str, windows: Sequence[int], opened: Callable[[str, str], Partition]
+) -> ComputedDate:
     try:
-        left_out = store.whole_partition("tutors_left_out", key).rows()
+        left_out = opened(TUTORS_LEFT_OUT, key).rows()
     except FileNotFoundError:
         # An earlier version computed the date.
         left_out = None
     assets = (TUTOR_TIER_REASONS, WINDOW_EDGES, *map(metrics_asset_name, windows))
-    reasons, edges, *sums = (store.partitions(asset, [key])[key] for asset in assets)
+    reasons, edges, *sums = (opened(asset, key) for asset in assets)
     return ComputedDate(reasons, [of_window.rows() for of_window in sums], edges.rows(), left_out)
 
 
@@ -102,14 +105,14 @@ def _earlier(
     for days in COMPARED_DAYS:
         with suppress(FileNotFoundError, StorageError):
             key = str(reference_date - timedelta(days=days))
-            found[days] = _computed(store, key, windows)
+            found[days] = _computed(key, windows, store.earlier_partition)
     return found
 
 
 def _metadata(
-    reference_date: date, task: ChangesTask, moves: pl.DataFrame
+    reference_date: date, report: ChangesReport, moves: pl.DataFrame
 ) -> dict[str, dg.MetadataValue[Any]]:
-    compared = [str(reference_date - timedelta(days=days)) for days in task.earlier]
+    compared = [str(reference_date - timedelta(days=days)) for days in report.compared]
     columns = [dg.TableColumn(name, str(dtype)) for name, dtype in moves.schema.items()]
     rows = moves.with_columns(pl.col("move").cast(pl.String)).to_dicts()
     return {

@@ -54,7 +54,6 @@ def tutor_tiers_checks(
         limits = metrics_policy.policy.checks
         found = {}
         for key in dates_to_check(context, ASSET):
-            reasons = partition(partition_store, TUTOR_TIER_REASONS, key).collect()
             rows, roster, of_failed_shards = rows_and_roster(partition_store, ASSET, key)
             left_out = partition_store.active_tutors_left_out(key)
             of_windows = partial(
@@ -82,15 +81,14 @@ def tutor_tiers_checks(
                     max_shift=limits.tier_shift,
                     min_tutors=limits.comparison_min_tutors,
                 ),
-                "reasons_agree_with_tiers": of_the_date(
-                    reasons_agree_with_tiers, reasons, rows, tutor_ids=run_options.tutor_ids
-                ),
-                "evidence_is_sufficient": NOT_OF_ALL
-                if left_out
-                else evidence_is_sufficient(
-                    reasons, window=window_name(windows[-1]), max_share=limits.thin_evidence_share
-                ),
-            }
+            } | _findings_of_reasons(
+                partition_store,
+                key,
+                rows,
+                window=window_name(windows[-1]),
+                max_share=limits.thin_evidence_share,
+                is_of_all=not left_out,
+            )
         yield from report(context, specs, found)
 
     return checks
@@ -124,6 +122,37 @@ def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
             "Most tutors have enough sessions in the longest window to be judged by them.",
         ),
     ]
+
+
+def _findings_of_reasons(
+    store: PartitionStore,
+    key: str,
+    tiers: pl.DataFrame,
+    *,
+    window: str,
+    max_share: float,
+    is_of_all: bool,
+) -> dict[str, Finding]:
+    try:
+        reasons = partition(store, TUTOR_TIER_REASONS, key).collect()
+    except FileNotFoundError:
+        missing = Finding(
+            False,
+            "There are no reasons: an earlier version has computed the date.",
+            severity=WARN,
+            advice=f"Run {key} again, for all tutors.",
+        )
+        return dict.fromkeys(("reasons_agree_with_tiers", "evidence_is_sufficient"), missing)
+    return {
+        "reasons_agree_with_tiers": of_the_date(
+            reasons_agree_with_tiers, reasons, tiers, tutor_ids=store.tutor_ids
+        ),
+        "evidence_is_sufficient": evidence_is_sufficient(
+            reasons, window=window, max_share=max_share
+        )
+        if is_of_all
+        else NOT_OF_ALL,
+    }
 
 
 def reasons_agree_with_tiers(reasons: pl.DataFrame, tiers: pl.DataFrame, /) -> Finding:
