@@ -1,25 +1,27 @@
 """Why a tutor is in a tier: the reasons of a reference date, put together for a person."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import date, datetime, timedelta
-from typing import Any
+from datetime import date, datetime
+from typing import Any, NamedTuple
 
 import dagster as dg
 import polars as pl
+import sqlalchemy as sa
 
-from tutormax_assets.compute.tasks.changes import COMPARED_DAYS, TUTOR_TIER_CHANGES
+from tutormax_assets.api.movement import Movement, WindowChange
+from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS
 from tutormax_assets.compute.tasks.windows import metrics_asset_name
 from tutormax_assets.database.connection import Timeouts, engine_of
+from tutormax_assets.database.faults import reason
 from tutormax_assets.database.metrics_reading import read_tiers
 from tutormax_assets.dates import midnight
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.errors import TutormaxError, UsageError
-from tutormax_assets.metrics import quality
-from tutormax_assets.metrics.changes import TierRun, moving_rows, tier_run
-from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, Policy, window_name
+from tutormax_assets.metrics.changes import TierRun, tier_run
+from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, Policy
 from tutormax_assets.metrics.reasons import (
     DENOMINATORS,
     Distance,
@@ -29,13 +31,9 @@ from tutormax_assets.metrics.reasons import (
     distance_to_worse,
     tier_reasons,
 )
-from tutormax_assets.metrics.schemas import SessionsSnapshot
-from tutormax_assets.metrics.window import engagement_parts
+from tutormax_assets.metrics.window import engagement_parts, window_metrics
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.settings import Settings
-from tutormax_assets.source.streams import SourceError
-from tutormax_assets.source.view import open_view, source_of
-from tutormax_assets.storage.spool import spool_folder
 from tutormax_assets.storage.store import PartitionStore
 
 _SESSIONS, _EVENTS = "sessions_snapshot", "tutor_events_snapshot"
@@ -81,28 +79,6 @@ class MetricReason:
 
 
 @dataclass(frozen=True)
-class WindowChange:
-    """What moved in a window since an earlier date.
-
-    Attributes:
-        days: How many days before the reference date that is.
-        compared_with: The date.
-        move: ``up``, ``down``, ``new``, ``gone`` or ``same``.
-        tier_before: The tier then.
-        splits: Rows of ``TierChanges``, of the metrics whose flags changed.
-        rows: The sessions and events that moved these metrics: ``metric``, ``part``, ``date``,
-            ``session_id`` where the platform still has the session as it was read, and the values.
-    """
-
-    days: int
-    compared_with: date
-    move: str
-    tier_before: str | None
-    splits: Sequence[Mapping[str, Any]]
-    rows: Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
 class WindowExplanation:
     """Why a tutor is in the tier of a window.
 
@@ -139,15 +115,19 @@ class Explanation:
         tutor_id: The tutor.
         reference_date: The date.
         read_at: When the platform was read for it; None if not known.
+        compared_with: The earlier dates that it was compared with.
         windows: By window, the shortest first.
         notes: What is to be known about the explanation itself.
+        problems: What could not be looked up, for whoever runs the product.
     """
 
     tutor_id: str
     reference_date: date
     read_at: datetime | None
+    compared_with: Sequence[str]
     windows: Sequence[WindowExplanation]
     notes: Sequence[str]
+    problems: Sequence[str]
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation as JSON can hold it."""
@@ -212,33 +192,29 @@ def explain(
         PolicyError: The policy is refused.
         MetricsTableError: The table cannot be read.
     """
+    if not tutor_id or re.search("[\0\ud800-\udfff]", tutor_id):
+        raise ExplanationError(f"found the id {tutor_id!a}, expected text that is not empty")
     policy = load_policy(settings)
     store = PartitionStore(settings.storage_path, tutor_ids=[tutor_id])
     key = reference_date.isoformat()
     reasons = _reasons(store, key, tutor_id, window)
     notes: list[str] = []
-    sums = _sums(store, key, policy)
-    if not _are_of(policy, reasons, sums):
+    problems: list[str] = []
+    sums = _sums(store, key, reasons).filter(pl.col("sessions") > 0)
+    is_judged_by = _is_of(policy, store, reference_date, reasons)
+    if not is_judged_by:
         notes.append(
-            "The policy is another one than when the date was computed: the bounds and the distance"
-            " to other tiers are those of today's policy. Run the date again to judge it by that."
+            "The policy is another one than when the date was computed: bounds, weights and the"
+            " distance to other tiers are those of today's policy. Run the date again to judge it"
+            " by that."
         )
-    runs = _runs(settings, tutor_id, reference_date)
-    changes = _Changes(settings, store, policy, tutor_id, reference_date, notes)
+    runs = _runs(settings, tutor_id, reference_date, problems)
+    notes += _unsaved(reasons, runs)
+    record = _record(settings, key, tutor_id, problems)
+    movement = Movement(settings, store, policy, tutor_id, reference_date, notes, problems)
     windows = [
-        WindowExplanation(
-            window=row["window"],
-            tier=row["performance_tier"],
-            run=runs.get(row["window"]),
-            sessions=row["sessions"],
-            evidence=row["evidence"],
-            metrics=[_metric(row, name, policy) for name in DENOMINATORS],
-            engagement=_engagement(sums, row["window"], policy),
-            better=distance_to_better(row, policy=policy),
-            worse=distance_to_worse(row, policy=policy),
-            changes=changes.of(row["window"]),
-        )
-        for row in reasons.sort(_length, descending=False).iter_rows(named=True)
+        _window(row, sums if is_judged_by else sums.clear(), runs, movement, policy)
+        for row in reasons.sort(_length).iter_rows(named=True)
     ]
     notes += [
         f"Thin evidence: {one.sessions} sessions in the {one.window} window, and"
@@ -246,7 +222,36 @@ def explain(
         for one in windows
         if one.evidence == "thin"
     ]
-    return Explanation(tutor_id, reference_date, _read_at(settings, key), windows, notes)
+    return Explanation(
+        tutor_id,
+        reference_date,
+        record.read_at,
+        record.compared_with,
+        windows,
+        list(dict.fromkeys(notes)),
+        problems,
+    )
+
+
+def _window(
+    row: Mapping[str, Any],
+    sums: pl.DataFrame,
+    runs: Mapping[str, "_Run"],
+    movement: Movement,
+    policy: Policy,
+) -> WindowExplanation:
+    return WindowExplanation(
+        window=row["window"],
+        tier=row["performance_tier"],
+        run=_run_of(runs, row),
+        sessions=row["sessions"],
+        evidence=row["evidence"],
+        metrics=[_metric(row, name, policy) for name in DENOMINATORS],
+        engagement=_engagement(sums, row["window"], policy),
+        better=distance_to_better(row, policy=policy),
+        worse=distance_to_worse(row, policy=policy),
+        changes=movement.of(row["window"]),
+    )
 
 
 _length = pl.col("window").str.extract(r"^(\d+)").cast(pl.Int64)
@@ -265,45 +270,83 @@ def _reasons(store: PartitionStore, key: str, tutor_id: str, window: str | None)
             f"{key} has no tutor {tutor_id!r}: the id is unknown, or the tutor was not active when"
             " the date was computed. `tutormax run --include-inactive --tutor` computes one."
         )
-    of_window = rows.filter(window=window) if window else rows
+    of_window = rows if window is None else rows.filter(window=window)
     if of_window.is_empty():
         known = ", ".join(rows.sort(_length)["window"])
         raise ExplanationError(f"{key} has no window {window!r}; expected one of {known}.")
     return of_window
 
 
-def _sums(store: PartitionStore, key: str, policy: Policy) -> pl.DataFrame:
-    """``WindowSums`` of the tutor, of the windows that are stored."""
-    frames = []
-    for days in policy.windows:
-        with suppress(FileNotFoundError):
-            asset = metrics_asset_name(days)
-            frames.append(store.partitions(asset, [key])[key].rows().scan().collect())
-    return pl.concat(frames)
+def _sums(store: PartitionStore, key: str, reasons: pl.DataFrame) -> pl.DataFrame:
+    """``WindowSums`` of the tutor, of the windows that are explained."""
+    lengths = reasons.sort(_length).select(_length).to_series()
+    assets = [metrics_asset_name(days) for days in lengths]
+    return pl.concat(store.partition(asset, key).rows().scan() for asset in assets).collect()
 
 
-def _are_of(policy: Policy, reasons: pl.DataFrame, sums: pl.DataFrame) -> bool:
-    """Whether the reasons are those that a policy gives."""
-    again = tier_reasons(sums.lazy(), policy=policy).collect()
-    again = again.join(reasons, on=["tutor_id", "window"], how="semi")
-    order = ["tutor_id", "window"]
-    return again.sort(order).equals(reasons.select(again.columns).sort(order))
+def _is_of(
+    policy: Policy, store: PartitionStore, reference_date: date, reasons: pl.DataFrame
+) -> bool:
+    """Whether the reasons of a date are those that a policy gives."""
+    key = str(reference_date)
+    roster, sessions, events = (
+        store.partition(asset, key).rows().scan() for asset in ("tutor_roster", _SESSIONS, _EVENTS)
+    )
+    lengths = reasons.sort(_length).select(_length).to_series().to_list()
+    if not set(lengths) <= set(policy.windows):
+        return False
+    again = tier_reasons(
+        window_metrics(
+            roster, sessions, events, reference_date=reference_date, windows=lengths, policy=policy
+        ),
+        policy=policy,
+    ).collect()
+    return again.sort("window").equals(reasons.select(again.columns).sort("window"))
 
 
-def _runs(settings: Settings, tutor_id: str, reference_date: date) -> dict[str, TierRun]:
+class _Run(NamedTuple):
+    """The run of a tier, and the tier."""
+
+    tier: str
+    run: TierRun
+
+
+def _runs(
+    settings: Settings, tutor_id: str, reference_date: date, problems: list[str]
+) -> dict[str, "_Run"]:
     until = midnight(reference_date, timezone=settings.timezone)
-    with engine_of(settings) as engine:
-        rows = read_tiers(engine, tutor_id, until=until, timeouts=Timeouts.of(settings))
+    try:
+        with engine_of(settings) as engine:
+            rows = read_tiers(engine, tutor_id, until=until, timeouts=Timeouts.of(settings))
+    except (TutormaxError, sa.exc.SQLAlchemyError) as error:
+        problems.append(f"Since when is left out: {error}")
+        return {}
     tiers: dict[str, dict[date, str]] = {}
     for row in rows:
         if row.performance_tier is not None:
             day = row.calculation_date.astimezone(until.tzinfo).date()
             tiers.setdefault(row.window, {})[day] = row.performance_tier
-    found = {
-        window: tier_run(of_window, reference_date=reference_date)
-        for window, of_window in tiers.items()
-    }
-    return {window: run for window, run in found.items() if run is not None}
+    found = {}
+    for window, of_window in tiers.items():
+        run = tier_run(of_window, reference_date=reference_date)
+        if run is not None:
+            found[window] = _Run(of_window[reference_date], run)
+    return found
+
+
+def _unsaved(reasons: pl.DataFrame, runs: Mapping[str, "_Run"]) -> Iterator[str]:
+    for window, tier in reasons.select("window", "performance_tier").iter_rows():
+        if window in runs and runs[window].tier != tier:
+            yield (
+                f"The table has {runs[window].tier} for the {window} window: the date was computed"
+                " and not saved. Run it again."
+            )
+
+
+def _run_of(runs: Mapping[str, "_Run"], row: Mapping[str, Any]) -> TierRun | None:
+    """The run of a tier, if the table has the tier that the reasons are of."""
+    found = runs.get(row["window"])
+    return found.run if found is not None and found.tier == row["performance_tier"] else None
 
 
 def _metric(row: Mapping[str, Any], name: str, policy: Policy) -> MetricReason:
@@ -326,166 +369,67 @@ def _metric(row: Mapping[str, Any], name: str, policy: Policy) -> MetricReason:
 
 
 def _engagement(sums: pl.DataFrame, window: str, policy: Policy) -> dict[str, float | None]:
+    """The parts of the score; none without a session, or where another policy computed it."""
     found = sums.filter(window=window).lazy().select(**engagement_parts(policy)).collect()
-    return {name: value and round(value, 2) for name, value in found.row(0, named=True).items()}
+    return {
+        name: value and round(value, 2)
+        for row in found.iter_rows(named=True)
+        for name, value in row.items()
+    }
 
 
-def _read_at(settings: Settings, key: str) -> datetime | None:
-    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(_SESSIONS), asset_partitions=[key])
-    with dagster_instance(settings) as instance:
-        records = instance.fetch_materializations(wanted, limit=1).records
-    for record in records:
-        if record.asset_materialization is not None:
-            read_at = record.asset_materialization.metadata.get("read_at")
-            if isinstance(read_at, dg.TimestampMetadataValue):
-                return datetime.fromtimestamp(read_at.value).astimezone()
-    return None
+class _Record(NamedTuple):
+    """What is on record of the run that computed a tutor.
+
+    Attributes:
+        read_at: When the platform was read; None if not known.
+        compared_with: The earlier dates that the date was compared with.
+    """
+
+    read_at: datetime | None = None
+    compared_with: Sequence[str] = ()
 
 
-_SHOWN: Mapping[str, tuple[str, ...]] = {
-    "avg_rating": ("overall_rating",),
-    "first_session_success_rate": ("session_number", "overall_rating"),
-    "reschedule_rate": ("tutor_initiated_reschedule",),
-    "no_show_count": ("no_show",),
-    "engagement_score": ("engagement_score", "late_start_minutes"),
-    "learning_objectives_met_pct": ("learning_objectives_met",),
-}
-"""The columns of a session that a metric is computed from."""
+def _record(settings: Settings, key: str, tutor_id: str, problems: list[str]) -> _Record:
+    if not (settings.dagster_home_path / "dagster.yaml").exists():
+        return _Record()
+    try:
+        with dagster_instance(settings) as instance:
+            read_at = _newest_metadata(instance, _SESSIONS, key, tutor_id).get("read_at")
+            compared = _newest_metadata(instance, TUTOR_TIER_CHANGES, key, tutor_id)
+    # Whatever Dagster's storage raises.
+    except Exception as error:
+        problems.append(f"When the platform was read is left out: {reason(error)}")
+        return _Record()
+    dates = compared.get("compared_with")
+    return _Record(
+        datetime.fromtimestamp(read_at.value).astimezone()
+        if isinstance(read_at, dg.TimestampMetadataValue)
+        else None,
+        re.findall(r"\d{4}-\d\d-\d\d", str(dates.value)) if dates is not None else (),
+    )
 
 
-class _Changes:
-    """What moved of a tutor, with the sessions and logins that moved it."""
+def _newest_metadata(
+    instance: dg.DagsterInstance, asset: str, key: str, tutor_id: str
+) -> Mapping[str, dg.MetadataValue[Any]]:
+    """The metadata of the newest materialization by a run that the tutor was part of."""
+    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[key])
+    for record in instance.fetch_materializations(wanted, limit=_RUNS).records:
+        run = instance.get_run_by_id(record.run_id)
+        only = _tutor_ids(run.run_config) if run is not None else None
+        if (not only or tutor_id in only) and record.asset_materialization is not None:
+            return record.asset_materialization.metadata
+    return {}
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: PartitionStore,
-        policy: Policy,
-        tutor_id: str,
-        reference_date: date,
-        notes: list[str],
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._policy = policy
-        self._tutor_id = tutor_id
-        self._reference_date = reference_date
-        self._notes = notes
-        self._changes = self._rows(TUTOR_TIER_CHANGES, 0)
-        self._ids: pl.DataFrame | None = None
 
-    def of(self, window: str) -> list[WindowChange]:
-        """What moved in a window since the dates that there is something of."""
-        if self._changes is None:
-            return []
-        found = []
-        for days in COMPARED_DAYS:
-            rows = self._changes.filter(window=window, days=days).to_dicts()
-            if rows:
-                splits = [row for row in rows if row["metric"] is not None]
-                found.append(
-                    WindowChange(
-                        days,
-                        self._reference_date - timedelta(days=days),
-                        rows[0]["move"],
-                        rows[0]["tier_before"],
-                        splits,
-                        list(self._moving(window, days, splits)),
-                    )
-                )
-        return found
+def _tutor_ids(run_config: Mapping[str, Any]) -> list[str] | None:
+    """The tutors that a run is filtered to."""
+    found: Any = run_config
+    for name in ("resources", "run_options", "config", "tutor_ids"):
+        found = (found or {}).get(name)
+    return found  # type: ignore[no-any-return]
 
-    def _moving(
-        self, window: str, days: int, splits: Sequence[Mapping[str, Any]]
-    ) -> Iterator[dict[str, Any]]:
-        length = next(one for one in self._policy.windows if window_name(one) == window)
-        metrics = dict.fromkeys(row["metric"] for row in splits)
-        sessions = self._moving_of(_SESSIONS, "scheduled_date", days, length)
-        if sessions is None:
-            return
-        sessions = self._with_ids(sessions)
-        for metric in metrics:
-            shown = _SHOWN[metric]
-            of_metric = sessions.filter(pl.any_horizontal(pl.col(shown).is_not_null()))
-            if metric == "first_session_success_rate":
-                of_metric = of_metric.filter(
-                    pl.col("session_number") == 1, pl.col("overall_rating").is_not_null()
-                )
-            for row in of_metric.iter_rows(named=True):
-                yield {
-                    "metric": metric,
-                    "part": row["part"],
-                    "date": row["scheduled_date"],
-                    "session_id": row["session_id"],
-                    **{name: row[name] for name in shown},
-                }
-        if "engagement_score" in metrics:
-            logins = self._moving_of(_EVENTS, "event_date", days, length)
-            if logins is not None:
-                counted = logins.filter(event_type="login").group_by("part", "event_date").len()
-                for row in counted.sort("event_date", "part").iter_rows(named=True):
-                    yield {
-                        "metric": "engagement_score",
-                        "part": row["part"],
-                        "date": row["event_date"],
-                        "logins": row["len"],
-                    }
 
-    def _moving_of(self, asset: str, column: str, days: int, window: int) -> pl.DataFrame | None:
-        after, before = self._rows(asset, 0), self._rows(asset, days)
-        if after is None or before is None:
-            return None
-        return moving_rows(
-            after.lazy(),
-            before.lazy(),
-            column=column,
-            reference_date=self._reference_date,
-            days=days,
-            window=window,
-        ).collect()
-
-    def _rows(self, asset: str, days_ago: int) -> pl.DataFrame | None:
-        key = str(self._reference_date - timedelta(days=days_ago))
-        try:
-            return self._store.partitions(asset, [key])[key].rows().scan().collect()
-        except FileNotFoundError:
-            return None
-
-    def _with_ids(self, sessions: pl.DataFrame) -> pl.DataFrame:
-        """The sessions with the ids that the platform has them under, if it still has them so."""
-        names = SessionsSnapshot.column_names()
-        if self._ids is None:
-            self._ids = self._platform_sessions()
-        number = pl.int_range(pl.len())
-        wanted = sessions.with_columns(number=number.over(*names, "part"))
-        known = self._ids.with_columns(number=number.over(names))
-        return wanted.join(
-            known, on=[*names, "number"], how="left", nulls_equal=True, maintain_order="left"
-        )
-
-    def _platform_sessions(self) -> pl.DataFrame:
-        """The tutor's sessions as the platform has them now: ``SessionsSnapshot`` with ids."""
-        settings, policy = self._settings, self._policy
-        first = self._reference_date - timedelta(days=policy.horizon_days + max(COMPARED_DAYS))
-        try:
-            with (
-                open_view(source_of(settings), tutor_ids=[self._tutor_id]) as view,
-                spool_folder(settings.home_path) as folder,
-            ):
-                rows = view.rows(
-                    folder / "source",
-                    tables=["sessions"],
-                    start=midnight(first, timezone=settings.timezone),
-                    end=midnight(self._reference_date, timezone=settings.timezone),
-                )
-                good, _ = quality.good_sessions(
-                    pl.concat(rows.sessions),
-                    policy=policy,
-                    timezone=settings.timezone,
-                    with_ids=True,
-                )
-                return good.sort("session_id").collect()
-        except (SourceError, TutormaxError) as error:
-            self._notes.append(f"The ids of sessions are left out: {error}")
-            schema = {"session_id": pl.String(), **pl.Schema(SessionsSnapshot)}
-            return pl.DataFrame(schema=schema)
+_RUNS = 20
+"""How many runs of a date are looked through for the newest one of a tutor."""

@@ -5,7 +5,8 @@ from typing import Any
 
 import jinja2
 
-from tutormax_assets.api.explanation import Explanation, WindowChange, distance_in_words
+from tutormax_assets.api.explanation import Explanation, distance_in_words
+from tutormax_assets.api.movement import WindowChange
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import Distance
 

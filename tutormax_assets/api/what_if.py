@@ -7,22 +7,17 @@ from typing import Any
 
 import polars as pl
 
-from tutormax_assets.compute.tasks.windows import metrics_asset_name
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.errors import UsageError
 from tutormax_assets.metrics.comparison import tier_flaps, tier_matrix, tier_movers
 from tutormax_assets.metrics.policy import Policy
-from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.metrics.tiers import performance_tiers
-from tutormax_assets.metrics.window import metrics, round_rates, window_metrics
+from tutormax_assets.metrics.window import window_metrics
 from tutormax_assets.settings import Settings
 from tutormax_assets.storage.store import PartitionStore
 
 FLAPPING = 3
 """Changes of tier from which on a tutor counts as flapping."""
-
-_OF_ROWS = {"windows", "late_limit_minutes", "first_session_success_rating"}
-"""Settings that decide what the rows of a window add up to."""
 
 
 class WhatIfError(UsageError):
@@ -95,20 +90,20 @@ def compare(settings: Settings, policy: Policy, reference_date: date, *, days: i
             f" {today.horizon_days} days that are stored. Set it in the policy that TUTORMAX_POLICY"
             " names and run the date."
         )
-    differs = {name for name in _OF_ROWS if getattr(policy, name) != getattr(today, name)}
     tiers: dict[date, pl.LazyFrame] = {}
     others: dict[date, pl.LazyFrame] = {}
     for ago in range(days - 1, -1, -1):
         day = reference_date - timedelta(days=ago)
         try:
-            found = store.whole_partition("tutor_tiers", str(day)).rows().scan()
-            other = _tiers(store, day, policy, from_rows=bool(differs))
+            judged = store.whole_partition("tutor_tiers", str(day)).rows().scan()
+            other = _tiers(store, day, policy)
         except FileNotFoundError:
             continue
-        tiers[day], others[day] = (
-            frame.select("tutor_id", "window", "performance_tier").collect().lazy()
-            for frame in (found, other)
-        )
+        columns = ("tutor_id", "window", "performance_tier")
+        tiers[day] = judged.select(columns).collect().lazy()
+        # A tutor of a shard that failed is judged under neither.
+        of_judged = other.select(columns).join(tiers[day], on="tutor_id", how="semi")
+        others[day] = of_judged.collect(engine="streaming").lazy()
     if reference_date not in tiers:
         raise WhatIfError(
             f"{reference_date} is not stored. Run `tutormax run --date {reference_date}`."
@@ -116,32 +111,19 @@ def compare(settings: Settings, policy: Policy, reference_date: date, *, days: i
     return _comparison(reference_date, tiers, others)
 
 
-def _tiers(store: PartitionStore, day: date, policy: Policy, *, from_rows: bool) -> pl.LazyFrame:
-    """``TutorTiers`` of a date under a policy, from its rows or from what they add up to."""
-    key = str(day)
+def _tiers(store: PartitionStore, day: date, policy: Policy) -> pl.LazyFrame:
+    """``TutorTiers`` of a date under a policy, from the rows that its run has read.
 
-    def scan(asset: str) -> pl.LazyFrame:
-        return store.whole_partition(asset, key).rows().scan()
-
-    if from_rows:
-        windows = window_metrics(
-            scan("tutor_roster"),
-            scan("sessions_snapshot"),
-            scan("tutor_events_snapshot"),
-            reference_date=day,
-            windows=policy.windows,
-            policy=policy,
-        )
-    else:
-        sums = pl.concat(scan(metrics_asset_name(days)) for days in policy.windows)
-        windows = round_rates(sums.with_columns(**_again(policy)))
-    return performance_tiers(windows, policy=policy).select(TutorTiers.column_names())
-
-
-def _again(policy: Policy) -> dict[str, pl.Expr]:
-    """The metrics over stored sums, but for those that are stored as they are."""
-    stored = ("sessions_completed", "no_show_count")
-    return {name: metric for name, metric in metrics(policy).items() if name not in stored}
+    What the rows add up to is stored, too, but by the policy of the run, whichever that was.
+    """
+    roster, sessions, events = (
+        store.whole_partition(asset, str(day)).rows().scan()
+        for asset in ("tutor_roster", "sessions_snapshot", "tutor_events_snapshot")
+    )
+    windows = window_metrics(
+        roster, sessions, events, reference_date=day, windows=policy.windows, policy=policy
+    )
+    return performance_tiers(windows, policy=policy)
 
 
 def _comparison(

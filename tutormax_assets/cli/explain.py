@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from tutormax_assets.api.explanation import (
         Explanation,
-        WindowChange,
         WindowExplanation,
     )
+    from tutormax_assets.api.movement import WindowChange
     from tutormax_assets.settings import Settings
 
 _SHOWN_ROWS = 20
@@ -101,16 +101,18 @@ def _blocks(found: "Explanation") -> Iterator["str | Table"]:
         yield _metrics(one)
         if any(metric.certainty == "within_noise" for metric in one.metrics):
             yield "A flag with ? is within noise: its 95 % interval reaches across the bound."
-        parts = (f"{n} {'-' if v is None else f'{v:g}'}" for n, v in one.engagement.items())
-        yield f"engagement_score is made of {', '.join(parts)}."
+        parts = [f"{n} {'-' if v is None else f'{v:g}'}" for n, v in one.engagement.items()]
+        if parts:
+            yield f"engagement_score is made of {', '.join(parts)}."
         for name, distance in (("Better", one.better), ("Worse", one.worse)):
             if (words := distance_in_words(distance)) is not None:
                 yield f"{name}: {words}"
         for change in one.changes:
             yield from _change(change)
         if not one.changes:
-            yield "Moved: nothing that is on record"
-    for note in found.notes:
+            dates = ", ".join(found.compared_with)
+            yield f"Moved: nothing since {dates}" if dates else "Moved: not compared with any date"
+    for note in (*found.notes, *found.problems):
         yield ""
         yield f"Note: {note}"
 
@@ -119,9 +121,10 @@ def _since(one: "WindowExplanation") -> str:
     if one.run is None:
         return ", not in the table"
     before = f", before that {one.run.previous_tier}" if one.run.previous_tier else ""
+    first = "" if before else ", the first date that the table has"
     missing = f", {one.run.dates_missing} of them missing" if one.run.dates_missing else ""
     days = f"{one.run.held_days} day{'' if one.run.held_days == 1 else 's'}"
-    return f" since {one.run.tier_since} ({days}{missing}){before}"
+    return f" since {one.run.tier_since} ({days}{missing}){before or first}"
 
 
 def _metrics(one: "WindowExplanation") -> "Table":

@@ -97,7 +97,7 @@ def read_metrics(
 def read_tiers(
     engine: sa.Engine, tutor_id: str, *, until: datetime, timeouts: Timeouts
 ) -> list[sa.Row[tuple[datetime, str, str | None]]]:
-    """The tiers of a tutor up to an instant: ``calculation_date``, ``window``, the tier.
+    """The tiers of a tutor up to an instant: ``calculation_date``, ``window``, tier; newest first.
 
     Args:
         engine: The database that holds the table.
@@ -112,6 +112,8 @@ def read_tiers(
     query = sa.select(table.c.calculation_date, table.c.window, table.c.performance_tier).where(
         table.c.tutor_id == tutor_id, table.c.calculation_date <= until
     )
+    # Of a day with several rows, that of midnight is the last one below.
+    query = query.order_by(table.c.calculation_date.desc())
     try:
         with engine.begin() as connection:
             limit_transaction(connection, timeouts)

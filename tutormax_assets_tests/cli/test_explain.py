@@ -52,7 +52,19 @@ def computed(
         sessions(platform, "late", DAY_BEFORE - timedelta(days=3), 1)
         sessions(platform, "deleted", DAY_BEFORE - timedelta(days=3), 4, no_show=True)
         sessions(platform, "deleted", DAY_BEFORE - timedelta(days=2), 2)
+        sessions(platform, "twin", DAY_BEFORE - timedelta(days=3), 5, no_show=True)
+        sessions(platform, "fixed", DAY_BEFORE - timedelta(days=3), 4, no_show=True)
+        sessions(platform, "active", DAY_BEFORE - timedelta(days=3), 2, engagement_score=1.0)
         assert platform.run(str(DAY_BEFORE))[0].all_saved
+        platform.add(
+            tables.tutor_events,
+            *(
+                {"event_id": f"e{n}", "tutor_id": "active", "event_timestamp": noon(DAY_BEFORE)}
+                for n in range(2)
+            ),
+        )
+        platform.execute("DELETE FROM sessions WHERE session_id ~ '^twin.*-[01]$'")
+        platform.execute("UPDATE sessions SET no_show = false WHERE tutor_id = 'fixed'")
         platform.add(
             tables.student_feedback,
             {
@@ -86,7 +98,7 @@ def window(explained: Invoke, tutor: str, *arguments: str) -> dict[str, Any]:
 def since_the_day_before(found: dict[str, Any], metric: str) -> dict[str, Any]:
     [change] = [one for one in found["changes"] if one["days"] == 1]
     assert change["compared_with"] == str(DAY_BEFORE)
-    [split] = [one for one in change["splits"] if one["metric"] == metric]
+    split, *_ = [one for one in change["splits"] if one["metric"] == metric]
     rows = [one for one in change["rows"] if one["metric"] == metric]
     return {"move": change["move"], "split": split, "rows": rows}
 
@@ -131,6 +143,36 @@ def test_a_deleted_session_is_a_correction_without_an_id(explained: Invoke) -> N
     assert [(row["part"], row["session_id"]) for row in found["rows"]] == [
         ("corrected_from", None)
     ] * 4
+
+
+def test_sessions_that_are_alike_are_not_guessed_at(explained: Invoke) -> None:
+    found = since_the_day_before(window(explained, "twin"), "no_show_count")
+
+    assert parts(found["split"]) == (5, 0, 0, -2, 3)
+    assert [(row["part"], row["session_id"]) for row in found["rows"]] == [
+        ("corrected_from", None)
+    ] * 2
+
+
+def test_a_session_that_was_changed_has_its_id_as_it_is_now(explained: Invoke) -> None:
+    found = since_the_day_before(window(explained, "fixed"), "no_show_count")
+
+    day = DAY_BEFORE - timedelta(days=3)
+    assert {(row["part"], row["session_id"], row["no_show"]) for row in found["rows"]} == {
+        ("corrected_from", None, True),
+        *(("corrected_to", f"fixed-{day}-{n}", False) for n in range(4)),
+    }
+
+
+def test_logins_are_among_what_moved_an_engagement_score(explained: Invoke, tmp_path: Path) -> None:
+    found = since_the_day_before(window(explained, "active"), "engagement_score")
+
+    assert found["rows"] == [
+        {"metric": "engagement_score", "part": "came_in", "date": str(DAY_BEFORE), "logins": 2}
+    ]
+    page = tmp_path / "page.html"
+    assert explained("explain", "active", "--date", str(DAY), "--html", str(page)).exit_code == 0
+    assert "logins 2" in page.read_text(encoding="utf-8")
 
 
 def test_it_says_since_when_how_sure_and_how_far(explained: Invoke) -> None:
@@ -185,6 +227,8 @@ def test_another_policy_than_that_of_the_date_is_told(
         (("aged", "--window", "31day"), "no window '31day'; expected one of 7day, 30day, 90day."),
         (("aged", "--date", "2025-11-01"), "2025-11-01 has no reasons: it has not been computed"),
         (("aged", "--date", "soon"), "--date 'soon' is not a date"),
+        (("aged", "--window", ""), "no window ''; expected one of"),
+        (("a\udcffb",), r"found the id 'a\udcffb', expected text"),
     ],
 )
 def test_what_is_not_there_is_a_sentence(
@@ -194,6 +238,50 @@ def test_what_is_not_there_is_a_sentence(
 
     assert result.exit_code == 2
     assert said in words(result.stderr)
+
+
+def test_what_cannot_be_looked_up_is_left_out(
+    computed: Platform, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nowhere = "postgresql://nobody@127.0.0.1:1/none?connect_timeout=1"
+    home = Path(computed.settings.home_path)
+    monkeypatch.setenv("TUTORMAX_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TUTORMAX_STORAGE", str(home / "storage"))
+    monkeypatch.setenv("TUTORMAX_DATABASE_URL", nowhere)
+
+    result = invoke("explain", "aged", "--date", str(DAY), "--window", "7day", "--json")
+
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["read_at"]) == (0, None)
+    [found] = report["windows"]
+    assert (found["tier_since"], found["changes"][0]["rows"][0]["session_id"]) == (None, None)
+    said = " ".join(report["problems"])
+    assert "Since when is left out: " in said
+    assert "The ids of sessions are left out: " in said
+    assert not (tmp_path / "home" / "dagster").exists()
+
+
+def test_dates_that_were_computed_again_or_not_saved_are_told(
+    database: sa.URL, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    day = DAY_BEFORE - timedelta(days=3)
+    with open_platform(database, tmp_path / "home", using=monkeypatch) as platform:
+        sessions(platform, "t", day, 5, no_show=True)
+        platform.run(str(DAY_BEFORE))
+        platform.execute("DELETE FROM sessions WHERE session_id ~ '-[0-3]$'")
+        platform.run(str(DAY))
+        platform.run(str(DAY_BEFORE))
+        platform.execute("UPDATE tutor_performance_metrics SET performance_tier = 'Strong'")
+
+        result = invoke("explain", "t", "--date", str(DAY), "--window", "7day", "--json")
+
+    report = json.loads(result.stdout)
+    assert report["compared_with"] == [str(DAY_BEFORE)]
+    [found] = report["windows"]
+    assert (found["tier_since"], found["changes"][0]["rows"]) == (None, [])
+    said = " ".join(report["notes"])
+    assert "The table has Strong for the 7day window" in said
+    assert f"{DAY_BEFORE} was computed again since {DAY} was" in said
 
 
 def test_a_page_says_the_same_and_is_for_its_owner_only(explained: Invoke, tmp_path: Path) -> None:

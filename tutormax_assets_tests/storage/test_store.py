@@ -293,3 +293,21 @@ def test_a_group_can_read_what_is_shared_with_it(tmp_path: Path) -> None:
         store(partition_path(str(base), KEY, "2025-11-07"), frame({"a": 1, "b": 2}), shards=shards)
     assert modes(base) == {("folder", "2750"), ("file", "640")}
     assert {path.stat().st_gid for path in (base, *base.rglob("*"))} == {number}
+
+
+def test_rows_of_an_earlier_version_are_not_merged_with(base_path: str) -> None:
+    day = "2025-11-07"
+    store(partition_path(base_path, KEY, day), frame({"a": 1, "b": 2}).drop("score"))
+
+    with pytest.raises(StorageError, match=r"lacks 1 columns, such as score: .*Run 2025-11-07"):
+        compute(base_path, {day: {"a": 3}}, tutor_ids=["a"])
+
+
+def test_an_earlier_date_names_its_failed_shards_whichever_the_tutors(base_path: str) -> None:
+    day, failed = "2025-11-07", {1: "no memory"}
+    compute(base_path, {day: {"a": 1, "c": 3}}, shards=Shards(("b", "c")), failed=failed)
+
+    earlier = PartitionStore(base_path, tutor_ids=["c"]).earlier_partition(KEY, day)
+
+    assert earlier.failed == failed
+    assert earlier.rows().scan().collect().to_dicts() == frame({"c": 3}).to_dicts()

@@ -13,7 +13,13 @@ from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.faults import reason
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import tier_reasons
-from tutormax_assets.metrics.schemas import TIERS, TierReasons, TutorTiers, WindowSums
+from tutormax_assets.metrics.schemas import (
+    TIERS,
+    TierReasons,
+    TutorTiers,
+    WindowMetrics,
+    WindowSums,
+)
 from tutormax_assets.metrics.tiers import performance_tiers
 from tutormax_assets.storage.partition import (
     Division,
@@ -141,8 +147,9 @@ def compute_tiers(task: TiersTask, context: TaskContext) -> TiersReport:
         StorageError: The storage cannot be written, or an earlier version has computed the metrics.
     """
     scans = [rows.scan() for rows in task.metrics]
+    needed = WindowSums if TUTOR_TIER_REASONS in task.paths else WindowMetrics
     for rows, scan in zip(task.metrics, scans, strict=True):
-        expect_columns(scan, WindowSums.column_names(), path=rows.files[0].parent)
+        expect_columns(scan, needed.column_names(), path=rows.files[0].parent)
     metrics = pl.concat(scans)
     functions: Mapping[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
         TUTOR_TIERS: partial(performance_tiers, policy=task.policy),
