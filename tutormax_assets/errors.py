@@ -35,11 +35,11 @@ def affects_every_date(class_name: str | None) -> bool:
         class_name: Without its module; of a class that is not loaded or not ours, it does not.
     """
     return any(
-        one.affects_every_date for one in _loaded(TutormaxError) if one.__name__ == class_name
+        one.affects_every_date for one in _subclasses(TutormaxError) if one.__name__ == class_name
     )
 
 
-def _loaded(base: type[TutormaxError]) -> Iterator[type[TutormaxError]]:
+def _subclasses(base: type[TutormaxError]) -> Iterator[type[TutormaxError]]:
     yield base
     for subclass in base.__subclasses__():
-        yield from _loaded(subclass)
+        yield from _subclasses(subclass)

@@ -209,7 +209,7 @@ def explain(
             " by that."
         )
     runs = _runs(settings, tutor_id, reference_date, problems)
-    notes += _unsaved(reasons, runs)
+    notes += _notes_of_unsaved(reasons, runs)
     record = _record(settings, key, tutor_id, problems)
     movement = Movement(settings, store, policy, tutor_id, reference_date, notes, problems)
     windows = [
@@ -334,7 +334,7 @@ def _runs(
     return found
 
 
-def _unsaved(reasons: pl.DataFrame, runs: Mapping[str, "_Run"]) -> Iterator[str]:
+def _notes_of_unsaved(reasons: pl.DataFrame, runs: Mapping[str, "_Run"]) -> Iterator[str]:
     for window, tier in reasons.select("window", "performance_tier").iter_rows():
         if window in runs and runs[window].tier != tier:
             yield (

@@ -222,7 +222,7 @@ def _summaries(
         if event.asset_key == dg.AssetKey(METRICS_TABLE)
     }
     set_aside = _set_aside(result)
-    blocked = _blocked(result)
+    blocked = _blocking_findings(result)
     warnings = _warnings(result)
     error = _failure(result) or " ".join(blocked.values()) or None
     summaries = []
@@ -257,7 +257,7 @@ def _set_aside(result: dg.ExecuteInProcessResult) -> dict[str | None, list[dict[
     return reasons
 
 
-def _blocked(result: dg.ExecuteInProcessResult) -> dict[str | None, str]:
+def _blocking_findings(result: dg.ExecuteInProcessResult) -> dict[str | None, str]:
     """What the checks say that blocked a date, by partition key."""
     said: dict[str | None, list[str]] = {}
     for evaluation in result.get_asset_check_evaluations():

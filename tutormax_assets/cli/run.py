@@ -277,7 +277,7 @@ def with_progress(
         try:
             return aggregate(environment, days, options, source=source)
         except KeyboardInterrupt:
-            _interrupted(days, watch.saved, again)
+            _fail_interrupted(days, watch.saved, again)
         finally:
             logger.removeHandler(watch)
 
@@ -306,7 +306,7 @@ class _Watch(logging.Handler):
             self._bar.update(self._task, saved=len(self.saved))
 
 
-def _interrupted(
+def _fail_interrupted(
     days: Sequence[date], saved: set[date], again: Callable[[Sequence[date]], str] | None
 ) -> NoReturn:
     left = [day for day in days if day not in saved]

@@ -136,7 +136,7 @@ class Cluster:
         self._threads: dict[str, int] = {}
         self._asked: set[str] = set()
         self._refused: dict[str, str] = {}
-        self._client = _connected(settings)
+        self._client = _connect(settings)
         # Another one would mean that the scheduler has forgotten what this run had there.
         self._connection = self._client.scheduler_comm
         try:
@@ -262,15 +262,15 @@ class Cluster:
     def _error(self, future: Future[Any]) -> BaseException | None:
         if not future.done():
             future.cancel()
-            return KilledShardError(_killed("all workers that were left"))
+            return KilledShardError(_error_of_killed("all workers that were left"))
         if future.cancelled():
             raise self._lost()
         error = future.exception()
         if isinstance(error, KilledWorker):
             died = error.allowed_failures + 1
-            return KilledShardError(_killed(f"{died} worker{'s' if died > 1 else ''}"))
+            return KilledShardError(_error_of_killed(f"{died} worker{'s' if died > 1 else ''}"))
         if isinstance(error, NoValidWorkerError):
-            return KilledShardError(_killed("all workers that were left"))
+            return KilledShardError(_error_of_killed("all workers that were left"))
         return error
 
     def _is_of_other_code(self, error: BaseException, log: logging.Logger) -> bool:
@@ -400,7 +400,7 @@ def _with_names(error: DaskError, running: Iterable[_Submitted], queue: Iterable
 _SAME_VERSION = "Install the same version for the run, the scheduler and all workers."
 
 
-def _connected(settings: Settings) -> distributed.Client:
+def _connect(settings: Settings) -> distributed.Client:
     # What it says there, with tracebacks, is raised here as well.
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     address = str(settings.dask_address)
@@ -456,7 +456,7 @@ def _unknown(error: Exception) -> str:
     return f"no such tutormax_assets ({type(error).__name__}: {reason(error)})"
 
 
-def _killed(workers: str) -> str:
+def _error_of_killed(workers: str) -> str:
     return (
         f"{workers} that computed it died, as happens where memory runs out. Their logs say how;"
         " give workers more memory, or use more shards"

@@ -48,7 +48,7 @@ class Compute:
         Raises:
             DaskError: The cluster cannot be reached or has other code.
         """
-        cluster = self._connected(log)
+        cluster = self._connect(log)
         count = 1 if cluster is None else max(1, min(cluster.threads, len(numbers)))
         starts = [len(numbers) * group // count for group in range(count + 1)]
         return [numbers[start:end] for start, end in pairwise(starts)]
@@ -147,13 +147,13 @@ class Compute:
         log: logging.Logger,
     ) -> Generator[tuple[str, Report], None, None]:
         """Reports as they come; what failed is put into ``errors``."""
-        cluster = self._connected(log)
+        cluster = self._connect(log)
         if cluster is None:
             context = TaskContext(self._database, self._settings.home_path, log)
             return _locally(lambda task: function(task, context), tasks, errors)
         return cluster.reports(function, tasks, errors, log=log)
 
-    def _connected(self, log: logging.Logger) -> "Cluster | None":
+    def _connect(self, log: logging.Logger) -> "Cluster | None":
         """The cluster that the settings name, if they name one."""
         if self._settings.dask_address is None:
             return None

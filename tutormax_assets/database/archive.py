@@ -222,7 +222,7 @@ def archive_date(
             rows = read_rows(connection, found, start, end)
         if rows.is_empty():
             return ArchivedDate(day, str(path))
-        archived = _archived(path, rows).select(found.clause.c.keys())
+        archived = _read_archive(path, rows).select(found.clause.c.keys())
         deleted, refusal = 0, None
         try:
             for batch in archived.iter_slices(batch_rows):
@@ -258,11 +258,11 @@ def vacuum(engine: sa.Engine) -> str | None:
     return warnings[0] if warnings else None
 
 
-def _archived(path: UPath, rows: pl.DataFrame) -> pl.DataFrame:
+def _read_archive(path: UPath, rows: pl.DataFrame) -> pl.DataFrame:
     """Add rows to a file of the archive, and give them as they were read back from it."""
     with reaching(path):
         known = read_parquet(path)
-        merged = rows if known is None else _merged(rows, known)
+        merged = rows if known is None else _merge(rows, known)
         if known is None or not merged.equals(known):
             write_parquet(path, merged.lazy())
         found = read_parquet(path)
@@ -275,7 +275,7 @@ def _archived(path: UPath, rows: pl.DataFrame) -> pl.DataFrame:
         return found.join(rows, on=METRICS_KEY, how="semi")
 
 
-def _merged(rows: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
+def _merge(rows: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
     """Both, unique by key; of two rows with the same key, the newest stays."""
     # The rows of the table come first, so that of two as new as each other the table's stays.
     return (

@@ -237,7 +237,7 @@ _RESTORE = sql.SQL(
 _COUNT_RESTORABLE = sql.SQL("SELECT count(*)" + _RESTORABLE.as_string(None))
 
 
-def _composed(query: sql.SQL, columns: Sequence[str] = ()) -> sql.Composed:
+def _compose(query: sql.SQL, columns: Sequence[str] = ()) -> sql.Composed:
     return query.format(
         metrics=sql.Identifier(METRICS_TABLE),
         tutors=sql.Identifier(tutors.name),
@@ -250,7 +250,7 @@ def _composed(query: sql.SQL, columns: Sequence[str] = ()) -> sql.Composed:
 
 def stage(connection: sa.Connection, rows: pl.DataFrame, create: sql.SQL) -> None:
     """Copy rows into a temporary table."""
-    compose = partial(_composed, columns=rows.columns)
+    compose = partial(_compose, columns=rows.columns)
     cursor: Any = connection.connection.cursor()
     cursor.execute(compose(create))
     with cursor.copy(compose(sql.SQL("COPY {staged} ({columns}) FROM STDIN (FORMAT csv)"))) as copy:
@@ -263,8 +263,8 @@ def restore_staged(connection: sa.Connection, columns: Sequence[str], *, dry_run
     """Insert the staged rows that the table does not hold and whose tutors exist, or count them."""
     cursor: Any = connection.connection.cursor()
     if dry_run:
-        return int(cursor.execute(_composed(_COUNT_RESTORABLE)).fetchone()[0])
-    return int(cursor.execute(_composed(_RESTORE, columns)).rowcount)
+        return int(cursor.execute(_compose(_COUNT_RESTORABLE)).fetchone()[0])
+    return int(cursor.execute(_compose(_RESTORE, columns)).rowcount)
 
 
 _STAGED_ROWS = sa.table(STAGED, sa.column("tutor_id", sa.String()))

@@ -81,7 +81,7 @@ def _upsert_statement() -> Any:
     )
 
 
-def _counted(write: Any) -> sa.Select[int, int]:
+def _count_rows(write: Any) -> sa.Select[int, int]:
     is_new: sa.Label[bool] = sa.literal_column("xmax = 0").label("is_new")
     written = write.returning(is_new).cte("written")
     return sa.select(
@@ -90,9 +90,9 @@ def _counted(write: Any) -> sa.Select[int, int]:
     ).select_from(written)
 
 
-INSERT = _counted(_insert_statement())
+INSERT = _count_rows(_insert_statement())
 
-UPSERT = _counted(_upsert_statement())
+UPSERT = _count_rows(_upsert_statement())
 
 DATE_HAS_ROWS = sa.select(
     sa.exists().where(

@@ -241,7 +241,7 @@ class Policy(_Part):
             PolicyError: A name is unknown, a value malformed, or the result contradicts itself.
         """
         try:
-            return Policy.model_validate(_merged(self.model_dump(), overrides))
+            return Policy.model_validate(_merge(self.model_dump(), overrides))
         except ValidationError as error:
             raise PolicyError(
                 "The metrics policy is refused. " + " ".join(_sentence(e) for e in error.errors())
@@ -266,11 +266,11 @@ def window_name(days: int) -> str:
     return f"{days}day"
 
 
-def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for name, value in overrides.items():
         nested = isinstance(result.get(name), Mapping) and isinstance(value, Mapping)
-        result[name] = _merged(result[name], value) if nested else value
+        result[name] = _merge(result[name], value) if nested else value
     return result
 
 

@@ -197,7 +197,7 @@ def good_sessions(
     """
     rules = session_rules(policy)
     repetitions = without_repetitions if ids_are_unique else with_repetitions
-    marked = _marked(repetitions(rows), rules).with_columns(
+    marked = _mark_broken(repetitions(rows), rules).with_columns(
         _local_date("scheduled_start", timezone).alias("scheduled_date")
     )
     snapshot = SessionsSnapshot.column_names()
@@ -232,7 +232,7 @@ def good_events(rows: pl.LazyFrame, /, *, timezone: str) -> tuple[pl.LazyFrame, 
     """
     rules = event_rules()
     used = rows.filter(pl.col("event_type").is_in([LOGIN, MESSAGE_RESPONSE]))
-    marked = _marked(used, rules).with_columns(
+    marked = _mark_broken(used, rules).with_columns(
         _local_date("event_timestamp", timezone).alias("event_date")
     )
     broken = pl.any_horizontal(_mark(number) for number in range(len(rules)))
@@ -266,7 +266,7 @@ def _mark(number: int) -> pl.Expr:
     return pl.col(f"breaks_rule_{number}")
 
 
-def _marked(rows: pl.LazyFrame, rules: list[Rule]) -> pl.LazyFrame:
+def _mark_broken(rows: pl.LazyFrame, rules: list[Rule]) -> pl.LazyFrame:
     # One pass over all rows; what follows looks at the marks.
     return rows.with_columns(
         rule.broken.fill_null(False).alias(_mark(number).meta.output_name())

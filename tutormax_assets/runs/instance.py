@@ -26,7 +26,7 @@ def dagster_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
     home = dagster_home(settings)
     # Dagster makes its tables when it first opens them, and two that do so at once collide.
     with FileLock(home / "opening.lock"):
-        instance = _opened(home)
+        instance = _open(home)
     with instance:
         pool_connections(instance)
         try:
@@ -36,7 +36,7 @@ def dagster_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
                 engine.dispose()
 
 
-def _opened(home: Path) -> dg.DagsterInstance:
+def _open(home: Path) -> dg.DagsterInstance:
     """The instance. What a first opening that was killed has left is made anew."""
     begun = home / "opening.begun"
     folders = [home / "history", home / "schedules"]

@@ -91,7 +91,10 @@ def missing_changes(connection: sa.Connection) -> tuple[str, ...]:
     Raises:
         SchemaError: The table cannot be adopted as it is.
     """
-    return (*_created(connection, SET_ASIDE_TABLE), *plan_changes(connection).sentences)
+    return (
+        *_sentences_of_creation(connection, SET_ASIDE_TABLE),
+        *plan_changes(connection).sentences,
+    )
 
 
 def examine(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
@@ -111,7 +114,7 @@ def examine(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
         return UpgradeReport(
             0,
             0,
-            changes=(*_created(connection, METRICS_TABLE, SET_ASIDE_TABLE),),
+            changes=(*_sentences_of_creation(connection, METRICS_TABLE, SET_ASIDE_TABLE),),
             obstacles=_obstacles(connection, None),
         )
     plan = plan_changes(connection)
@@ -217,7 +220,7 @@ def _obstacles(connection: sa.Connection, plan: TablePlan | None) -> tuple[str, 
     )
 
 
-def _created(connection: sa.Connection, *names: str) -> Iterator[str]:
+def _sentences_of_creation(connection: sa.Connection, *names: str) -> Iterator[str]:
     inspector = sa.inspect(connection)
     for name in names:
         if not inspector.has_table(name):
@@ -255,7 +258,7 @@ def _report(connection: sa.Connection, plan: TablePlan, *, timezone: str) -> Upg
         tiers_renamed=tiers,
         dates_moved=dates,
         days_moved=days,
-        changes=(*_created(connection, SET_ASIDE_TABLE), *plan.sentences),
+        changes=(*_sentences_of_creation(connection, SET_ASIDE_TABLE), *plan.sentences),
     )
 
 

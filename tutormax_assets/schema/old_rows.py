@@ -178,12 +178,12 @@ def _normalised_rows(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
     """Each row's names and date, as they are and as they become, and its first problem."""
     window_name = sa.cast(metrics.c.window, sa.Text)
     window = sa.case(
-        *((_folded(window_name) == name, value) for name, value in WINDOW_NAMES.items()),
+        *((_fold(window_name) == name, value) for name, value in WINDOW_NAMES.items()),
         # A policy may have windows of other lengths.
-        (_folded(window_name).regexp_match(WINDOW_OF_A_POLICY), _folded(window_name)),
+        (_fold(window_name).regexp_match(WINDOW_OF_A_POLICY), _fold(window_name)),
     )
     tier_name = sa.cast(metrics.c.get("performance_tier", sa.null()), sa.Text)
-    tier = sa.case(TIER_NAMES, value=_folded(tier_name))
+    tier = sa.case(TIER_NAMES, value=_fold(tier_name))
     tutor_id = sa.cast(metrics.c.tutor_id, sa.Text)
     # The platform's column may be of another type than the one that its contract says.
     roster_id = sa.cast(tutors.c.tutor_id, sa.Text)
@@ -221,7 +221,7 @@ def _normalised_rows(metrics: sa.FromClause, *, timezone: str) -> sa.Subquery:
     )
 
 
-def _folded(name: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
+def _fold(name: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
     # In the C collation, since a Turkish one makes another letter of I.
     return sa.func.lower(sa.collate(name, "C"))
 

@@ -106,18 +106,18 @@ def batches(source: ArrowStream) -> Generator[pl.DataFrame, None, None]:
         _pointer_of(capsule, b"arrow_array_stream"), ctypes.POINTER(_Stream)
     ).contents
 
-    def checked(code: int) -> None:
+    def check(code: int) -> None:
         if code:
             said = stream.get_last_error(stream)
             raise ArrowStreamError(said.decode() if said else f"error {code}")
 
     while True:
         array, schema = _Array(), _Schema()
-        checked(stream.get_next(stream, array))
+        check(stream.get_next(stream, array))
         if not array.release:
             return
         try:
-            checked(stream.get_schema(stream, schema))
+            check(stream.get_schema(stream, schema))
             yield pl.DataFrame(_Batch(schema, array))
         finally:
             # What was taken over has nothing to release any more.

@@ -189,15 +189,15 @@ class LakeView:
             )
             if only != EVERY_TUTOR:
                 # Feedback may name another tutor than its session.
-                ours = _spooled(folder / "sessions", "sessions").select("session_id")
+                ours = _scan_spool(folder / "sessions", "sessions").select("session_id")
                 rows = rows.join(ours, on="session_id", how="semi")
             by_part = pl.PartitionBy(folder / "student_feedback", key=part, include_key=False)
             rows.sink_ipc(by_part, mkdir=True, engine="streaming")
         shutil.rmtree(fetched, ignore_errors=True)
         return [
-            _spooled(of_sessions, "sessions")
+            _scan_spool(of_sessions, "sessions")
             .join(
-                _spooled(folder / "student_feedback" / of_sessions.name, "student_feedback"),
+                _scan_spool(folder / "student_feedback" / of_sessions.name, "student_feedback"),
                 on="session_id",
                 how="left",
             )
@@ -305,13 +305,13 @@ def breaches(lake: Lake) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _spooled(folder: Path, table: str) -> pl.LazyFrame:
+def _scan_spool(folder: Path, table: str) -> pl.LazyFrame:
     files = sorted(folder.glob("**/*.ipc"))
     return pl.scan_ipc(files) if files else pl.LazyFrame(schema=SCHEMAS[table])
 
 
 def _count(folder: Path) -> int:
-    rows: int = _spooled(folder, folder.name).select(pl.len()).collect().item()
+    rows: int = _scan_spool(folder, folder.name).select(pl.len()).collect().item()
     return rows
 
 

@@ -197,7 +197,7 @@ def open_files(lake: Lake, table: str, files: Sequence[LakeFile], folder: Path) 
         location = str(target / f"{number}.parquet")
         with _of_file(lake, table, file):
             columns = pl.Schema(pl.read_parquet_schema(io.BytesIO(content)))
-            wanted = [name for name in columns if name in _wanted(table)]
+            wanted = [name for name in columns if name in _columns_to_read(table)]
             pl.read_parquet(io.BytesIO(content), columns=wanted).write_parquet(location)
         return _Opened(file, location, columns)
 
@@ -221,7 +221,7 @@ def _of_file(lake: Lake, table: str, file: LakeFile) -> Iterator[None]:
         ) from error
 
 
-def _wanted(table: str) -> set[str]:
+def _columns_to_read(table: str) -> set[str]:
     return {*NEEDED_COLUMNS[table], *([RESPONSE_TIME] if table == "tutor_events" else [])}
 
 
@@ -262,7 +262,9 @@ def scan_files(
     # Files of a dataset may differ in what is read alike.
     alike: dict[tuple[date | None, tuple[tuple[str, pl.DataType], ...]], list[str]] = {}
     for file, location, columns in opened:
-        wanted = tuple((name, columns[name]) for name in sorted(_wanted(table) & columns.keys()))
+        wanted = tuple(
+            (name, columns[name]) for name in sorted(_columns_to_read(table) & columns.keys())
+        )
         alike.setdefault((file.day, wanted), []).append(location)
     schema = SCHEMAS[table]
     scans = [

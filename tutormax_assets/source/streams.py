@@ -60,15 +60,15 @@ class SourceTimeoutError(SourceError):
     affects_every_date = False
 
 
-def _streamed(frame: type[dy.Schema], table: str) -> pl.Schema:
+def _stream_schema(frame: type[dy.Schema], table: str) -> pl.Schema:
     """The columns of a source frame that come from a table."""
     schema = pl.Schema(frame)
     return pl.Schema({name: schema[name] for name in columns_read(frame, table)})
 
 
-def _streamed_sessions() -> pl.Schema:
+def _sessions_schema() -> pl.Schema:
     """Sessions as the query streams them: flags in one number."""
-    schema = _streamed(SourceSessions, "sessions")
+    schema = _stream_schema(SourceSessions, "sessions")
     return pl.Schema(
         {
             **{name: dtype for name, dtype in schema.items() if not isinstance(dtype, pl.Boolean)},
@@ -77,8 +77,8 @@ def _streamed_sessions() -> pl.Schema:
     )
 
 
-_SESSIONS = _streamed_sessions()
-_FEEDBACK = _streamed(SourceSessions, "student_feedback")
+_SESSIONS = _sessions_schema()
+_FEEDBACK = _stream_schema(SourceSessions, "student_feedback")
 # A login has no id.
 _EVENTS = pl.Schema(
     {name: dtype for name, dtype in pl.Schema(SourceEvents).items() if name != "event_type"}

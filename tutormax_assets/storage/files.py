@@ -79,10 +79,10 @@ def write_parquet(path: UPath, rows: pl.LazyFrame) -> StoredFile:
             local = Path(folder) / path.name
             rows.sink_parquet(local, compression=_COMPRESSION, engine="streaming")
             path.fs.put_file(str(local), path.path)
-            return _stored(local)
+            return _stored_file(local)
     with _replacing(path) as temporary:
         rows.sink_parquet(temporary, compression=_COMPRESSION, engine="streaming")
-    return _stored(path)
+    return _stored_file(path)
 
 
 def write_text(path: UPath, text: str) -> None:
@@ -132,7 +132,7 @@ def write_parquet_parts(
             part = parts / name
             if not part.exists():
                 rows.clear().sink_parquet(part, compression=_COMPRESSION)
-            stored.append(_stored(part))
+            stored.append(_stored_file(part))
             if isinstance(folder, Path):
                 _restrict(part, like=folder)
                 _sync(part)
@@ -199,7 +199,7 @@ def _share(path: Path, group: int, mode: int) -> None:
     path.chmod(mode)
 
 
-def _stored(path: Path) -> StoredFile:
+def _stored_file(path: Path) -> StoredFile:
     rows = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
     return StoredFile(path.stat().st_size, rows)
 

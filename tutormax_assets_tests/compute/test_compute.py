@@ -55,9 +55,9 @@ class ComputeOfEnvironment(Compute):
     def __init__(self) -> None:
         super().__init__(Settings(), PlatformDatabase(Settings()))
 
-    def _connected(self, log: logging.Logger) -> "Cluster | None":
+    def _connect(self, log: logging.Logger) -> "Cluster | None":
         self._settings = load_settings()
-        return super()._connected(log)
+        return super()._connect(log)
 
 
 @pytest.fixture

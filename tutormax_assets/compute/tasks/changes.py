@@ -100,7 +100,7 @@ def compute_changes(task: ChangesTask, context: TaskContext) -> ChangesReport:
 def _changes(
     computed: ComputedDate, earlier: ComputedDate, days: int, windows: Sequence[int]
 ) -> pl.DataFrame:
-    moved = _moved(computed, earlier)
+    moved = _find_moves(computed, earlier)
     splits = _splits(computed, earlier, moved, days=days, windows=windows)
     found = tier_changes(moved.lazy(), splits, days=days)
     return found.pipe(TierChanges.validate, eager=False).collect(engine="streaming")
@@ -120,7 +120,7 @@ def count_moves(changes: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _moved(computed: ComputedDate, earlier: ComputedDate) -> pl.DataFrame:
+def _find_moves(computed: ComputedDate, earlier: ComputedDate) -> pl.DataFrame:
     found = moves(computed.reasons.rows().scan(), earlier.reasons.rows().scan())
     move = pl.col("move")
     is_unknown = ((move == "new") & earlier.is_unknown()) | (

@@ -191,7 +191,7 @@ def _store_table(
         (snapshot_asset(table), good, DATE_COLUMNS[table]),
         (set_aside_asset(table), set_aside.lazy(), "date"),
     ):
-        of_dates = _stored(task, frame, column, request.paths.get(asset, {}))
+        of_dates = _store_dates(task, frame, column, request.paths.get(asset, {}))
         report.stored[asset] = {date_stored: [parts] for date_stored, parts in of_dates}
     report.reasons[table] = {None: count_reasons(set_aside)}
     for reference_date in request.paths.get(snapshot_asset(table), {}):
@@ -294,7 +294,7 @@ DATE_COLUMNS: Mapping[Table, str] = {"sessions": "scheduled_date", "tutor_events
 """The local date of a row that was read, by table."""
 
 
-def _stored(
+def _store_dates(
     task: SnapshotTask, rows: pl.LazyFrame, column: str, paths: Mapping[date, UPath]
 ) -> Iterator[tuple[date, StoredParts]]:
     for reference_date, path in paths.items():

@@ -78,7 +78,7 @@ def tutor_performance_metrics_asset(
             holder = date_locks.holder if compute.is_elsewhere else None
             plan = _plan(key, partitions[key], daily, run_options, holder)
             reports, error = _write(compute, plan, log=context.log)
-            not_written = _not_computed(partition_store, key, plan.division)
+            not_written = _summaries_of_failed(partition_store, key, plan.division)
             not_written += skip_unwritten(plan, reports, str(error))
             metadata = _metadata(reports, not_written)
             if error is not None:
@@ -250,7 +250,9 @@ def _is_materialized(context: dg.AssetExecutionContext, key: str) -> bool:
     return bool(context.instance.fetch_materializations(wanted, limit=1).records)
 
 
-def _not_computed(store: PartitionStore, key: str, divided: Division) -> list[WritingSummary]:
+def _summaries_of_failed(
+    store: PartitionStore, key: str, divided: Division
+) -> list[WritingSummary]:
     """The summaries of the shards that an earlier step could not compute."""
     if not divided.failed:
         return []

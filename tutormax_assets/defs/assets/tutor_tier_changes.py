@@ -63,8 +63,8 @@ def tutor_tier_changes_asset(
         tasks = {
             key: ChangesTask(
                 reference_date,
-                _computed(key, windows, partition_store.partition),
-                _earlier(partition_store, reference_date, windows),
+                _open_date(key, windows, partition_store.partition),
+                _open_earlier_dates(partition_store, reference_date, windows),
                 partition_store.path(TUTOR_TIER_CHANGES, key),
                 metrics_policy.policy,
             )
@@ -85,7 +85,7 @@ def tutor_tier_changes_asset(
     return tutor_tier_changes
 
 
-def _computed(
+def _open_date(
     key: str, windows: Sequence[int], opened: Callable[[str, str], Partition]
 ) -> ComputedDate:
     try:
@@ -98,14 +98,14 @@ def _computed(
     return ComputedDate(reasons, [of_window.rows() for of_window in sums], edges.rows(), left_out)
 
 
-def _earlier(
+def _open_earlier_dates(
     store: PartitionStore, reference_date: date, windows: Sequence[int]
 ) -> dict[int, ComputedDate]:
     found = {}
     for days in COMPARED_DAYS:
         with suppress(FileNotFoundError, StorageError):
             key = str(reference_date - timedelta(days=days))
-            found[days] = _computed(key, windows, store.earlier_partition)
+            found[days] = _open_date(key, windows, store.earlier_partition)
     return found
 
 
