@@ -100,7 +100,7 @@ def _blocks(found: "Explanation") -> Iterator["str | Table"]:
         yield f"Evidence: {one.evidence}, {one.sessions} sessions"
         yield _metrics(one)
         if any(metric.certainty == "within_noise" for metric in one.metrics):
-            yield "A flag with ? is within noise: its interval reaches across the bound, or is missing."
+            yield "A flag with ? is within noise: its interval, if any, reaches across the bound."
         parts = [f"{n} {'-' if v is None else f'{v:g}'}" for n, v in one.engagement.items()]
         if parts:
             yield f"engagement_score is made of {', '.join(parts)}."
