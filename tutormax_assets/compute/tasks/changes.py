@@ -103,7 +103,7 @@ def _changes(
     moved = _find_moves(computed, earlier)
     splits = _splits(computed, earlier, moved, days=days, windows=windows)
     found = tier_changes(moved.lazy(), splits, days=days)
-    return found.pipe(TierChanges.validate, eager=False).collect(engine="streaming")
+    return found.pipe(TierChanges.validate, eager=False).collect()
 
 
 def count_moves(changes: pl.DataFrame) -> pl.DataFrame:
@@ -126,7 +126,7 @@ def _find_moves(computed: ComputedDate, earlier: ComputedDate) -> pl.DataFrame:
     is_unknown = ((move == "new") & earlier.is_unknown()) | (
         (move == "gone") & computed.is_unknown()
     )
-    return found.filter(~is_unknown).collect()
+    return found.filter(~is_unknown).collect(engine="streaming")
 
 
 def _splits(
