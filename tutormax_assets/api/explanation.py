@@ -1,4 +1,4 @@
-"""Why a tutor is in a tier: the reasons of a reference date, put together for a person."""
+"""Explains the tiers of a tutor on a reference date."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What moved of a tutor since earlier dates, with the sessions and logins that moved it."""
+"""Changes of a tutor since earlier dates, with the sessions and logins that caused them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

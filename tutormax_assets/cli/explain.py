@@ -165,10 +165,9 @@ def _change(change: "WindowChange") -> Iterator[str]:
                 f" + {corrected} corrected = {after}"
             )
     for row in change.rows[:_SHOWN_ROWS]:
-        what = row.get("session_id") or (
-            "" if "logins" in row else "no id, changed or deleted since"
-        )
-        yield f"    {row['date']} {_PARTS[row['part']]}: {what} {_values(row)}".replace(":  ", ": ")
+        # Logins have no id.
+        session = [row["session_id"] or "(id unknown)"] if "session_id" in row else []
+        yield f"    {row['date']} {_PARTS[row['part']]}: {' '.join([*session, _values(row)])}"
     if len(change.rows) > _SHOWN_ROWS:
         yield f"    {len(change.rows) - _SHOWN_ROWS} more are in --json."
 

@@ -1,8 +1,8 @@
-"""What moved: tiers and flags of a reference date against those of an earlier one, and why.
+"""Changes of tiers and flags between two reference dates, and their causes.
 
-The sums of a window differ for three reasons, which add up exactly because the sums are whole
-numbers: rows of days that entered the window came in, rows of days that left it aged out, and rows
-of days in both were corrected between the two readings of the platform.
+The sums of a window differ for three reasons: rows of days that entered the window came in, rows of
+days that left it aged out, and rows of days in both were corrected between the two reads. The sums
+are whole numbers, so the three parts add up exactly.
 """
 
 from collections.abc import Mapping, Sequence

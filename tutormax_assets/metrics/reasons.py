@@ -1,7 +1,6 @@
-"""Why a tutor is in a tier, how sure that is, and how far the next tiers are.
+"""Reasons for a tier, their certainty, and the distance to the next tiers.
 
-Nothing here alters a metric or a tier: it is read from the same sums, with the flags that the tier
-was read from.
+Nothing here changes a metric or a tier. Reasons use the same sums and the same flags.
 """
 
 from collections.abc import Mapping
