@@ -66,7 +66,7 @@ class Movement:
         notes: list[str],
         problems: list[str],
     ) -> None:
-        """Say of whom and of which date.
+        """Take the tutor and the date.
 
         Args:
             settings: Where everything is.

@@ -9,39 +9,15 @@ from collections.abc import Sequence
 
 import dataframely as dy
 
+from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
+
 LOGIN = "login"
 MESSAGE_RESPONSE = "message_response"
 FLAGS = ("green", "red")
 CERTAINTIES = ("certain", "within_noise")
 EVIDENCE = ("sufficient", "thin")
-FLAGGED = (
-    "avg_rating",
-    "first_session_success_rate",
-    "reschedule_rate",
-    "no_show_count",
-    "engagement_score",
-    "learning_objectives_met_pct",
-)
+FLAGGED = (*HIGHER_IS_BETTER, *LOWER_IS_BETTER)
 """The metrics that carry a flag."""
-
-SUMS = (
-    "sessions",
-    "no_shows",
-    "reschedules_known",
-    "reschedules",
-    "ratings",
-    "rating_sum",
-    "first_rated",
-    "first_successes",
-    "lateness_known",
-    "punctual",
-    "scores",
-    "score_sum",
-    "objectives_known",
-    "objectives_met",
-    "logins",
-)
-"""The sums that they are computed from."""
 
 MOVES = ("up", "down", "new", "gone", "same")
 TIERS = ("Exemplary", "Strong", "Developing", "Needs Attention", "At Risk")
@@ -254,8 +230,8 @@ class WindowMetrics(dy.Schema):
     )
 
 
-class WindowSums(WindowMetrics):
-    """The metrics of a tutor and window, and the whole numbers that they are computed from."""
+class FlaggedSums(dy.Schema):
+    """Whole numbers that flagged metrics are computed from."""
 
     sessions = dy.UInt32(
         description="Sessions.", metadata=_from("sessions_snapshot.scheduled_date")
@@ -273,10 +249,6 @@ class WindowSums(WindowMetrics):
     )
     rating_sum = dy.Int64(
         description="Sum of the ratings.", metadata=_from("sessions_snapshot.overall_rating")
-    )
-    rating_square_sum = dy.Int64(
-        description="Sum of the squares of the ratings.",
-        metadata=_from("sessions_snapshot.overall_rating"),
     )
     first_rated = dy.UInt32(
         description="First sessions with a rating.",
@@ -311,6 +283,15 @@ class WindowSums(WindowMetrics):
         metadata=_from("sessions_snapshot.learning_objectives_met"),
     )
     logins = dy.UInt32(description="Logins.", metadata=_from("tutor_events_snapshot.event_type"))
+
+
+class WindowSums(WindowMetrics, FlaggedSums):
+    """The metrics of a tutor and window, and the whole numbers that they are computed from."""
+
+    rating_square_sum = dy.Int64(
+        description="Sum of the squares of the ratings.",
+        metadata=_from("sessions_snapshot.overall_rating"),
+    )
     responses = dy.UInt32(
         description="Message responses that carry a time.",
         metadata=_from("tutor_events_snapshot.response_time_minutes"),
@@ -321,32 +302,29 @@ class WindowSums(WindowMetrics):
     )
 
 
-class EdgeSums(dy.Schema):
-    """What the rows of a tutor at an edge of the windows add up to: of the first or last days.
+class WindowEdge(dy.Schema):
+    """The first or the last days of a window, of a tutor."""
 
-    The sums are those of ``WindowSums`` that flagged metrics are computed from.
-    """
-
-    tutor_id = dy.String(primary_key=True, description="The platform's id of the tutor.")
+    tutor_id = dy.String(
+        primary_key=True,
+        description="The platform's id of the tutor.",
+        metadata=_from("sessions_snapshot.tutor_id", "tutor_events_snapshot.tutor_id"),
+    )
     edge = dy.String(
         primary_key=True,
         description="last_7: the last 7 days; 30day_first_7: the first 7 days of that window.",
     )
-    sessions = dy.UInt32(description="Sessions.")
-    no_shows = dy.UInt32(description="Sessions that were a no-show.")
-    reschedules_known = dy.UInt32(description="Sessions with a known reschedule flag.")
-    reschedules = dy.UInt32(description="Sessions that the tutor rescheduled.")
-    ratings = dy.UInt32(description="Sessions with a rating.")
-    rating_sum = dy.Int64(description="Sum of the ratings.")
-    first_rated = dy.UInt32(description="First sessions with a rating.")
-    first_successes = dy.UInt32(description="Of these, those rated 4 or more.")
-    lateness_known = dy.UInt32(description="Sessions whose late_start_minutes is usable.")
-    punctual = dy.UInt32(description="Of these, those that began within the late limit.")
-    scores = dy.UInt32(description="Sessions with an engagement score.")
-    score_sum = dy.Float64(description="Sum of the scores, in units of 1e-9: a whole number.")
-    objectives_known = dy.UInt32(description="Sessions with a known outcome.")
-    objectives_met = dy.UInt32(description="Of these, those that met their objectives.")
-    logins = dy.UInt32(description="Logins.")
+    no_shows = dy.UInt32(
+        description="Sessions that were a no-show.", metadata=_from("sessions_snapshot.no_show")
+    )
+
+
+class EdgeSums(WindowEdge, FlaggedSums):
+    """The sums of a tutor's rows at an edge of the windows."""
+
+
+SUMS = ("no_shows", *FlaggedSums.column_names())
+"""The sums that flagged metrics are computed from."""
 
 
 class TutorTiers(WindowMetrics):

@@ -137,7 +137,7 @@ def _splits(
     days: int,
     windows: Sequence[int],
 ) -> pl.LazyFrame:
-    """What ``sum_splits`` gives of the tutors of whom a flag changed, of all windows."""
+    """The splits of all windows, for tutors with a changed flag."""
     with_flags = moved.lazy().filter(pl.col("metrics").list.len() > 0)
     return pl.concat(
         sum_splits(

@@ -98,5 +98,5 @@ def _spec_of_edges() -> dg.AssetSpec:
         ),
         owners=OWNERS,
         kinds={"polars", "parquet"},
-        metadata=frame_metadata(EdgeSums, {"tutor_id": [("sessions_snapshot", "tutor_id")]}),
+        metadata=frame_metadata(EdgeSums, origins(EdgeSums)),
     )

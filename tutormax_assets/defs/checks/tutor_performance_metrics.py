@@ -118,7 +118,7 @@ class _Frames(NamedTuple):
 
 
 def _read(store: PartitionStore, partition_key: str, rows: pl.DataFrame) -> _Frames:
-    """What was computed of a date, for whom, and the table's rows of those tutors."""
+    """The computed rows of a date, its roster, and the table's rows of those tutors."""
     computed, roster = pl.collect_all(
         [partition(store, asset, partition_key) for asset in ("tutor_tiers", "tutor_roster")]
     )
