@@ -16,7 +16,11 @@ from typing import Any, Self
 import dagster as dg
 import sqlalchemy as sa
 
-from tutormax_assets.runs.private_dagster import ConfigurableClassData, SqliteEventLogStorage
+from tutormax_assets.runs.private_dagster import (
+    ConfigurableClassData,
+    SqliteEventLogStorage,
+    forget_file_of_run,
+)
 
 _INDEX = "index"
 _BUSY_TIMEOUT_SECONDS = 30
@@ -70,7 +74,7 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
             if run_id in self._engines and not path.exists():
                 # Another process has deleted the run.
                 self._engines.pop(run_id).dispose()
-                self._initialized_dbs.discard(run_id)
+                forget_file_of_run(self, run_id)
             if run_id not in self._engines:
                 self._make(run_id)
             with self._engine(run_id).begin() as connection:

@@ -1,7 +1,6 @@
 """What this package needs of Dagster that has no public name, each with its reason.
 
-Nothing else in the package imports from ``dagster._core`` or touches a private attribute of
-Dagster's.
+Nothing else in the package imports a private module of Dagster's or touches a private attribute.
 """
 
 from collections.abc import Iterator
@@ -18,10 +17,19 @@ from dagster._core.remote_origin import (  # noqa: TID251
     RegisteredCodeLocationOrigin,
     RemoteRepositoryOrigin,
 )
-from dagster._core.storage.event_log import (  # noqa: TID251
-    SqliteEventLogStorage as SqliteEventLogStorage,
-)
-from dagster._serdes import ConfigurableClassData as ConfigurableClassData
+from dagster._core.storage.event_log import SqliteEventLogStorage  # noqa: TID251
+from dagster._serdes import ConfigurableClassData  # noqa: TID251
+
+__all__ = [
+    # A storage is handed what dagster.yaml says of it in this type, and gives it back.
+    "ConfigurableClassData",
+    # The public base classes of an event log hold none of its SQL, which is a thousand lines.
+    "SqliteEventLogStorage",
+    "TargetMaterialization",
+    "engines",
+    "forget_file_of_run",
+    "runs_of_code_location",
+]
 
 _REPOSITORY = "__repository__"
 """Dagster's name for the definitions of a code location."""
@@ -58,6 +66,15 @@ def runs_of_code_location(
         yield
     finally:
         del recorder.create_run_for_job
+
+
+def forget_file_of_run(storage: SqliteEventLogStorage, run_id: str) -> None:
+    """Have the tables of a run's file made again when the file is opened next.
+
+    Dagster remembers for which runs it has made them, and has no way to hear that another process
+    has deleted the file.
+    """
+    vars(storage)["_initialized_dbs"].discard(run_id)
 
 
 def engines(instance: dg.DagsterInstance) -> list[sa.Engine]:
