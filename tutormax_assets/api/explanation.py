@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date, datetime
+from datetime import date, datetime, tzinfo
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import dagster as dg
 import polars as pl
@@ -16,11 +17,10 @@ from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS
 from tutormax_assets.compute.tasks.windows import metrics_asset_name
 from tutormax_assets.database.connection import Timeouts, engine_of
 from tutormax_assets.database.faults import reason
-from tutormax_assets.database.metrics_reading import read_tiers
+from tutormax_assets.database.metrics_reading import TierSince, read_tiers_since
 from tutormax_assets.dates import midnight
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.errors import TutormaxError, UsageError
-from tutormax_assets.metrics.changes import TierRun, tier_run
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, Policy
 from tutormax_assets.metrics.reasons import (
     DENOMINATORS,
@@ -76,6 +76,23 @@ class MetricReason:
     low: float | None
     high: float | None
     certainty: str | None
+
+
+@dataclass(frozen=True)
+class TierRun:
+    """The unbroken run of a tier that ends at the reference date.
+
+    Attributes:
+        tier_since: Its first reference date.
+        held_days: Days from the first to the last date of it, both included.
+        dates_missing: Of these, those that were not computed for the tutor.
+        previous_tier: The tier before it; None if there is none.
+    """
+
+    tier_since: date
+    held_days: int
+    dates_missing: int
+    previous_tier: str | None
 
 
 @dataclass(frozen=True)
@@ -208,12 +225,18 @@ def explain(
             " distance to other tiers are those of today's policy. Run the date again to judge it"
             " by that."
         )
-    runs = _runs(settings, tutor_id, reference_date, problems)
+    runs = _read_runs(settings, tutor_id, reference_date, problems)
     notes += _notes_of_unsaved(reasons, runs)
     record = _record(settings, key, tutor_id, problems)
     movement = Movement(settings, store, policy, tutor_id, reference_date, notes, problems)
     windows = [
-        _window(row, sums if is_judged_by else sums.clear(), runs, movement, policy)
+        _window(
+            row,
+            sums if is_judged_by else sums.clear(),
+            _run_of(runs, row, ZoneInfo(settings.timezone)),
+            movement,
+            policy,
+        )
         for row in reasons.sort(_length).iter_rows(named=True)
     ]
     notes += [
@@ -236,14 +259,14 @@ def explain(
 def _window(
     row: Mapping[str, Any],
     sums: pl.DataFrame,
-    runs: Mapping[str, "_Run"],
+    run: TierRun | None,
     movement: Movement,
     policy: Policy,
 ) -> WindowExplanation:
     return WindowExplanation(
         window=row["window"],
         tier=row["performance_tier"],
-        run=_run_of(runs, row),
+        run=run,
         sessions=row["sessions"],
         evidence=row["evidence"],
         metrics=[_metric(row, name, policy) for name in DENOMINATORS],
@@ -304,37 +327,23 @@ def _is_of(
     return again.sort("window").equals(reasons.select(again.columns).sort("window"))
 
 
-class _Run(NamedTuple):
-    """The run of a tier, and the tier."""
-
-    tier: str
-    run: TierRun
-
-
-def _runs(
+def _read_runs(
     settings: Settings, tutor_id: str, reference_date: date, problems: list[str]
-) -> dict[str, "_Run"]:
-    until = midnight(reference_date, timezone=settings.timezone)
+) -> dict[str, TierSince]:
+    """Since when the tutor has the tier of each window, in the table."""
+    instant = midnight(reference_date, timezone=settings.timezone)
     try:
         with engine_of(settings) as engine:
-            rows = read_tiers(engine, tutor_id, until=until, timeouts=Timeouts.of(settings))
+            found = read_tiers_since(
+                engine, [tutor_id], calculation_date=instant, timeouts=Timeouts.of(settings)
+            )
     except (TutormaxError, sa.exc.SQLAlchemyError) as error:
         problems.append(f"Since when is left out: {error}")
         return {}
-    tiers: dict[str, dict[date, str]] = {}
-    for row in rows:
-        if row.performance_tier is not None:
-            day = row.calculation_date.astimezone(until.tzinfo).date()
-            tiers.setdefault(row.window, {})[day] = row.performance_tier
-    found = {}
-    for window, of_window in tiers.items():
-        run = tier_run(of_window, reference_date=reference_date)
-        if run is not None:
-            found[window] = _Run(of_window[reference_date], run)
-    return found
+    return {window: run for (_, window), run in found.items()}
 
 
-def _notes_of_unsaved(reasons: pl.DataFrame, runs: Mapping[str, "_Run"]) -> Iterator[str]:
+def _notes_of_unsaved(reasons: pl.DataFrame, runs: Mapping[str, TierSince]) -> Iterator[str]:
     for window, tier in reasons.select("window", "performance_tier").iter_rows():
         if window in runs and runs[window].tier != tier:
             yield (
@@ -343,10 +352,15 @@ def _notes_of_unsaved(reasons: pl.DataFrame, runs: Mapping[str, "_Run"]) -> Iter
             )
 
 
-def _run_of(runs: Mapping[str, "_Run"], row: Mapping[str, Any]) -> TierRun | None:
+def _run_of(
+    runs: Mapping[str, TierSince], row: Mapping[str, Any], timezone: tzinfo
+) -> TierRun | None:
     """The run of a tier, if the table has the tier that the reasons are of."""
     found = runs.get(row["window"])
-    return found.run if found is not None and found.tier == row["performance_tier"] else None
+    if found is None or found.tier != row["performance_tier"]:
+        return None
+    since = found.tier_since.astimezone(timezone).date()
+    return TierRun(since, found.held_days, found.dates_missing, found.previous_tier)
 
 
 def _metric(row: Mapping[str, Any], name: str, policy: Policy) -> MetricReason:

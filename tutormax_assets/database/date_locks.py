@@ -25,6 +25,9 @@ a longer range takes the one lock that stands for all dates."""
 POLL_SECONDS = 0.5
 """Seconds between two tries. A statement that waits would hold back VACUUM as long as it does."""
 
+RUNS = "reference date"
+"""The scope of locks that a run has from its begin to its end."""
+
 _ALL_DATES = "every reference date"
 
 # The transaction is meant to be idle. A machine that vanishes silently must not keep its dates
@@ -53,6 +56,7 @@ class DateLocks:
         *,
         retrying: tenacity.Retrying,
         log: logging.Logger,
+        scope: str = RUNS,
     ) -> None:
         """Name the dates; nothing is connected to.
 
@@ -61,7 +65,9 @@ class DateLocks:
             keys: Reference dates in ISO form, at least one.
             retrying: Takes the locks again when the failure may pass.
             log: Where it is said that, and for which date, another run is waited for.
+            scope: What the dates are locked for. Locks of different scopes are independent.
         """
+        self._scope = scope
         self._engine = engine
         self._keys = sorted(keys)
         self._retrying = retrying
@@ -140,7 +146,7 @@ class DateLocks:
 
     def _wait(self, connection: sa.Connection, name: str, *, shared: bool = False) -> None:
         waited = False
-        while not connection.scalar(_try(name, shared=shared)):
+        while not connection.scalar(_try(name, shared=shared, scope=self._scope)):
             if not waited:
                 what = f"some dates of {self._name()}" if name == _ALL_DATES else name
                 self._log.info(f"Another run of {what} is under way; waiting until it has ended")
@@ -215,10 +221,10 @@ def is_held(holder: int) -> sa.Select[bool]:
     )
 
 
-def _key(name: str) -> sa.ColumnElement[int]:
-    return lock_key(f"reference date:{name}")
+def _key(name: str, scope: str = RUNS) -> sa.ColumnElement[int]:
+    return lock_key(f"{scope}:{name}")
 
 
-def _try(name: str, *, shared: bool = False) -> sa.Select[bool]:
+def _try(name: str, *, shared: bool = False, scope: str = RUNS) -> sa.Select[bool]:
     lock = sa.func.pg_try_advisory_xact_lock_shared if shared else sa.func.pg_try_advisory_xact_lock
-    return sa.select(lock(_key(name)))
+    return sa.select(lock(_key(name, scope)))

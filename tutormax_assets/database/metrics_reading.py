@@ -21,6 +21,7 @@ from tutormax_assets.database.faults import is_timeout, of_stream, reason
 from tutormax_assets.database.tables import (
     METRICS_TABLE,
     tutor_performance_metrics,
+    tutor_tier_since,
 )
 from tutormax_assets.errors import TutormaxError
 from tutormax_assets.metrics.schemas import TutorTiers
@@ -94,30 +95,59 @@ def read_metrics(
             yield rows
 
 
-def read_tiers(
-    engine: sa.Engine, tutor_id: str, *, until: datetime, timeouts: Timeouts
-) -> list[sa.Row[tuple[datetime, str, str | None]]]:
-    """The tiers of a tutor up to an instant: ``calculation_date``, ``window``, tier; newest first.
+class TierSince(NamedTuple):
+    """The unbroken run of a tier that ends at a reference date. A missing date does not break it.
+
+    Attributes:
+        tier: The tier.
+        tier_since: The first reference date of the run that the table has, as an instant.
+        held_days: Days from the first to the last date of it, both included.
+        dates_missing: Of these, those that the table does not have.
+        previous_tier: The tier before it; None if there is none.
+    """
+
+    tier: str
+    tier_since: datetime
+    held_days: int
+    dates_missing: int
+    previous_tier: str | None
+
+
+def read_tiers_since(
+    engine: sa.Engine,
+    tutor_ids: Sequence[str],
+    *,
+    calculation_date: datetime,
+    timeouts: Timeouts,
+) -> dict[tuple[str, str], TierSince]:
+    """Since when tutors have the tiers of a reference date, by tutor and window.
 
     Args:
         engine: The database that holds the table.
-        tutor_id: The tutor.
-        until: The last calculation date.
+        tutor_ids: The tutors.
+        calculation_date: The instant that the reference date stands for.
         timeouts: How long the statement may take, and wait for another session's lock.
 
     Raises:
         MetricsTableError: The table cannot be read.
     """
-    table = tutor_performance_metrics
-    query = sa.select(table.c.calculation_date, table.c.window, table.c.performance_tier).where(
-        table.c.tutor_id == tutor_id, table.c.calculation_date <= until
+    view = tutor_tier_since.c
+    query = sa.select(
+        view.tutor_id,
+        view.window,
+        view.performance_tier,
+        view.tier_since,
+        view.held_days,
+        view.dates_missing,
+        view.previous_tier,
+    ).where(
+        view.calculation_date == calculation_date,
+        view.tutor_id == sa.any_(sa.literal(list(tutor_ids), sa.ARRAY(sa.String))),
     )
-    # Of a day with several rows, that of midnight is the last one below.
-    query = query.order_by(table.c.calculation_date.desc())
     try:
         with engine.begin() as connection:
             limit_transaction(connection, timeouts)
-            return list(connection.execute(query))
+            return {(row[0], row[1]): TierSince(*row[2:]) for row in connection.execute(query)}
     except sa.exc.DBAPIError as error:
         raise _cannot_be_read(error) from error
 

@@ -1,18 +1,21 @@
-"""The five source tables, which the platform owns, and the one table that this project owns."""
+"""The source tables, which the platform owns, and the tables that this project owns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+import dataframely as dy
+import polars as pl
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from tutormax_assets.metrics.schemas import WindowMetrics
+from tutormax_assets.metrics.schemas import TierChanges, TierReasons, WindowMetrics
 
 METRICS_TABLE = "tutor_performance_metrics"
 
 METRICS_KEY = ("tutor_id", "calculation_date", "window")
 """What a row of the metrics table is unique by."""
+
 
 source_metadata = sa.MetaData()
 """The tutoring platform's tables. Only demos and tests create them."""
@@ -169,6 +172,111 @@ tutor_performance_metrics = sa.Table(
     sa.Index("ix_tutor_performance_metrics_calculation_date", "calculation_date"),
     sa.Index("ix_tutor_performance_metrics_window", "window", "calculation_date"),
 )
+
+_TYPES: Mapping[type[pl.DataType], type[sa.types.TypeEngine[Any]]] = {
+    pl.UInt8: sa.SmallInteger,
+    pl.UInt16: sa.SmallInteger,
+    pl.Int32: sa.Integer,
+    pl.UInt32: sa.Integer,
+    pl.Int64: sa.BigInteger,
+    pl.Float64: sa.Float,
+}
+
+
+def _table_of(name: str, schema: type[dy.Schema], *key: str) -> sa.Table:
+    """The table of an asset: its columns, and the instant that the reference date stands for."""
+    columns = [
+        sa.Column(
+            column_name,
+            _TYPES.get(type(column.dtype), sa.String(50)),
+            nullable=column.nullable,
+            autoincrement=False,
+        )
+        for column_name, column in schema.columns().items()
+        if column_name not in METRICS_KEY
+    ]
+    return sa.Table(
+        name,
+        metrics_metadata,
+        sa.Column("tutor_id", sa.String(50)),
+        _instant("calculation_date"),
+        sa.Column("window", sa.String(20)),
+        *columns,
+        sa.ForeignKeyConstraint(
+            ["tutor_id"], [tutors.c.tutor_id], name=f"fk_{name}_tutor_id", ondelete="CASCADE"
+        ),
+        # A tutor who is deleted is looked up by id.
+        sa.PrimaryKeyConstraint(*METRICS_KEY, *key, name=f"pk_{name}"),
+        sa.Index(f"ix_{name}_calculation_date", "calculation_date"),
+    )
+
+
+tutor_tier_reasons = _table_of("tutor_tier_reasons", TierReasons)
+
+tutor_tier_changes = _table_of("tutor_tier_changes", TierChanges, "days", "position")
+
+tutor_tier_since = sa.table(
+    "tutor_tier_since",
+    sa.column("tutor_id", sa.String()),
+    sa.column("calculation_date", sa.DateTime(timezone=True)),
+    sa.column("window", sa.String()),
+    sa.column("performance_tier", sa.String()),
+    sa.column("tier_since", sa.DateTime(timezone=True)),
+    sa.column("held_days", sa.Integer()),
+    sa.column("dates_missing", sa.Integer()),
+    sa.column("previous_tier", sa.String()),
+)
+"""A view: since when each row of the metrics table has had its tier, and which one came before."""
+
+# Since a view is computed when it is read, it is right in whatever order dates are computed.
+_TIER_SINCE = """
+CREATE OR REPLACE VIEW tutor_tier_since AS
+SELECT
+    held.tutor_id,
+    held.calculation_date,
+    held."window",
+    held.performance_tier,
+    unbroken.tier_since,
+    unbroken.held_days,
+    greatest(unbroken.held_days - unbroken.dates, 0)::integer AS dates_missing,
+    previous.performance_tier AS previous_tier
+FROM tutor_performance_metrics AS held
+LEFT JOIN LATERAL (
+    SELECT other.calculation_date, other.performance_tier
+    FROM tutor_performance_metrics AS other
+    WHERE other.tutor_id = held.tutor_id
+        AND other."window" = held."window"
+        AND other.calculation_date < held.calculation_date
+        AND other.performance_tier <> held.performance_tier
+    ORDER BY other.calculation_date DESC
+    LIMIT 1
+) AS previous ON true
+CROSS JOIN LATERAL (
+    SELECT
+        min(same.calculation_date) AS tier_since,
+        -- A day is an hour longer or shorter when the clocks change.
+        round(
+            extract(epoch FROM held.calculation_date - min(same.calculation_date)) / 86400
+        )::integer + 1 AS held_days,
+        count(*) AS dates
+    FROM tutor_performance_metrics AS same
+    WHERE same.tutor_id = held.tutor_id
+        AND same."window" = held."window"
+        AND same.performance_tier = held.performance_tier
+        AND same.calculation_date <= held.calculation_date
+        AND same.calculation_date > coalesce(previous.calculation_date, '-infinity')
+) AS unbroken
+WHERE held.performance_tier IS NOT NULL
+"""
+
+sa.event.listen(
+    metrics_metadata,
+    "after_create",
+    sa.DDL(_TIER_SINCE),  # type: ignore[no-untyped-call]
+)
+
+OWN_TABLES = tuple(metrics_metadata.tables)
+"""Names of the tables that this project writes."""
 
 # Python has a day more at both ends, so that these exist in every timezone.
 _FIRST_INSTANT = datetime(1, 1, 2, tzinfo=UTC)

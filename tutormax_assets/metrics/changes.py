@@ -6,7 +6,6 @@ are whole numbers, so the three parts add up exactly.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date, timedelta
 
 import polars as pl
@@ -166,8 +165,11 @@ def tier_changes(moved: pl.LazyFrame, splits: pl.LazyFrame, /, *, days: int) -> 
     without = moved.filter(pl.col("metrics").list.len() == 0).select(_MOVED)
     return (
         pl.concat([without, *of_metrics], how="diagonal")
-        .with_columns(days=pl.lit(days, dtype=pl.UInt16))
         .sort(*_KEY, "metric", "numerator")
+        .with_columns(
+            days=pl.lit(days, dtype=pl.UInt16),
+            position=pl.int_range(pl.len(), dtype=pl.UInt8).over(_KEY),
+        )
         .select(TierChanges.column_names())
     )
 
@@ -248,42 +250,3 @@ def moving_rows(
             part(known_now.join(known_then, on=key, how="anti", nulls_equal=True), "corrected_to"),
         ]
     ).sort(column, "part", maintain_order=True)
-
-
-@dataclass(frozen=True)
-class TierRun:
-    """The unbroken run of a tier that ends at a reference date.
-
-    Attributes:
-        tier_since: Its first reference date.
-        held_days: Days from the first to the last date of it, both included.
-        dates_missing: Of these, those that were not computed for the tutor.
-        previous_tier: The tier before it; None if there is none.
-    """
-
-    tier_since: date
-    held_days: int
-    dates_missing: int
-    previous_tier: str | None
-
-
-def tier_run(tiers: Mapping[date, str], /, *, reference_date: date) -> TierRun | None:
-    """The run of the tier of a reference date; None where the date has none.
-
-    A date that was not computed does not break a run.
-
-    Args:
-        tiers: The tiers of a tutor and window by reference date, in any order.
-        reference_date: The last date of the run; later ones do not count.
-    """
-    tier = tiers.get(reference_date)
-    if tier is None:
-        return None
-    since, computed, previous = reference_date, 0, None
-    for day in sorted((one for one in tiers if one <= reference_date), reverse=True):
-        if tiers[day] != tier:
-            previous = tiers[day]
-            break
-        since, computed = day, computed + 1
-    held_days = (reference_date - since).days + 1
-    return TierRun(since, held_days, held_days - computed, previous)

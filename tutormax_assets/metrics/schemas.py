@@ -437,9 +437,12 @@ class TierChanges(dy.Schema):
     + corrected`` is ``after``.
     """
 
-    tutor_id = dy.String(description="The platform's id of the tutor.")
-    window = dy.String(description="Length of the window, such as 30day.")
-    days = dy.UInt16(description="Days from the earlier reference date: 1 or 7.")
+    tutor_id = dy.String(primary_key=True, description="The platform's id of the tutor.")
+    window = dy.String(primary_key=True, description="Length of the window, such as 30day.")
+    days = dy.UInt16(primary_key=True, description="Days from the earlier reference date: 1 or 7.")
+    position = dy.UInt8(
+        primary_key=True, description="Number of the row among those of tutor, window and days."
+    )
     move = dy.Enum(MOVES, description="up, down, new, gone, or same where only flags changed.")
     tier = dy.Enum(TIERS, nullable=True, description="Tier now; null of a tutor who is gone.")
     tier_before = dy.Enum(TIERS, nullable=True, description="Tier then; null of a new tutor.")

@@ -8,13 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 import sqlalchemy as sa
 from psycopg import sql
 
-from tutormax_assets.database.tables import METRICS_TABLE
+from tutormax_assets.database.tables import (
+    METRICS_TABLE,
+    tutor_tier_changes,
+    tutor_tier_reasons,
+    tutor_tier_since,
+)
 from tutormax_assets.schema.migrations import VERSION_TABLE
 from tutormax_assets.schema.old_rows import SET_ASIDE_TABLE
 from tutormax_assets.source.contract import NEEDED_COLUMNS
 
 WRITER_RIGHTS: Mapping[str, tuple[str, ...]] = {
     METRICS_TABLE: ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    tutor_tier_reasons.name: ("SELECT", "INSERT", "DELETE"),
+    tutor_tier_changes.name: ("SELECT", "INSERT", "DELETE"),
+    tutor_tier_since.name: ("SELECT",),
     SET_ASIDE_TABLE: ("SELECT",),
     VERSION_TABLE: ("SELECT",),
 }
@@ -24,10 +32,11 @@ _NONE: Mapping[str, str] = {}
 
 _HEAD = """\
 -- The rights of tutormax_assets, for two roles that cannot log in: a reader of the columns that a
--- run needs, and a writer of one table. To be run by the owner of the tables, in the platform's
--- database, after `tutormax db upgrade`; it can be run again at any time. Only roles that do not
--- exist yet need CREATEROLE. A warning that no privileges were granted means that the owner of the
--- database or of the schema has to grant them; `tutormax db status` names what is missing."""
+-- run needs, and a writer of this project's tables. To be run by the owner of the tables, in the
+-- platform's database, after `tutormax db upgrade`; it can be run again at any time. Only roles
+-- that do not exist yet need CREATEROLE. A warning that no privileges were granted means that the
+-- owner of the database or of the schema has to grant them; `tutormax db status` names what
+-- is missing."""
 
 # DELETE and the ids ask for a reason.
 _WRITER = """\

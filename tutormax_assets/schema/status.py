@@ -15,12 +15,13 @@ from alembic.script import Script, ScriptDirectory
 
 from tutormax_assets.database.tables import (
     METRICS_TABLE,
+    OWN_TABLES,
     is_a_date,
     source_metadata,
     tutor_performance_metrics,
     tutors,
 )
-from tutormax_assets.schema import adoption, obstacles, old_rows
+from tutormax_assets.schema import adoption, obstacles, old_rows, reasons_and_changes
 from tutormax_assets.schema.adoption import UpgradeReport
 from tutormax_assets.schema.changes import SchemaError
 from tutormax_assets.schema.migrations import VERSION_TABLE
@@ -112,7 +113,7 @@ def initialize(engine: sa.Engine, *, timezone: str) -> None:
     with engine.begin() as connection, _refusals():
         inspector = sa.inspect(connection)
         found = [
-            name for name in (*source_metadata.tables, METRICS_TABLE) if inspector.has_table(name)
+            name for name in (*source_metadata.tables, *OWN_TABLES) if inspector.has_table(name)
         ]
         if found:
             raise SchemaError(
@@ -249,6 +250,8 @@ def _deviations(connection: sa.Connection, found: old_rows.RowsFound) -> Iterato
             f"table {METRICS_TABLE}: found {', '.join(found.deviations)}, expected none: stop what"
             " writes them, such as the replaced service, then run `tutormax db upgrade`"
         )
+    if names := reasons_and_changes.missing(connection):
+        yield (f"{', '.join(names)}: found none, expected what `tutormax db upgrade` creates")
     changes = adoption.missing_changes(connection)
     if changes:
         yield (
@@ -271,6 +274,8 @@ def _apply(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
     report = config.attributes["report"] or _adopt_again(
         connection, adoption.adopt, timezone=timezone
     )
+    report = _with_created(connection, report, pending)
+    reasons_and_changes.create(connection)
     return _with_later(report, pending)
 
 
@@ -282,7 +287,15 @@ def _preview(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
         if adopts
         else _adopt_again(connection, adoption.examine, timezone=timezone)
     )
-    return _with_later(report, pending)
+    return _with_later(_with_created(connection, report, pending), pending)
+
+
+def _with_created(
+    connection: sa.Connection, report: UpgradeReport, pending: list[Script]
+) -> UpgradeReport:
+    """The report with what was dropped since its migration and is created again."""
+    names = [] if pending else reasons_and_changes.missing(connection)
+    return replace(report, changes=(*report.changes, *(f"{name} is created" for name in names)))
 
 
 def _adopt_again(

@@ -76,8 +76,8 @@ class PartitionStore:
         """A partition of an asset, as ``partitions`` opens it."""
         return self.partitions(asset, [partition_key])[partition_key]
 
-    def earlier_partition(self, asset: str, partition_key: str) -> Partition:
-        """A partition of a date that the run does not compute, restricted to the run's tutors.
+    def stored_partition(self, asset: str, partition_key: str) -> Partition:
+        """A partition of any date, restricted to the run's tutors.
 
         Another run may be computing it. Shards that failed are named whichever the tutors.
 
@@ -95,6 +95,14 @@ class PartitionStore:
             FileNotFoundError: The partition has not been materialized.
         """
         return open_partition(self.path(asset, partition_key))
+
+    def is_stored(self, asset: str, partition_key: str) -> bool:
+        """Whether a partition of an asset has been materialized."""
+        try:
+            self.whole_partition(asset, partition_key)
+        except FileNotFoundError:
+            return False
+        return True
 
     def rows_of_others(self, asset: str, partition_key: str) -> pl.LazyFrame | None:
         """The stored rows of tutors that a filtered run leaves as they are, if there are any."""

@@ -242,7 +242,7 @@ def test_tutors_who_cannot_be_written_are_in_errors_and_results(small_platform: 
     ("statement", "expected"),
     [
         (
-            "DROP TABLE tutor_performance_metrics",
+            "DROP TABLE tutor_performance_metrics CASCADE",
             'cannot be written: relation "tutor_performance_metrics" does not exist.* Run'
             " `tutormax db upgrade` to bring the table to the expected form",
         ),

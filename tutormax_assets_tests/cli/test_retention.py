@@ -244,7 +244,7 @@ def test_an_archive_out_of_reach_is_an_error(
 
 
 def test_a_table_that_was_not_upgraded_is_an_error(platform: Platform, invoke: Invoke) -> None:
-    platform.execute("DROP TABLE tutor_performance_metrics")
+    platform.execute("DROP TABLE tutor_performance_metrics CASCADE")
 
     result = invoke("cleanup", "--dry-run")
 

@@ -179,7 +179,7 @@ def test_the_owner_of_the_tables_runs_the_script_for_roles_that_exist(
                         f"ALTER TABLE app.{name} OWNER TO {owner}"
                         for name in source_metadata.tables
                     ),
-                    "DROP TABLE tutor_performance_metrics",
+                    "DROP TABLE tutor_performance_metrics CASCADE",
                     f"ALTER DATABASE {url.database} SET search_path = own, app",
                 ):
                     connection.execute(sa.text(statement))

@@ -369,7 +369,7 @@ def test_an_archive_out_of_reach_is_an_error_in_a_sentence(
 @pytest.mark.parametrize(
     ("statement", "expected"),
     [
-        ("DROP TABLE tutor_performance_metrics", "does not exist"),
+        ("DROP TABLE tutor_performance_metrics CASCADE", "does not exist"),
         ("ALTER TABLE tutor_performance_metrics DROP avg_rating", "lacks avg_rating"),
         (
             "ALTER TABLE tutor_performance_metrics"

@@ -176,10 +176,10 @@ def test_no_tutors_are_no_batches(engine: sa.Engine) -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "DROP TABLE tutor_performance_metrics",
+        "DROP TABLE tutor_performance_metrics CASCADE",
         "ALTER TABLE tutor_performance_metrics"
         " DROP CONSTRAINT uq_tutor_performance_metrics_tutor_date_window",
-        "ALTER TABLE tutor_performance_metrics"
+        "DROP VIEW tutor_tier_since; ALTER TABLE tutor_performance_metrics"
         " ALTER performance_tier TYPE int USING sessions_completed",
         "ALTER TABLE tutor_performance_metrics DROP COLUMN avg_rating",
     ],

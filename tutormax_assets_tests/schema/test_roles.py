@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import psycopg
 import pytest
@@ -16,7 +17,7 @@ from tutormax_assets.database.faults import may_pass, retrying
 from tutormax_assets.database.metrics_reading import MetricsTableError
 from tutormax_assets.database.metrics_writing import write_metrics
 from tutormax_assets.metrics.schemas import TutorTiers
-from tutormax_assets.schema.roles import grants
+from tutormax_assets.schema.roles import WRITER_RIGHTS, grants
 from tutormax_assets.schema.status import status
 from tutormax_assets.source.contract import NEEDED_COLUMNS
 from tutormax_assets.source.postgres import Source
@@ -27,7 +28,8 @@ from tutormax_assets_tests.users import Users, open_users
 START = datetime(2025, 11, 1, tzinfo=UTC)
 END = datetime(2025, 11, 7, tzinfo=UTC)
 ALL_TABLES = {**tables.source_metadata.tables, **tables.metrics_metadata.tables}
-EVERY_COLUMN = [(table.name, column.name) for table in ALL_TABLES.values() for column in table.c]
+RELATIONS: list[Any] = [*ALL_TABLES.values(), tables.tutor_tier_since]
+EVERY_COLUMN = [(table.name, column.name) for table in RELATIONS for column in table.c]
 WRITES = {
     "INSERT INTO {} DEFAULT VALUES",
     "UPDATE {} SET tutor_id = tutor_id",
@@ -88,11 +90,15 @@ def test_the_writer_reads_its_own_table_and_the_ids_of_tutors(users: Users) -> N
         if not refused(users.writer, "SELECT {1} FROM {0} LIMIT 1", table, column)
     }
 
-    own = {(tables.METRICS_TABLE, column.name) for column in tables.tutor_performance_metrics.c}
+    own = {
+        (table.name, column.name)
+        for table in RELATIONS[-1 - len(tables.OWN_TABLES) :]
+        for column in table.c
+    }
     assert read == {("tutors", "tutor_id"), *own}
 
 
-def test_only_the_writer_writes_and_only_the_rows_of_one_table(users: Users) -> None:
+def test_only_the_writer_writes_and_only_rows_of_its_own_tables(users: Users) -> None:
     def written(url: sa.URL) -> set[tuple[str, str]]:
         return {
             (statement.split()[0], table)
@@ -104,8 +110,11 @@ def test_only_the_writer_writes_and_only_the_rows_of_one_table(users: Users) -> 
 
     assert written(users.reader) == set()
     # PostgreSQL lets those who may write lock the table; a run never does.
-    allowed = {"INSERT", "UPDATE", "DELETE", "LOCK"}
-    assert written(users.writer) == {(word, tables.METRICS_TABLE) for word in allowed}
+    allowed = {"INSERT", "DELETE", "LOCK"}
+    assert written(users.writer) == {
+        ("UPDATE", tables.METRICS_TABLE),
+        *((word, table) for word in allowed for table in tables.OWN_TABLES),
+    }
 
 
 @pytest.mark.parametrize("role", ["reader", "writer", "both"])
@@ -266,7 +275,7 @@ def test_names_of_any_characters_stay_names() -> None:
     script = grants(reader="r\"'$$ {x}", writer="w; DROP ROLE r", schema="s.t")
 
     assert 'GRANT USAGE ON SCHEMA "s.t" TO "r""\'$$ {x}", "w; DROP ROLE r";' in script
-    assert script.count('ON "s.t".') == 2 * len(NEEDED_COLUMNS) + 2 * 4
+    assert script.count('ON "s.t".') == 2 * len(NEEDED_COLUMNS) + 2 * (1 + len(WRITER_RIGHTS))
     assert 'SET search_path = "s.t";' in script.splitlines()[-1]
     outside = [line for line in script.splitlines() if not line.startswith("--")]
     assert (outside[0], outside[-1]) == ("BEGIN;", "COMMIT;")

@@ -37,10 +37,10 @@ def test_an_empty_database_is_initialised_and_ready(empty: sa.Engine) -> None:
     found = status(empty, timezone="UTC")
     assert found.ready
     assert found.metrics == "current"
-    assert found.revision == found.newest_revision == "0001"
+    assert found.revision == found.newest_revision == "0002"
     assert set(sa.inspect(empty).get_table_names()) == {
         *tables.source_metadata.tables,
-        tables.METRICS_TABLE,
+        *tables.OWN_TABLES,
         old_rows.SET_ASIDE_TABLE,
         "tutormax_assets_alembic_version",
     }
@@ -60,7 +60,7 @@ def test_tables_can_be_created_again_elsewhere_with_all_their_constraints(
     empty: sa.Engine,
 ) -> None:
     initialize(empty, timezone="UTC")
-    _execute(empty, "DROP TABLE tutor_performance_metrics")
+    _execute(empty, "DROP TABLE tutor_performance_metrics CASCADE")
     tables.metrics_metadata.create_all(empty)
 
     inspector = sa.inspect(empty)
@@ -90,7 +90,7 @@ def test_the_platforms_own_alembic_is_left_alone(empty: sa.Engine) -> None:
 
     with empty.connect() as connection:
         assert connection.scalar(sa.text("SELECT version_num FROM alembic_version")) == "f00"
-    assert status(empty, timezone="UTC").revision == "0001"
+    assert status(empty, timezone="UTC").revision == "0002"
 
 
 def test_a_dry_run_waits_for_no_writer(empty: sa.Engine) -> None:
@@ -207,10 +207,10 @@ def test_rights_that_an_upgrade_lacks_are_named_by_the_dry_run(empty: sa.Engine)
 
 def test_a_table_that_vanished_after_its_migration_is_not_passed_over(empty: sa.Engine) -> None:
     initialize(empty, timezone="UTC")
-    _execute(empty, "DROP TABLE tutor_performance_metrics")
+    _execute(empty, "DROP TABLE tutor_performance_metrics CASCADE")
 
     assert status(empty, timezone="UTC").metrics == "missing"
-    with pytest.raises(SchemaError, match="at revision 0001 but tutor_performance_metrics is not"):
+    with pytest.raises(SchemaError, match="at revision 0002 but tutor_performance_metrics is not"):
         upgrade(empty, timezone="UTC")
 
 
@@ -246,7 +246,7 @@ def test_status_names_what_is_missing(empty: sa.Engine) -> None:
     ):
         assert line.startswith(f"table {table}: found no such table, or no right to look into its")
     assert lines[4:] == [
-        "tutor_performance_metrics: missing (revision none, newest 0001)",
+        "tutor_performance_metrics: missing (revision none, newest 0002)",
         "  0 rows, newest calculation date -",
         "tutor_performance_metrics_set_aside: 0 rows",
     ]

@@ -307,7 +307,7 @@ def test_an_earlier_date_names_its_failed_shards_whichever_the_tutors(base_path:
     day, failed = "2025-11-07", {1: "no memory"}
     compute(base_path, {day: {"a": 1, "c": 3}}, shards=Shards(("b", "c")), failed=failed)
 
-    earlier = PartitionStore(base_path, tutor_ids=["c"]).earlier_partition(KEY, day)
+    earlier = PartitionStore(base_path, tutor_ids=["c"]).stored_partition(KEY, day)
 
     assert earlier.failed == failed
     assert earlier.rows().scan().collect().to_dicts() == frame({"c": 3}).to_dicts()

@@ -15,7 +15,10 @@ from tutormax_assets.database.date_locks import is_held
 from tutormax_assets.database.faults import retrying
 from tutormax_assets.database.metrics_reading import MetricsTableError
 from tutormax_assets.database.metrics_writing import Batch, write_metrics
+from tutormax_assets.database.rows_of_date import RowsOfDate
+from tutormax_assets.database.tables import tutor_tier_reasons
 from tutormax_assets.dates import midnight
+from tutormax_assets.metrics.schemas import TierReasons
 from tutormax_assets.storage.partition import Division, Partition, Rows, division
 from tutormax_assets.storage.shards import shard_name
 
@@ -36,6 +39,7 @@ class WritingTask:
         retry_delay_seconds: Seconds before the first retry.
         holder: Who has the date for the run, as ``DateLocks.holder`` says. A worker may outlive
             the run, and another one have written newer rows.
+        reasons: ``TierReasons``; None if they are not stored.
     """
 
     tiers: Rows
@@ -45,6 +49,7 @@ class WritingTask:
     max_retries: int
     retry_delay_seconds: float
     holder: int | None = None
+    reasons: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class WritingReport:
 def plan_writing(
     partition_key: str,
     tiers: Partition,
+    reasons: Partition | None = None,
     *,
     timezone: str,
     batch_size: int,
@@ -137,6 +143,7 @@ def plan_writing(
     Args:
         partition_key: The reference date in ISO form.
         tiers: ``TutorTiers``.
+        reasons: ``TierReasons``; None if they are not stored.
         timezone: In which the date begins.
         batch_size: Tutors per transaction at most.
         max_retries: How often a batch is tried again.
@@ -154,38 +161,69 @@ def plan_writing(
             max_retries,
             retry_delay_seconds,
             holder,
+            _rows_of_shard(reasons, divided, number),
         )
         for number in divided.numbers
     }
     return WritingPlan(divided, tasks)
 
 
+def _rows_of_shard(reasons: Partition | None, divided: Division, number: int | None) -> Rows | None:
+    if reasons is None or reasons.shards != divided.shards:
+        return None
+    return reasons.rows(number)
+
+
 def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
-    """Bring the table's rows of a shard to those of its tiers."""
+    """Bring the table's rows of a shard to those of its tiers, and the reasons to theirs."""
     started = perf_counter()
     tiers = task.tiers.scan().collect()
     batches: list[Batch] = []
     failure = None
+    attempts = retrying(
+        max_retries=task.max_retries,
+        retry_delay_seconds=task.retry_delay_seconds,
+        log=context.log,
+    )
+    is_wanted = None if task.holder is None else is_held(task.holder)
     try:
         for batch in write_metrics(
             context.database.engine,
             tiers,
             calculation_date=task.calculation_date,
             batch_size=task.batch_size,
-            retrying=retrying(
-                max_retries=task.max_retries,
-                retry_delay_seconds=task.retry_delay_seconds,
-                log=context.log,
-            ),
+            retrying=attempts,
             timeouts=context.database.timeouts,
-            is_wanted=None if task.holder is None else is_held(task.holder),
+            is_wanted=is_wanted,
         ):
             _log_batch(context.log, task.reference_date, batch)
             batches.append(batch)
+        saved = tiers.filter(
+            ~pl.col("tutor_id").is_in([one for batch in batches for one in batch.errors])
+        )
+        RowsOfDate(
+            context.database.engine,
+            task.calculation_date,
+            context.database.timeouts,
+            attempts,
+            is_wanted,
+        ).write(
+            tutor_tier_reasons,
+            _reasons_of(saved, task.reasons),
+            tutor_ids=tiers["tutor_id"].unique().to_list(),
+        )
     except MetricsTableError as error:
         failure = error
     summary = _summary(tiers, batches, reason=str(failure or ""))
     return WritingReport(summary, perf_counter() - started, failure)
+
+
+def _reasons_of(tiers: pl.DataFrame, reasons: Rows | None) -> pl.DataFrame:
+    """The reasons for these tiers; those for other tiers are of another run and left out."""
+    if reasons is None:
+        return TierReasons.create_empty()
+    key = ["tutor_id", "window", "performance_tier"]
+    return reasons.scan().join(tiers.lazy(), on=key, how="semi").collect()
 
 
 def summary_of_skipped(tutors: pl.LazyFrame, reason: str) -> WritingSummary:

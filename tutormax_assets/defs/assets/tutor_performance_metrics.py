@@ -9,6 +9,7 @@ import dagster as dg
 
 from tutormax_assets.compute import DaskError, EarlierStepError, KilledShardError, ShardsError
 from tutormax_assets.compute.shard_map import Compute
+from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS, TUTOR_TIERS
 from tutormax_assets.compute.tasks.writing import (
     WritingPlan,
     WritingReport,
@@ -31,8 +32,6 @@ from tutormax_assets.storage.partition import Division, Partition
 from tutormax_assets.storage.shards import shard_name
 from tutormax_assets.storage.store import PartitionStore
 
-_TIERS = "tutor_tiers"
-
 SUMMARY_METADATA = "summary"
 """Metadata key under which a materialization says what was saved and what was not."""
 
@@ -46,7 +45,7 @@ def tutor_performance_metrics_asset(
     """Build the asset ``tutor_performance_metrics``."""
 
     @dg.asset(
-        deps=[_TIERS],
+        deps=[TUTOR_TIERS, TUTOR_TIER_REASONS],
         partitions_def=daily,
         backfill_policy=backfill_policy,
         freshness_policy=freshness_policy,
@@ -70,13 +69,15 @@ def tutor_performance_metrics_asset(
 
         A row whose values did not move is not touched; rows of tutors that the run is not about
         stay as they are. A run of some tutors does not materialize a date that no run of all
-        tutors has: it counts as missing until one does.
+        tutors has: it counts as missing until one does. The table ``tutor_tier_reasons`` holds the
+        reasons for the tiers.
         """
         saved = _Saved(context.asset_key)
-        partitions = partition_store.partitions(_TIERS, context.partition_keys)
+        partitions = partition_store.partitions(TUTOR_TIERS, context.partition_keys)
         for key, reference_date in reference_dates(context).items():
             holder = date_locks.holder if compute.is_elsewhere else None
-            plan = _plan(key, partitions[key], daily, run_options, holder)
+            reasons = _reasons(partition_store, key)
+            plan = _plan(key, partitions[key], reasons, daily, run_options, holder)
             reports, error = _write(compute, plan, log=context.log)
             not_written = _summaries_of_failed(partition_store, key, plan.division)
             not_written += skip_unwritten(plan, reports, str(error))
@@ -110,7 +111,9 @@ def _column_metadata() -> Mapping[str, Any]:
         )
         for column in tutor_performance_metrics.columns
     ]
-    lineage = {name: [(_TIERS, name)] for name in described if name in tutor_performance_metrics.c}
+    lineage = {
+        name: [(TUTOR_TIERS, name)] for name in described if name in tutor_performance_metrics.c
+    }
     return {"dagster/column_schema": dg.TableSchema(columns), **lineage_metadata(lineage)}
 
 
@@ -187,9 +190,18 @@ class _Saved:
             yield dg.AssetObservation(self.asset_key, partition=key, metadata=metadata)
 
 
+def _reasons(store: PartitionStore, key: str) -> Partition | None:
+    try:
+        return store.partition(TUTOR_TIER_REASONS, key)
+    except FileNotFoundError:
+        # The tiers were computed without their reasons.
+        return None
+
+
 def _plan(
     key: str,
     tiers: Partition,
+    reasons: Partition | None,
     daily: dg.DailyPartitionsDefinition,
     run_options: RunOptions,
     holder: int | None,
@@ -197,6 +209,7 @@ def _plan(
     return plan_writing(
         key,
         tiers,
+        reasons,
         timezone=daily.timezone,
         batch_size=run_options.batch_size,
         max_retries=run_options.max_retries,

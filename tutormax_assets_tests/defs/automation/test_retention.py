@@ -567,7 +567,7 @@ def test_the_sensor_sees_old_parquet_alone(platform: Platform) -> None:
 
 
 def test_the_sensor_waits_for_the_table(platform: Platform) -> None:
-    platform.execute("DROP TABLE tutor_performance_metrics")
+    platform.execute("DROP TABLE tutor_performance_metrics CASCADE")
 
     answer, cursor = evaluate(platform)
 

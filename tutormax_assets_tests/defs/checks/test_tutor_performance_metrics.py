@@ -157,7 +157,7 @@ def test_what_was_written_is_read_back(engine: sa.Engine) -> None:
 
 def test_a_table_that_is_not_there_ends_in_a_sentence(engine: sa.Engine) -> None:
     with engine.begin() as connection:
-        connection.execute(sa.text("DROP TABLE tutor_performance_metrics"))
+        connection.execute(sa.text("DROP TABLE tutor_performance_metrics CASCADE"))
 
     with pytest.raises(
         MetricsTableError, match=r"cannot be read: relation .* `tutormax db status`"

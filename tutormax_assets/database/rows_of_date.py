@@ -1,0 +1,206 @@
+"""Writing the rows of a reference date into a table that mirrors an asset.
+
+The rows that the table holds of a date become those that are given: others are deleted, missing
+ones are added, and those that are the same stay untouched. New rows are copied straight into the
+table.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import polars as pl
+import psycopg
+import sqlalchemy as sa
+import tenacity
+from psycopg import sql
+
+from tutormax_assets.database.connection import (
+    Timeouts,
+    limit_transaction,
+    lock_for_transaction,
+)
+from tutormax_assets.database.faults import is_of_rows, is_timeout, reason
+from tutormax_assets.database.metrics_reading import MetricsTableError, MetricsTableTimeoutError
+from tutormax_assets.database.tables import tutors
+
+# One connection keeps one core of the server busy, and it takes many rows to be worth another one.
+_WRITERS = 2
+_ROWS_FOR_WRITERS = 20_000
+
+_DATE = "calculation_date"
+
+
+@dataclass(frozen=True)
+class RowsOfDate:
+    """Writes rows of one reference date.
+
+    Attributes:
+        engine: The database that holds the table.
+        calculation_date: The instant that the reference date stands for.
+        timeouts: How long a statement may take, and wait for another session's lock.
+        retrying: Calls the writing again when its failure may pass.
+        is_wanted: Asked in each transaction whether the run that wants the rows goes on.
+    """
+
+    engine: sa.Engine
+    calculation_date: datetime
+    timeouts: Timeouts
+    retrying: tenacity.Retrying
+    is_wanted: sa.Select[bool] | None = None
+
+    def write(
+        self, table: sa.Table, rows: pl.DataFrame, *, tutor_ids: Sequence[str] | None = None
+    ) -> None:
+        """Bring the table's rows of the date to the given ones.
+
+        Rows of tutors who are not in the database's ``tutors`` are left out.
+
+        Args:
+            table: The table.
+            rows: Its columns but for ``calculation_date``.
+            tutor_ids: The tutors whose rows are replaced; everybody's when None.
+
+        Raises:
+            MetricsTableError: The table cannot be written. Some rows may have been.
+        """
+        rows = rows.select(
+            pl.lit(self.calculation_date.astimezone(UTC).isoformat()).alias(_DATE)
+            if column.name == _DATE
+            else column.name
+            for column in table.c
+        )
+        try:
+            is_new = self.retrying.copy()(self._is_new, table, tutor_ids)
+            parts = self._parts(rows, tutor_ids)
+            with ThreadPoolExecutor(len(parts), thread_name_prefix=table.name) as pool:
+                list(pool.map(lambda part: self._write(table, *part, is_new=is_new), parts))
+        except (sa.exc.DBAPIError, psycopg.Error) as error:
+            kind = MetricsTableTimeoutError if is_timeout(error) else MetricsTableError
+            raise kind(
+                f"{table.name} cannot be written: {reason(error).rstrip('.')}. `tutormax db status`"
+                " shows what is missing, and `tutormax db upgrade` brings the tables up to date."
+            ) from error
+
+    def _is_new(self, table: sa.Table, tutor_ids: Sequence[str] | None) -> bool:
+        """Whether the table holds no row of the date and these tutors."""
+        is_of_date = table.c[_DATE] == self.calculation_date
+        with self.engine.begin() as connection:
+            limit_transaction(connection, replace(self.timeouts, lock_seconds=0))
+            # What a run that has ended still writes on another machine has to be seen here.
+            lock_for_transaction(connection, self._lock_name(table))
+            limit_transaction(connection, self.timeouts)
+            if not connection.scalar(sa.select(sa.exists().where(is_of_date))):
+                return True
+            if tutor_ids is None:
+                return False
+            is_asked = table.c.tutor_id == sa.any_(_array(tutor_ids))
+            return not connection.scalar(sa.select(sa.exists().where(is_of_date, is_asked)))
+
+    def _parts(
+        self, rows: pl.DataFrame, tutor_ids: Sequence[str] | None
+    ) -> list[tuple[pl.DataFrame, Sequence[str] | None]]:
+        """The rows by writer, cut between tutors."""
+        if tutor_ids is None or len(rows) < _ROWS_FOR_WRITERS:
+            return [(rows, tutor_ids)]
+        in_order = pl.Series("tutor_id", tutor_ids).unique().sort()
+        size = -(-len(in_order) // _WRITERS)
+        slices = [in_order.slice(start, size) for start in range(0, len(in_order), size)]
+        return [
+            (rows.filter(pl.col("tutor_id").is_in(ids.implode())), ids.to_list()) for ids in slices
+        ]
+
+    def _write(
+        self,
+        table: sa.Table,
+        rows: pl.DataFrame,
+        tutor_ids: Sequence[str] | None,
+        *,
+        is_new: bool,
+    ) -> None:
+        csv = rows.write_csv(include_header=False)
+        self.retrying.copy()(self._write_once, table, csv, tutor_ids, is_new=is_new)
+
+    def _write_once(
+        self, table: sa.Table, csv: str, tutor_ids: Sequence[str] | None, *, is_new: bool
+    ) -> None:
+        with self.engine.begin() as connection:
+            limit_transaction(connection, replace(self.timeouts, lock_seconds=0))
+            lock_for_transaction(connection, self._lock_name(table), shared=True)
+            limit_transaction(connection, self.timeouts)
+            if self.is_wanted is not None and not connection.scalar(self.is_wanted):
+                raise MetricsTableError(
+                    f"The run that rows of {table.name} are of has ended, or lost its right to the"
+                    " date: they are not written. Run the date again if need be."
+                )
+            if not (is_new and _copy_new(connection, table, csv)):
+                self._replace(connection, table, csv, tutor_ids)
+
+    def _lock_name(self, table: sa.Table) -> str:
+        return f"{table.name}:{self.calculation_date.timestamp():.0f}"
+
+    def _replace(
+        self, connection: sa.Connection, table: sa.Table, csv: str, tutor_ids: Sequence[str] | None
+    ) -> None:
+        """Delete what is not among the rows, and add what the table lacks."""
+        staged = sa.Table(
+            f"staged_{table.name}",
+            sa.MetaData(),
+            *(sa.Column(column.name, column.type) for column in table.c),
+            prefixes=["TEMPORARY"],
+            postgresql_on_commit="DROP",
+        )
+        staged.create(connection, checkfirst=False)
+        _copy(connection, staged, csv)
+        # Without statistics PostgreSQL takes the staged rows for a handful.
+        _cursor(connection).execute(sql.SQL("ANALYZE {}").format(sql.Identifier(staged.name)))
+        of_date = table.c[_DATE] == self.calculation_date
+        if tutor_ids is not None:
+            of_date &= table.c.tutor_id == sa.any_(_array(tutor_ids))
+        key = [column.name for column in table.primary_key]
+        is_key = sa.and_(*(table.c[name] == staged.c[name] for name in key))
+        is_same = is_key & sa.tuple_(*table.c).is_not_distinct_from(sa.tuple_(*staged.c))
+        connection.execute(
+            sa.delete(table).where(of_date, ~sa.select(staged).where(is_same).exists())
+        )
+        connection.execute(
+            sa.insert(table).from_select(
+                table.c.keys(),
+                sa.select(staged).where(
+                    sa.exists().where(tutors.c.tutor_id == staged.c.tutor_id),
+                    ~sa.select(table).where(is_key).exists(),
+                ),
+            )
+        )
+
+
+def _copy_new(connection: sa.Connection, table: sa.Table, csv: str) -> bool:
+    """Copy rows straight into the table; says whether it took them, which it does all or none."""
+    try:
+        with connection.begin_nested():
+            _copy(connection, table, csv)
+    except psycopg.Error as error:
+        # A tutor was deleted, or another writer was ahead.
+        if not is_of_rows(error):
+            raise
+        return False
+    return True
+
+
+def _copy(connection: sa.Connection, table: sa.Table, csv: str) -> None:
+    query = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(
+        sql.Identifier(table.name), sql.SQL(", ").join(map(sql.Identifier, table.c.keys()))
+    )
+    with _cursor(connection).copy(query) as copy:
+        copy.write(csv)
+
+
+def _cursor(connection: sa.Connection) -> psycopg.Cursor[Any]:
+    driver: psycopg.Connection[Any] = cast("Any", connection.connection.driver_connection)
+    return driver.cursor()
+
+
+def _array(tutor_ids: Sequence[str]) -> sa.ColumnElement[Any]:
+    return sa.literal(list(tutor_ids), sa.ARRAY(sa.String))

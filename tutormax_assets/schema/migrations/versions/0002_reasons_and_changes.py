@@ -1,0 +1,15 @@
+"""Tables of the reasons for tiers and of what moved, and a view of since when a tier is held."""
+
+from alembic import op
+
+from tutormax_assets.schema import reasons_and_changes
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Create the tables and the view; they are filled as dates are computed."""
+    reasons_and_changes.create(op.get_bind())

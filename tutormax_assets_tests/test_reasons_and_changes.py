@@ -1,0 +1,189 @@
+"""The tables of reasons and changes follow their assets, in whatever order dates are computed."""
+
+from collections.abc import Iterable
+from datetime import UTC, date, datetime
+
+import polars as pl
+import pytest
+import sqlalchemy as sa
+from polars.testing import assert_frame_equal
+
+from tutormax_assets.database import tables
+from tutormax_assets.database.connection import Timeouts
+from tutormax_assets.database.metrics_reading import TierSince, read_tiers_since
+from tutormax_assets_tests.conftest import Platform, add
+
+DAY_BEFORE, DAY = "2025-11-06", "2025-11-07"
+WEEK_BEFORE = "2025-10-31"
+
+
+def rows_of(platform: Platform, table: sa.Table, day: str) -> pl.DataFrame:
+    """The rows that the table holds of a date, but for the date."""
+    instant = datetime.fromisoformat(day).replace(tzinfo=UTC)
+    key = [column for column in table.primary_key if column.name != "calculation_date"]
+    columns = [column for column in table.c if column.name != "calculation_date"]
+    query = sa.select(*columns).where(table.c.calculation_date == instant).order_by(*key)
+    with platform.engine.connect() as connection:
+        rows = connection.execute(query).all()
+    names = [column.name for column in columns]
+    return pl.DataFrame(rows, schema=names, orient="row", infer_schema_length=None)
+
+
+def stored_rows(platform: Platform, table: sa.Table, day: str) -> pl.DataFrame:
+    """The rows of the asset of the same name."""
+    key = [name for name in (column.name for column in table.primary_key)]
+    key.remove("calculation_date")
+    rows = platform.partition(table.name, day).with_columns(pl.col(pl.Enum).cast(pl.String))
+    return rows.sort(key)
+
+
+def assert_tables_follow_assets(platform: Platform, days: Iterable[str]) -> None:
+    for table in (tables.tutor_tier_reasons, tables.tutor_tier_changes):
+        for day in days:
+            stored = stored_rows(platform, table, day)
+            found = rows_of(platform, table, day).select(stored.columns)
+            assert_frame_equal(found, stored, check_dtypes=False)
+
+
+def test_tables_follow_assets_in_whole_filtered_and_repeated_runs(
+    small_platform: Platform,
+) -> None:
+    def written() -> list[object]:
+        with small_platform.engine.connect() as connection:
+            return [
+                connection.execute(sa.text(f'SELECT xmin, ctid FROM "{table}"')).all()
+                for table in ("tutor_tier_reasons", "tutor_tier_changes")
+            ]
+
+    small_platform.run(DAY_BEFORE, DAY)
+    assert_tables_follow_assets(small_platform, [DAY_BEFORE, DAY])
+    assert rows_of(small_platform, tables.tutor_tier_changes, DAY).height > 0
+    before = written()
+
+    small_platform.run(DAY)
+    assert written() == before
+
+    small_platform.execute(
+        "UPDATE sessions SET no_show = true WHERE scheduled_start >= '2025-11-01'"
+    )
+    # A correction of an earlier date reaches what a later one is compared with.
+    small_platform.run(DAY_BEFORE)
+    assert_tables_follow_assets(small_platform, [DAY_BEFORE, DAY])
+    changes = rows_of(small_platform, tables.tutor_tier_changes, DAY)
+    assert (changes.filter(metric="no_show_count")["numerator_corrected"] < 0).any()
+
+    two = small_platform.metrics()["tutor_id"].unique().sort()[:2].to_list()
+    small_platform.run(DAY, tutor_ids=two)
+    assert_tables_follow_assets(small_platform, [DAY_BEFORE, DAY])
+    assert written() != before
+
+    small_platform.execute(f"DELETE FROM tutors WHERE tutor_id = '{two[0]}'")
+    for table in (tables.tutor_tier_reasons, tables.tutor_tier_changes):
+        assert two[0] not in rows_of(small_platform, table, DAY)["tutor_id"]
+
+
+def test_the_order_in_which_dates_are_computed_does_not_matter(small_platform: Platform) -> None:
+    days = [WEEK_BEFORE, DAY_BEFORE, DAY]
+    for day in days:
+        small_platform.run(day)
+    expected = {day: rows_of(small_platform, tables.tutor_tier_changes, day) for day in days}
+    assert set(expected[DAY]["days"]) == {1, 7}
+    small_platform.execute("DELETE FROM tutor_tier_changes")
+    for asset in small_platform.storage.iterdir():
+        for listing in asset.glob("*.json"):
+            listing.unlink()
+
+    for day in (DAY, WEEK_BEFORE, DAY_BEFORE):
+        small_platform.run(day)
+
+    for day in days:
+        assert_frame_equal(rows_of(small_platform, tables.tutor_tier_changes, day), expected[day])
+    assert_tables_follow_assets(small_platform, days)
+
+
+def test_a_database_of_an_earlier_version_is_told_what_to_do(small_platform: Platform) -> None:
+    small_platform.execute("DROP TABLE tutor_tier_reasons")
+
+    [summary] = small_platform.run(DAY)
+
+    assert not summary.all_saved
+    [error] = summary.errors[:1]
+    assert "tutor_tier_reasons" in error["error"]
+    assert "`tutormax db upgrade`" in error["error"]
+
+
+A, B = "Strong", "At Risk"
+
+
+@pytest.mark.parametrize(
+    ("tiers", "expected"),
+    [
+        ({5: A, 6: A, 7: A}, (5, 3, 0, None)),
+        ({4: B, 5: A, 6: A, 7: A}, (5, 3, 0, B)),
+        # A gap does not break the run.
+        ({3: A, 7: A}, (3, 5, 3, None)),
+        ({3: A, 5: B, 7: A}, (7, 1, 0, B)),
+        ({3: A, 4: B, 6: A, 7: A, 8: B}, (6, 2, 0, B)),
+        ({7: A}, (7, 1, 0, None)),
+    ],
+)
+def test_since_when_a_tier_is_held(
+    engine: sa.Engine, tiers: dict[int, str], expected: tuple[int, int, int, str | None]
+) -> None:
+    add(engine, tables.tutors, {"tutor_id": "t"}, {"tutor_id": "other"})
+    # The order in which rows come does not matter.
+    for number, (day, tier) in enumerate(sorted(tiers.items(), key=lambda one: -one[0] % 5)):
+        for tutor, window, of_row in (("t", "7day", tier), ("t", "30day", B), ("other", "7day", B)):
+            add(
+                engine,
+                tables.tutor_performance_metrics,
+                {
+                    "metric_id": f"{number}{tutor}{window}",
+                    "tutor_id": tutor,
+                    "window": window,
+                    "calculation_date": datetime(2025, 11, day, tzinfo=UTC),
+                    "performance_tier": of_row,
+                    "sessions_completed": 0,
+                    "no_show_count": 0,
+                },
+            )
+
+    found = read_tiers_since(
+        engine,
+        ["t"],
+        calculation_date=datetime(2025, 11, 7, tzinfo=UTC),
+        timeouts=Timeouts(),
+    )
+
+    day, held, missing, previous = expected
+    since = datetime(2025, 11, day, tzinfo=UTC)
+    assert found["t", "7day"] == TierSince(A, since, held, missing, previous)
+    assert set(found) == {("t", "7day"), ("t", "30day")}
+
+
+def test_a_day_that_is_an_hour_longer_is_one_day(engine: sa.Engine) -> None:
+    add(engine, tables.tutors, {"tutor_id": "t"})
+    # Midnights in Berlin, where the clocks change on the 26th.
+    for hour, day in ((22, date(2025, 10, 24)), (22, date(2025, 10, 25)), (23, date(2025, 10, 26))):
+        add(
+            engine,
+            tables.tutor_performance_metrics,
+            {
+                "metric_id": str(day),
+                "tutor_id": "t",
+                "window": "7day",
+                "calculation_date": datetime(day.year, day.month, day.day, hour, tzinfo=UTC),
+                "performance_tier": A,
+                "sessions_completed": 0,
+                "no_show_count": 0,
+            },
+        )
+
+    found = read_tiers_since(
+        engine,
+        ["t"],
+        calculation_date=datetime(2025, 10, 26, 23, tzinfo=UTC),
+        timeouts=Timeouts(),
+    )
+
+    assert (found["t", "7day"].held_days, found["t", "7day"].dates_missing) == (3, 0)
