@@ -68,7 +68,11 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         tutor_tiers_assets(daily, backfills, windows=policy.windows),
         tutor_tier_changes_asset(daily, backfills, windows=policy.windows),
         tutor_performance_metrics_asset(
-            daily, backfills, freshness_policy=nightly_freshness(timezone=settings.timezone)
+            daily,
+            backfills,
+            freshness_policy=nightly_freshness(timezone=settings.timezone),
+            archive_path=settings.archive_path,
+            files_group=settings.files_group,
         ),
     ]
     daily_metrics = dg.define_asset_job(

@@ -133,7 +133,7 @@ def test_assets_depend_on_what_they_read(definitions: dg.Definitions) -> None:
         "tutor_tier_reasons": windows,
         "window_edges": frames,
         "tutor_tier_changes": {"tutor_tier_reasons", "window_edges", *windows},
-        "tutor_performance_metrics": {"tutor_tiers"},
+        "tutor_performance_metrics": {"tutor_tiers", "tutor_tier_reasons"},
     }
 
 

@@ -9,12 +9,15 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
 from tutormax_assets.database import tables
+from tutormax_assets.database.archive import archive_date
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.metrics_reading import TierSince, read_tiers_since
+from tutormax_assets.database.restore import restore_date
 from tutormax_assets_tests.conftest import Platform, add
 
 DAY_BEFORE, DAY = "2025-11-06", "2025-11-07"
 WEEK_BEFORE = "2025-10-31"
+TABLES = (tables.tutor_tier_reasons, tables.tutor_tier_changes)
 
 
 def rows_of(platform: Platform, table: sa.Table, day: str) -> pl.DataFrame:
@@ -38,7 +41,7 @@ def stored_rows(platform: Platform, table: sa.Table, day: str) -> pl.DataFrame:
 
 
 def assert_tables_follow_assets(platform: Platform, days: Iterable[str]) -> None:
-    for table in (tables.tutor_tier_reasons, tables.tutor_tier_changes):
+    for table in TABLES:
         for day in days:
             stored = stored_rows(platform, table, day)
             found = rows_of(platform, table, day).select(stored.columns)
@@ -77,8 +80,16 @@ def test_tables_follow_assets_in_whole_filtered_and_repeated_runs(
     assert_tables_follow_assets(small_platform, [DAY_BEFORE, DAY])
     assert written() != before
 
+    engine, archive_path = small_platform.engine, small_platform.settings.archive_path
+    held = [rows_of(small_platform, table, DAY) for table in TABLES]
+    archive_date(engine, archive_path, date.fromisoformat(DAY), timezone="UTC")
+    assert [len(rows_of(small_platform, table, DAY)) for table in TABLES] == [0, 0]
+    restore_date(engine, archive_path, date.fromisoformat(DAY))
+    for table, rows in zip(TABLES, held, strict=True):
+        assert_frame_equal(rows_of(small_platform, table, DAY), rows)
+
     small_platform.execute(f"DELETE FROM tutors WHERE tutor_id = '{two[0]}'")
-    for table in (tables.tutor_tier_reasons, tables.tutor_tier_changes):
+    for table in TABLES:
         assert two[0] not in rows_of(small_platform, table, DAY)["tutor_id"]
 
 

@@ -17,6 +17,7 @@ from tutormax_assets.cli import (
     dev,
     explain,
     generate,
+    history,
     retention,
     run,
     set_aside,
@@ -56,6 +57,8 @@ app.command("run")(run.run)
 app.command("backfill")(run.backfill)
 app.command("explain")(explain.explain)
 app.command("what-if")(what_if.what_if)
+app.command("history")(history.history)
+app.command("table")(history.table)
 app.command("set-aside")(set_aside.set_aside)
 app.command("cleanup")(retention.cleanup)
 app.command("restore")(retention.restore)

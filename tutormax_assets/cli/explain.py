@@ -1,7 +1,6 @@
 """``tutormax explain``: why a tutor is in a tier, since when, what moved, and how sure that is."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,13 +79,11 @@ def explain(
 def _write_page(path: Path, found: "Explanation", environment: "Settings") -> None:
     from tutormax_assets.api.pages import explanation_page
     from tutormax_assets.defs.resources import load_policy
+    from tutormax_assets.storage.files import open_private_file
 
     page = explanation_page(found, load_policy(environment))
-    # For its owner only: it is about a person.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        os.fchmod(descriptor, 0o600)
-        file.write(page)
+    with open_private_file(path) as file:
+        file.write(page.encode())
 
 
 def _blocks(found: "Explanation") -> Iterator["str | Table"]:

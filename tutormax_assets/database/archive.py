@@ -20,7 +20,7 @@ import psycopg
 import sqlalchemy as sa
 from upath import UPath
 
-from tutormax_assets.database import references
+from tutormax_assets.database import archived_reasons, references, revisions
 from tutormax_assets.database.archived_table import (
     DEFAULT_TIMEOUTS,
     ArchiveError,
@@ -195,7 +195,8 @@ def archive_date(
     They are added to the date's file, read back from it, restored into a copy of the table,
     compared, and deleted in batches, each of which is its own transaction. A row that has other
     values by then, is locked, or is referred to by another table stays. Nothing is done while a
-    run or another cleanup holds the date.
+    run or another cleanup holds the date. Reasons and changes go
+    with the last metrics of their date.
 
     Args:
         engine: The database that holds the table.
@@ -222,7 +223,14 @@ def archive_date(
             rows = read_rows(connection, found, start, end)
         if rows.is_empty():
             return ArchivedDate(day, str(path))
+        _keep_superseded(base_path, day, rows)
         archived = _read_archive(path, rows).select(found.clause.c.keys())
+        # Before the metrics, which the next cleanup finds again if this one is killed in between.
+        with transaction(engine, timeouts) as connection:
+            if archived_reasons.archive(
+                connection, base_path, (start, end), day, leaving=len(rows)
+            ):
+                connection.commit()
         deleted, refusal = 0, None
         try:
             for batch in archived.iter_slices(batch_rows):
@@ -273,6 +281,17 @@ def _read_archive(path: UPath, rows: pl.DataFrame) -> pl.DataFrame:
                 " Check the storage, move the file away and run the cleanup again."
             )
         return found.join(rows, on=METRICS_KEY, how="semi")
+
+
+def _keep_superseded(base_path: str, day: date, rows: pl.DataFrame) -> None:
+    """Keep what the archive says of rows that were computed again since they left the table."""
+    with reaching(base_path):
+        known = read_parquet(archive_file(base_path, day))
+    replaced = None if known is None else revisions.superseded(known, rows)
+    if replaced is not None and not replaced.is_empty():
+        revisions.RevisionRecord(base_path, None, run_id=None, policy_digest=None).keep(
+            replaced, day
+        )
 
 
 def _merge(rows: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:

@@ -7,13 +7,13 @@ once neither collide nor wait for each other in a circle.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 import psycopg
@@ -40,12 +40,21 @@ from tutormax_assets.database.metrics_reading import (
     MetricsTableTimeoutError,
     stored_rows,
 )
+from tutormax_assets.database.revisions import RevisionRecord
 from tutormax_assets.database.tables import (
     METRICS_TABLE,
     tutor_performance_metrics,
     tutors,
 )
-from tutormax_assets.database.upsert import DATE_HAS_ROWS, INSERT, PLAN_OF_UPSERT, STAGED, UPSERT
+from tutormax_assets.database.upsert import (
+    DATE_HAS_ROWS,
+    INSERT,
+    PLAN_OF_UPSERT,
+    REPLACED,
+    STAGED,
+    UPSERT,
+)
+from tutormax_assets.errors import TutormaxError
 
 # The locks of a whole table that an INSERT, and the check of its foreign key, wait for.
 _A_TABLE_IS_LOCKED = sa.text(
@@ -124,6 +133,7 @@ def write_metrics(
     retrying: tenacity.Retrying,
     timeouts: Timeouts,
     is_wanted: sa.Select[bool] | None = None,
+    record: RevisionRecord | None = None,
 ) -> Iterator[Batch]:
     """Bring the table's rows of one date and these tutors to the given values, batch by batch.
 
@@ -140,6 +150,7 @@ def write_metrics(
         retrying: Calls the writing of a batch again when its failure may pass.
         timeouts: How long a statement may take, and wait for another session's lock.
         is_wanted: Asked in each transaction whether the run that wants the rows goes on.
+        record: Keeps the values that are replaced; they are lost when None.
 
     Yields:
         One ``Batch`` after each batch, in their order, those included in which the writing ends
@@ -162,6 +173,7 @@ def write_metrics(
         retrying=retrying,
         timeouts=timeouts,
         is_wanted=is_wanted,
+        record=record,
     )
     failure: Exception | None = None
     for batch, failed in _in_turn(writing.write, enumerate(batches, start=1), writers=writers):
@@ -263,6 +275,7 @@ class _Writing:
     retrying: tenacity.Retrying
     timeouts: Timeouts
     is_wanted: sa.Select[bool] | None
+    record: RevisionRecord | None
     waited_seconds: float = 0.0
 
     def write(self, numbered: tuple[int, pl.DataFrame], over: Event) -> _Written:
@@ -347,6 +360,7 @@ class _Writing:
         """Write what is staged, but for the rows of tutors that are refused."""
         counts: Counter[str] = Counter()
         errors: dict[str, str] = {}
+        replaced: list[sa.Row[Any]] = []
         # In the order of their ids, as all writers do.
         parts = deque([rows])
         while parts:
@@ -355,6 +369,11 @@ class _Writing:
             values = {"calculation_date": self.calculation_date, "tutor_ids": tutor_ids}
             try:
                 with connection.begin_nested():
+                    changing = (
+                        connection.execute(REPLACED, values).all()
+                        if self.record is not None and write is UPSERT
+                        else []
+                    )
                     written = connection.execute(write, values).one()
             except sa.exc.DBAPIError as error:
                 may_be_ahead = sqlstate(error) == _UNIQUE_VIOLATION and not alone
@@ -368,7 +387,22 @@ class _Writing:
                 counts["inserted"] += written.inserted
                 counts["updated"] += written.written - written.inserted
                 counts["unchanged"] += len(part) - written.written
+                replaced += changing
+        if self.record is not None and replaced:
+            self._keep(self.record, replaced)
         return counts, errors
+
+    def _keep(self, record: RevisionRecord, replaced: Sequence[sa.Row[Any]]) -> None:
+        """Keep what rows said that are about to change, or have nothing changed."""
+        instants = dict.fromkeys(("known_from", "known_to"), pl.Datetime("us", "UTC"))
+        rows = pl.DataFrame(replaced, schema={**READ_SCHEMA, **instants}, orient="row")
+        try:
+            record.keep(rows, self.calculation_date.date())
+        except TutormaxError as error:
+            raise MetricsTableError(
+                f"{len(replaced)} rows of {METRICS_TABLE} are not updated, because what they say"
+                f" now cannot be kept: {error}"
+            ) from error
 
 
 def _lock_name(calculation_date: datetime) -> str:

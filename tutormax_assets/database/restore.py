@@ -13,6 +13,7 @@ from psycopg import sql
 from pydantic import BaseModel, ValidationError
 from upath import UPath
 
+from tutormax_assets.database import archived_reasons
 from tutormax_assets.database.archived_table import (
     DEFAULT_TIMEOUTS,
     ArchiveError,
@@ -148,6 +149,8 @@ def restore_date(
             stage(connection, rows, _STAGE_COLUMNS)
             unknown = connection.execute(_UNKNOWN_TUTORS).all()
             restored = restore_staged(connection, rows.columns, dry_run=dry_run)
+            if not dry_run:
+                archived_reasons.restore(connection, base_path, day)
             connection.commit()
     return RestoredDate(
         day,

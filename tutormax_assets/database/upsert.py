@@ -94,6 +94,40 @@ INSERT = _count_rows(_insert_statement())
 
 UPSERT = _count_rows(_upsert_statement())
 
+
+def _replaced_statement() -> Any:
+    target = tutor_performance_metrics.c
+    date = sa.bindparam("calculation_date", type_=sa.DateTime(timezone=True))
+    return (
+        sa.select(
+            target.tutor_id,
+            target.window,
+            *(target[name] for name in VALUES),
+            target.updated_at.label("known_from"),
+            sa.func.now().label("known_to"),
+        )
+        .join(
+            STAGED,
+            sa.and_(
+                target.tutor_id == STAGED.c.tutor_id,
+                target.window == STAGED.c.window,
+                target.calculation_date == date,
+            ),
+        )
+        .where(
+            IS_ASKED,
+            sa.tuple_(*(target[name] for name in VALUES)).is_distinct_from(
+                sa.tuple_(*(STAGED.c[name] for name in VALUES))
+            ),
+        )
+        .order_by(STAGED.c.tutor_id, STAGED.c.window)
+        .with_for_update(of=tutor_performance_metrics)
+    )
+
+
+REPLACED = _replaced_statement()
+"""The rows that the upsert is about to change, locked until the transaction ends."""
+
 DATE_HAS_ROWS = sa.select(
     sa.exists().where(
         tutor_performance_metrics.c.calculation_date == sa.bindparam("calculation_date")

@@ -1,5 +1,6 @@
 """Windows, thresholds, weights, scale and limits: everything about a metric that may be set."""
 
+import hashlib
 import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
@@ -226,6 +227,11 @@ class Policy(_Part):
     def horizon_days(self) -> int:
         """Length in days of the longest window."""
         return self.windows[-1]
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that two policies share only if all their settings are equal."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Policy":
         """This policy with some settings replaced.

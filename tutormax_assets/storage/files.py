@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import IO, Literal
 
 import polars as pl
 from upath import UPath
@@ -92,6 +92,16 @@ def write_text(path: UPath, text: str) -> None:
         return
     with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def open_private_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that a person asked for, to write; only its owner can read it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "wb") as file:
+        # One that was there may be open to others.
+        os.fchmod(descriptor, 0o600)
+        yield file
 
 
 def write_parquet_parts(

@@ -35,6 +35,8 @@ def test_there_are_exactly_these_commands() -> None:
         "backfill",
         "explain",
         "what-if",
+        "history",
+        "table",
         "set-aside",
         "cleanup",
         "restore",

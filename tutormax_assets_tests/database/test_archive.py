@@ -716,6 +716,7 @@ def test_nothing_is_archived_while_references_may_not_be_seen(
     add_rows(engine)
     execute(engine, f"CREATE ROLE {role} LOGIN")
     execute(engine, f"GRANT SELECT, UPDATE, DELETE ON tutor_performance_metrics TO {role}")
+    execute(engine, f"GRANT SELECT, DELETE ON tutor_tier_reasons, tutor_tier_changes TO {role}")
     execute(engine, f"GRANT SELECT (note) ON alerts TO {role}")
     limited = create_engine(engine.url.set(username=role))
     try:

@@ -15,6 +15,7 @@ from tutormax_assets.database.date_locks import is_held
 from tutormax_assets.database.faults import retrying
 from tutormax_assets.database.metrics_reading import MetricsTableError
 from tutormax_assets.database.metrics_writing import Batch, write_metrics
+from tutormax_assets.database.revisions import RevisionRecord
 from tutormax_assets.database.rows_of_date import RowsOfDate
 from tutormax_assets.database.tables import tutor_tier_reasons
 from tutormax_assets.dates import midnight
@@ -40,6 +41,7 @@ class WritingTask:
         holder: Who has the date for the run, as ``DateLocks.holder`` says. A worker may outlive
             the run, and another one have written newer rows.
         reasons: ``TierReasons``; None if they are not stored.
+        record: Keeps the values that are replaced; they are lost when None.
     """
 
     tiers: Rows
@@ -50,6 +52,7 @@ class WritingTask:
     retry_delay_seconds: float
     holder: int | None = None
     reasons: Rows | None = None
+    record: RevisionRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ def plan_writing(
     max_retries: int,
     retry_delay_seconds: float,
     holder: int | None,
+    record: RevisionRecord | None = None,
 ) -> WritingPlan:
     """Divide a reference date into tasks.
 
@@ -149,6 +153,7 @@ def plan_writing(
         max_retries: How often a batch is tried again.
         retry_delay_seconds: Seconds before the first retry.
         holder: Who has the date for the run, as ``DateLocks.holder`` says.
+        record: Keeps the values that are replaced; they are lost when None.
     """
     reference_date = date.fromisoformat(partition_key)
     divided = division([tiers])
@@ -162,6 +167,7 @@ def plan_writing(
             retry_delay_seconds,
             holder,
             _rows_of_shard(reasons, divided, number),
+            record,
         )
         for number in divided.numbers
     }
@@ -195,6 +201,7 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
             retrying=attempts,
             timeouts=context.database.timeouts,
             is_wanted=is_wanted,
+            record=task.record,
         ):
             _log_batch(context.log, task.reference_date, batch)
             batches.append(batch)

@@ -22,10 +22,11 @@ from tutormax_assets.compute.tasks.writing import (
 )
 from tutormax_assets.database.date_locks import DateLocks
 from tutormax_assets.database.metrics_reading import DateCounts, MetricsTableError, count_rows
+from tutormax_assets.database.revisions import RevisionRecord
 from tutormax_assets.database.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.dates import midnight
 from tutormax_assets.defs.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates
-from tutormax_assets.defs.resources import RunOptions
+from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.partition import Division, Partition
@@ -41,8 +42,18 @@ def tutor_performance_metrics_asset(
     backfill_policy: dg.BackfillPolicy,
     *,
     freshness_policy: dg.FreshnessPolicy,
+    archive_path: str,
+    files_group: str | None,
 ) -> dg.AssetsDefinition:
-    """Build the asset ``tutor_performance_metrics``."""
+    """Build the asset ``tutor_performance_metrics``.
+
+    Args:
+        daily: The reference dates.
+        backfill_policy: How many of them a run takes.
+        freshness_policy: When the asset is late.
+        archive_path: Where the archive is, beside which replaced values are kept.
+        files_group: Name of the group that can read it; none for the owner alone.
+    """
 
     @dg.asset(
         deps=[TUTOR_TIERS, TUTOR_TIER_REASONS],
@@ -62,6 +73,7 @@ def tutor_performance_metrics_asset(
         database: dg.ResourceParam[PlatformDatabase],
         compute: dg.ResourceParam[Compute],
         run_options: RunOptions,
+        metrics_policy: MetricsPolicy,
         partition_store: dg.ResourceParam[PartitionStore],
         date_locks: dg.ResourceParam[DateLocks],
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetMaterialization | dg.AssetObservation]:
@@ -73,11 +85,24 @@ def tutor_performance_metrics_asset(
         reasons for the tiers.
         """
         saved = _Saved(context.asset_key)
+        record = RevisionRecord(
+            archive_path, files_group, context.run.run_id, metrics_policy.policy.digest
+        )
         partitions = partition_store.partitions(TUTOR_TIERS, context.partition_keys)
         for key, reference_date in reference_dates(context).items():
             holder = date_locks.holder if compute.is_elsewhere else None
             reasons = _reasons(partition_store, key)
-            plan = _plan(key, partitions[key], reasons, daily, run_options, holder)
+            plan = plan_writing(
+                key,
+                partitions[key],
+                reasons,
+                timezone=daily.timezone,
+                batch_size=run_options.batch_size,
+                max_retries=run_options.max_retries,
+                retry_delay_seconds=run_options.retry_delay_seconds,
+                holder=holder,
+                record=record,
+            )
             reports, error = _write(compute, plan, log=context.log)
             not_written = _summaries_of_failed(partition_store, key, plan.division)
             not_written += skip_unwritten(plan, reports, str(error))
@@ -196,26 +221,6 @@ def _reasons(store: PartitionStore, key: str) -> Partition | None:
     except FileNotFoundError:
         # The tiers were computed without their reasons.
         return None
-
-
-def _plan(
-    key: str,
-    tiers: Partition,
-    reasons: Partition | None,
-    daily: dg.DailyPartitionsDefinition,
-    run_options: RunOptions,
-    holder: int | None,
-) -> WritingPlan:
-    return plan_writing(
-        key,
-        tiers,
-        reasons,
-        timezone=daily.timezone,
-        batch_size=run_options.batch_size,
-        max_retries=run_options.max_retries,
-        retry_delay_seconds=run_options.retry_delay_seconds,
-        holder=holder,
-    )
 
 
 def _write(

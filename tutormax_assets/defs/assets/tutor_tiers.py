@@ -72,6 +72,7 @@ def tutor_tiers_assets(
                 metadata = _METADATA[asset](
                     list(reports.values()), partition_store.rows_of_others(asset, key)
                 )
+                metadata["policy_digest"] = dg.MetadataValue.text(metrics_policy.policy.digest)
                 context.add_asset_metadata(metadata, asset_key=asset, partition_key=key)
         for asset, partitions in found.items():
             keep_partitions(context, partition_store, asset, partitions)

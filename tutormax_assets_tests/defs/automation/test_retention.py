@@ -73,7 +73,8 @@ def partitions(platform: Platform) -> set[str]:
 
 
 def archived_rows(platform: Platform) -> pl.DataFrame:
-    files = sorted(Path(platform.settings.archive_path).rglob("*.parquet"))
+    folder = Path(platform.settings.archive_path) / "tutor_performance_metrics"
+    files = sorted(folder.rglob("*.parquet"))
     frames = [rows for file in files if (rows := read_parquet(UPath(file))) is not None]
     return pl.concat(frames).sort(KEY)
 
