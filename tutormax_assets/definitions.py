@@ -7,6 +7,7 @@ import dagster as dg
 from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
 from tutormax_assets.compute.tasks.tiers import SCHEMAS as TIER_ASSETS
 from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_name
+from tutormax_assets.defs.assets.daily_report import daily_report_asset
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS, platform_snapshot_assets
 from tutormax_assets.defs.assets.platform_tables import platform_tables
 from tutormax_assets.defs.assets.tutor_performance_metrics import tutor_performance_metrics_asset
@@ -34,6 +35,7 @@ from tutormax_assets.defs.resources import (
     platform_database_resource,
 )
 from tutormax_assets.metrics.policy import Policy
+from tutormax_assets.report.content import DAILY_REPORT
 from tutormax_assets.settings import Settings, load_settings
 
 JOB_NAME = "daily_metrics"
@@ -74,13 +76,14 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             archive_path=settings.archive_path,
             files_group=settings.files_group,
         ),
+        daily_report_asset(daily, backfills, reports_url=settings.reports_url),
     ]
     daily_metrics = dg.define_asset_job(
         JOB_NAME,
         selection=dg.AssetSelection.assets(*assets),
         description="Compute the metrics and tiers of a reference date and keep them.",
     )
-    partitioned = kept_as_parquet(policy)
+    partitioned = kept_in_storage(policy)
     retention = retention_job(settings, partitioned)
     return dg.Definitions(
         assets=[*platform_tables(settings.source), *assets],
@@ -123,12 +126,19 @@ def _resources(settings: Settings, policy: Policy) -> dict[str, Any]:
     }
 
 
-def kept_as_parquet(policy: Policy) -> list[dg.AssetKey]:
-    """The assets whose partitions are Parquet files, which the retention deletes."""
+def kept_in_storage(policy: Policy) -> list[dg.AssetKey]:
+    """The assets whose partitions are files in the storage, which the retention deletes."""
     windows = (metrics_asset_name(days) for days in policy.windows)
     return [
         dg.AssetKey(asset)
-        for asset in (*SNAPSHOT_ASSETS, *windows, WINDOW_EDGES, *TIER_ASSETS, TUTOR_TIER_CHANGES)
+        for asset in (
+            *SNAPSHOT_ASSETS,
+            *windows,
+            WINDOW_EDGES,
+            *TIER_ASSETS,
+            TUTOR_TIER_CHANGES,
+            DAILY_REPORT,
+        )
     ]
 
 

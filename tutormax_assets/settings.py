@@ -126,6 +126,10 @@ class Settings(BaseSettings):
     ui_url: str = Field(
         default="http://127.0.0.1:3000", description="Where the UI is, for the links in alerts."
     )
+    reports_url: str | None = Field(
+        default=None,
+        description="Where a web server shows the folder daily_report, for the links in the UI.",
+    )
     max_dates_per_run: int = Field(
         default=31,
         ge=0,
@@ -286,9 +290,11 @@ class Settings(BaseSettings):
                 )
         return value
 
-    @field_validator("ui_url")
+    @field_validator("ui_url", "reports_url")
     @classmethod
-    def _web_address(cls, value: str) -> str:
+    def _web_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         if not re.fullmatch(r"https?://[^\s/]\S*", value):
             raise ValueError("expected http://… or https://…, such as https://dagster.example.com")
         return value.rstrip("/")

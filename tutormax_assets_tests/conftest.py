@@ -70,7 +70,7 @@ PARQUET_ASSETS = [
     "tutor_tier_changes",
 ]
 STANDALONE_ASSETS = [asset for asset in PARQUET_ASSETS if asset != "tutor_tier_changes"]
-"""Those whose partitions do not depend on which other dates were there when they were computed."""
+"""Those whose partitions do not depend on which other dates are stored."""
 
 PASSWORD = "hunter2-never-shown"
 """In the URL of every ``Platform``. The server trusts its socket, so any will do."""

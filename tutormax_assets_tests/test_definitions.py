@@ -11,14 +11,14 @@ import dagster as dg
 import pytest
 
 from tutormax_assets.dates import today
-from tutormax_assets.definitions import JOB_NAME, build_definitions, kept_as_parquet
+from tutormax_assets.definitions import JOB_NAME, build_definitions, kept_in_storage
 from tutormax_assets.metrics.policy import Policy, PolicyError
 from tutormax_assets.settings import Settings, SettingsError, load_settings
 from tutormax_assets_tests.conftest import PARQUET_ASSETS
 from tutormax_assets_tests.defs.checks.test_runs import ALL as ALL_CHECKS
 
 PLATFORM = {"tutors", "sessions", "student_feedback", "tutor_events"}
-COMPUTED = {*PARQUET_ASSETS, "tutor_performance_metrics"}
+COMPUTED = {*PARQUET_ASSETS, "tutor_performance_metrics", "daily_report"}
 GROUPS = {
     **dict.fromkeys(PLATFORM, "platform"),
     **dict.fromkeys(COMPUTED, "snapshots"),
@@ -31,6 +31,7 @@ GROUPS = {
         "metrics",
     ),
     "tutor_performance_metrics": "persisted",
+    "daily_report": "persisted",
 }
 
 
@@ -86,20 +87,26 @@ def test_there_are_exactly_these_assets(definitions: dg.Definitions) -> None:
 def test_every_asset_says_what_it_is_and_whose(definitions: dg.Definitions) -> None:
     for key, spec in specs_of(definitions).items():
         assert len(str(spec.description)) > 30, key
-        assert "one row" in str(spec.description).lower() or key in PLATFORM, key
+        grain = "one page" if key == "daily_report" else "one row"
+        assert grain in str(spec.description).lower() or key in PLATFORM, key
         assert spec.owners == ["team:tutor-quality"], key
-        expected = (
-            {"postgres"}
-            if key in {*PLATFORM, "tutor_performance_metrics"}
-            else {"polars", "parquet"}
-        )
+        if key == "daily_report":
+            expected = {"html"}
+        elif key in {*PLATFORM, "tutor_performance_metrics"}:
+            expected = {"postgres"}
+        else:
+            expected = {"polars", "parquet"}
+        if key == "tutor_tier_changes":
+            # Its step writes the table of the same name.
+            expected.add("postgres")
         assert spec.kinds == expected, key
 
 
-def test_what_is_kept_as_parquet_is_cleaned_up(definitions: dg.Definitions) -> None:
+def test_what_is_kept_in_storage_is_cleaned_up(definitions: dg.Definitions) -> None:
     specs = specs_of(definitions).values()
 
-    assert {spec.key for spec in specs if "parquet" in spec.kinds} == set(kept_as_parquet(Policy()))
+    stored = {spec.key for spec in specs if {"parquet", "html"} & spec.kinds}
+    assert stored == set(kept_in_storage(Policy()))
 
 
 def test_every_asset_says_its_columns_or_its_table(definitions: dg.Definitions) -> None:
@@ -107,6 +114,8 @@ def test_every_asset_says_its_columns_or_its_table(definitions: dg.Definitions) 
         schema = spec.metadata.get("dagster/column_schema")
         if key in {*PLATFORM, "tutor_performance_metrics"}:
             assert spec.metadata["dagster/table_name"] == key
+            continue
+        if key == "daily_report":
             continue
         assert isinstance(schema, dg.TableSchema), key
         assert schema.columns[0].name in ("tutor_id", "source_table"), key
@@ -134,6 +143,12 @@ def test_assets_depend_on_what_they_read(definitions: dg.Definitions) -> None:
         "window_edges": frames,
         "tutor_tier_changes": {"tutor_tier_reasons", "window_edges", *windows},
         "tutor_performance_metrics": {"tutor_tiers", "tutor_tier_reasons"},
+        "daily_report": {
+            "tutor_tiers",
+            "tutor_tier_reasons",
+            "tutor_tier_changes",
+            "tutor_performance_metrics",
+        },
     }
 
 

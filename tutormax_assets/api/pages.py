@@ -3,24 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jinja2
-
 from tutormax_assets.api.explanation import Explanation, distance_in_words
 from tutormax_assets.api.movement import WindowChange
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import Distance
+from tutormax_assets.report.page import METRICS_IN_WORDS, page_environment
 
 MOST_ROWS = 100
 """Sessions and logins that a page shows of one comparison."""
 
-_METRICS = {
-    "avg_rating": "Mean rating",
-    "first_session_success_rate": "Successful first sessions, %",
-    "reschedule_rate": "Sessions rescheduled, %",
-    "no_show_count": "No-shows",
-    "engagement_score": "Engagement score",
-    "learning_objectives_met_pct": "Learning objectives met, %",
-}
 _ROWS = {
     "ratings": "ratings",
     "first_rated": "rated first sessions",
@@ -57,21 +48,9 @@ def explanation_page(found: Explanation, policy: Policy) -> str:
         found: The explanation.
         policy: Weights and rules, which the page tells.
     """
-    template = _environment().get_template("explanation.html.j2")
-    return template.render(found=found, policy=policy, most_rows=MOST_ROWS)
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tutormax_assets.api"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = page_environment()
     filters: Mapping[str, Callable[..., Any]] = {
-        "days": lambda window: f"{window.removesuffix('day')} days",
         "distance": _distance,
-        "metric_in_words": _METRICS.__getitem__,
-        "number": lambda value: "-" if value is None else f"{value:g}",
         "part_in_words": _PARTS.__getitem__,
         "rows_in_words": _ROWS.__getitem__,
         "shown_rows": _shown_rows,
@@ -81,12 +60,13 @@ def _environment() -> jinja2.Environment:
         "values": _values,
     }
     environment.filters.update(filters)
-    return environment
+    template = environment.get_template("explanation.html.j2")
+    return template.render(found=found, policy=policy, most_rows=MOST_ROWS)
 
 
 def _distance(distance: Distance) -> str:
     said = str(distance_in_words(distance))
-    for name, words in _METRICS.items():
+    for name, words in METRICS_IN_WORDS.items():
         said = said.replace(name, words.lower())
     return said
 

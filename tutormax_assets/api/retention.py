@@ -6,7 +6,7 @@ from datetime import date
 
 from tutormax_assets.database.connection import Timeouts, engine_of
 from tutormax_assets.database.restore import RestoredDate, archived_dates, keep_month, restore_date
-from tutormax_assets.definitions import kept_as_parquet
+from tutormax_assets.definitions import kept_in_storage
 from tutormax_assets.defs.log import LOGGER
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.runs.instance import (
@@ -46,7 +46,7 @@ def cleanup(
         StorageError: The Parquet partitions cannot be reached.
     """
     retention = Retention.as_of_today(
-        settings, kept_as_parquet(load_policy(settings)), retention_days=retention_days
+        settings, kept_in_storage(load_policy(settings)), retention_days=retention_days
     )
     with engine_of(settings) as engine, dagster_instance(settings) as instance:
         return clean_up(

@@ -18,6 +18,7 @@ from tutormax_assets.cli import (
     explain,
     generate,
     history,
+    report,
     retention,
     run,
     set_aside,
@@ -57,6 +58,7 @@ app.command("run")(run.run)
 app.command("backfill")(run.backfill)
 app.command("explain")(explain.explain)
 app.command("what-if")(what_if.what_if)
+app.command("report")(report.report)
 app.command("history")(history.history)
 app.command("table")(history.table)
 app.command("set-aside")(set_aside.set_aside)

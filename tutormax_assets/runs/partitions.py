@@ -15,6 +15,8 @@ from tutormax_assets.storage.files import StorageError, entries
 from tutormax_assets.storage.partition import delete_files, is_listed
 from tutormax_assets.storage.store import partition_path
 
+_PAGE = ".html"
+
 
 @dataclass(frozen=True)
 class PartitionFolder:
@@ -44,7 +46,12 @@ def partitions_before(
         for asset_key in sorted({*asset_keys, *_window_assets(base_path)}):
             for entry in entries(UPath(base_path).joinpath(*asset_key.path)):
                 key = entry.stem
-                if entry.suffix != ".parquet" or not _is_date(key) or key >= before.isoformat():
+                if not _is_date(key) or key >= before.isoformat():
+                    continue
+                if entry.suffix == _PAGE:
+                    found.append(PartitionFolder(asset_key, key, entry, entry.stat().st_size))
+                    continue
+                if entry.suffix != ".parquet":
                     continue
                 path = partition_path(base_path, asset_key.to_user_string(), key)
                 if asset_key not in asset_keys and not is_listed(path):
@@ -76,7 +83,10 @@ def delete_partition(engine: sa.Engine, partition: PartitionFolder) -> bool:
         if not is_mine:
             return False
         try:
-            delete_files(partition.path)
+            if partition.path.suffix == _PAGE:
+                partition.path.unlink(missing_ok=True)
+            else:
+                delete_files(partition.path)
         except Exception as error:
             raise StorageError(
                 f"{partition.path} cannot be deleted: {error}."

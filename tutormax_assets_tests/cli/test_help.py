@@ -35,6 +35,7 @@ def test_there_are_exactly_these_commands() -> None:
         "backfill",
         "explain",
         "what-if",
+        "report",
         "history",
         "table",
         "set-aside",

@@ -606,7 +606,9 @@ def test_all_assets_that_are_parquet_are_cleaned_up(
     report = cleanup(small_platform.settings)
 
     assert report.rows_by_date == {date(2025, 11, 7): len(rows)}
-    assert len(report.partitions) == len(PARQUET_ASSETS)
+    # The page of the report is deleted with them.
+    assert len(report.partitions) == len(PARQUET_ASSETS) + 1
+    assert list(small_platform.storage.glob("daily_report/*")) == []
     assert small_platform.metrics().is_empty()
     assert_frame_equal(archived_rows(small_platform), rows)
     with dagster_instance(small_platform.settings) as instance:

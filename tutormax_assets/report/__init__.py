@@ -1,0 +1,1 @@
+"""The daily report: what it says, and the page that says it."""
