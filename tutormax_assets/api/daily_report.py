@@ -1,9 +1,12 @@
 """The daily report of a reference date, made anew from what is stored."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
+import dagster as dg
 import sqlalchemy as sa
 
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIERS
@@ -41,23 +44,21 @@ def collect_report(
     store = PartitionStore(settings.storage_path)
     if not store.is_stored(TUTOR_TIERS, key):
         raise ReportError(f"{key} has not been computed. Run `tutormax run --date {key}`.")
-    record = _record(settings, key)
-    with engine_of(settings) as engine:
-        timeouts = Timeouts.of(settings)
-        source = ReportSource(store, engine, timeouts, load_policy(settings))
-        instant = midnight(reference_date, timezone=settings.timezone)
+    timeouts = Timeouts.of(settings)
+    instant = midnight(reference_date, timezone=settings.timezone)
+    with _instance(settings) as instance, engine_of(settings) as engine:
+        record = DateRecord() if instance is None else newest_record(instance, TUTOR_TIERS, key)
+        source = ReportSource(store, engine, timeouts, load_policy(settings), instance)
         found = source.collect(reference_date, record, calculation_date=instant)
         if not with_names:
             return found
-        names = _names(engine, timeouts, _tutor_ids(found))
-        return source.collect(reference_date, record, calculation_date=instant, names=names)
+        return replace(found, names=_names(engine, timeouts, _tutor_ids(found)))
 
 
-def _record(settings: Settings, key: str) -> DateRecord:
+def _instance(settings: Settings) -> AbstractContextManager[dg.DagsterInstance | None]:
     if not (settings.dagster_home_path / "dagster.yaml").exists():
-        return DateRecord()
-    with dagster_instance(settings) as instance:
-        return newest_record(instance, TUTOR_TIERS, key)
+        return nullcontext()
+    return dagster_instance(settings)
 
 
 def _tutor_ids(found: DailyReport) -> set[str]:

@@ -1,6 +1,6 @@
 """What the daily report says of a reference date, from what its run has stored and recorded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -25,8 +25,8 @@ from tutormax_assets.metrics.overview import (
     tier_shares,
 )
 from tutormax_assets.metrics.policy import Policy, window_name
-from tutormax_assets.metrics.schemas import MOVES, TIERS
-from tutormax_assets.report.record import CheckResult, DateRecord
+from tutormax_assets.metrics.schemas import MOVES, TIERS, TutorTiers
+from tutormax_assets.report.record import CheckResult, DateRecord, recorded_numbers
 from tutormax_assets.storage.files import StorageError
 from tutormax_assets.storage.store import PartitionStore
 
@@ -128,12 +128,14 @@ class Chart:
     """A control chart.
 
     Attributes:
+        name: One of ``CHARTED``.
         title: What is charted.
         dates: The reference dates, the newest one last.
         values: Their values.
         limits: Those of the dates before the newest one; None where these are too few.
     """
 
+    name: str
     title: str
     dates: Sequence[date]
     values: Sequence[float]
@@ -201,12 +203,14 @@ class ReportSource:
         engine: The database that holds the metrics table.
         timeouts: How long a statement may take, and wait for another session's lock.
         policy: Its windows.
+        instance: Where earlier reports are on record; None without one.
     """
 
     store: PartitionStore
     engine: sa.Engine
     timeouts: Timeouts
     policy: Policy
+    instance: dg.DagsterInstance | None
 
     def collect(
         self,
@@ -214,7 +218,6 @@ class ReportSource:
         record: DateRecord,
         *,
         calculation_date: datetime,
-        names: Mapping[str, str] | None = None,
     ) -> DailyReport:
         """What is to be said of a reference date.
 
@@ -222,7 +225,6 @@ class ReportSource:
             reference_date: The date.
             record: What its run has put on record.
             calculation_date: The instant that the date stands for in the table.
-            names: Names of tutors by id, to show them.
 
         Raises:
             FileNotFoundError: The date has not been computed.
@@ -233,9 +235,7 @@ class ReportSource:
         windows = [window_name(days) for days in self.policy.windows]
         reasons = self._rows(TUTOR_TIER_REASONS, key)
         changes = self._changes(key)
-        shares, charted = pl.collect_all(
-            [self._shares(reference_date), self._charted(reference_date)]
-        )
+        shares = self._shares(reference_date).collect()
         metadata = record.metadata.get(METRICS_TABLE, {})
         summary = metadata.get(_SUMMARY_METADATA)
         return DailyReport(
@@ -251,12 +251,12 @@ class ReportSource:
             _tier_counts(shares, windows),
             _distributions(tiers, windows),
             windows[0],
-            _charts(charted),
+            _charts(self._charted(reference_date)),
             sorted(record.checks, key=lambda one: (one.passed, one.severity != "ERROR")),
             self._set_aside(key),
             self._newest(key),
             _errors(summary),
-            names or {},
+            {},
             problems,
         )
 
@@ -274,26 +274,43 @@ class ReportSource:
             return None
         return rows.filter(days=1)
 
-    def _dates(self, reference_date: date, *, step: int, count: int) -> list[date]:
-        days = (reference_date - timedelta(days=step * n) for n in range(count - 1, -1, -1))
-        return [day for day in days if self.store.is_stored(TUTOR_TIERS, str(day))]
-
-    def _tiers_of(self, days: Sequence[date]) -> pl.LazyFrame:
+    def _tiers_of(self, days: Iterable[date]) -> pl.LazyFrame:
+        """``TutorTiers`` of those dates that are stored, with their ``reference_date``."""
         frames = []
         for day in days:
             with suppress(FileNotFoundError, StorageError):
                 partition = self.store.whole_partition(TUTOR_TIERS, str(day))
                 frames.append(partition.rows().scan().with_columns(reference_date=pl.lit(day)))
-        return pl.concat(frames)
+        none = TutorTiers.create_empty(lazy=True).with_columns(reference_date=pl.lit(date.min))
+        return pl.concat(frames) if frames else none
 
     def _shares(self, reference_date: date) -> pl.LazyFrame:
-        return tier_shares(self._tiers_of(self._dates(reference_date, step=1, count=DATES_SHOWN)))
+        ago = range(DATES_SHOWN - 1, -1, -1)
+        return tier_shares(self._tiers_of(reference_date - timedelta(days=n) for n in ago))
 
-    def _charted(self, reference_date: date) -> pl.LazyFrame:
-        """Values of the shortest window, whose dates are so far apart that it does not overlap."""
-        days = self.policy.windows[0]
-        dates = self._dates(reference_date, step=days, count=WEEKS_CHARTED)
-        return charted_values(self._tiers_of(dates).filter(window=window_name(days)))
+    def _charted(self, reference_date: date) -> pl.DataFrame:
+        """Values of the shortest window, whose dates are so far apart that it does not overlap.
+
+        The record keeps those of dates whose Parquet is gone.
+        """
+        step = self.policy.windows[0]
+        ago = range(WEEKS_CHARTED - 1, -1, -1)
+        dates = [reference_date - timedelta(days=step * n) for n in ago]
+        stored = charted_values(self._tiers_of(dates).filter(window=window_name(step))).collect()
+        missing = [str(day) for day in dates if day not in stored["reference_date"]]
+        if self.instance is None or not missing:
+            return stored
+        names = {chart_metadata(name, step): name for name in CHARTED}
+        found = recorded_numbers(self.instance, DAILY_REPORT, missing, names)
+        recorded = pl.DataFrame(
+            [
+                {"reference_date": date.fromisoformat(key)}
+                | {names[name]: value for name, value in values.items()}
+                for key, values in found.items()
+            ],
+            schema=stored.schema,
+        )
+        return pl.concat([recorded, stored]).sort("reference_date")
 
     def _at_risk(
         self,
@@ -344,6 +361,11 @@ class ReportSource:
                 rows = self.store.whole_partition(asset, key).rows().scan()
                 found[name] = rows.select(pl.col(column).max()).collect().item()
         return found
+
+
+def chart_metadata(name: str, days: int) -> str:
+    """The metadata of a report that holds a charted value of a window of so many days."""
+    return f"{name}_{window_name(days)}"
 
 
 def report_path(base_path: str, reference_date: date) -> UPath:
@@ -444,7 +466,7 @@ def _charts(charted: pl.DataFrame) -> list[Chart]:
         rows = charted.select("reference_date", name).drop_nulls()
         dates, values = rows["reference_date"].to_list(), rows[name].to_list()
         if values:
-            found.append(Chart(title, dates, values, xmr_limits(values[:-1])))
+            found.append(Chart(name, title, dates, values, xmr_limits(values[:-1])))
     return found
 
 

@@ -1,6 +1,6 @@
 """What a run has put on record in Dagster of a reference date."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,3 +80,28 @@ def newest_record(instance: dg.DagsterInstance, asset: str, key: str) -> DateRec
     for record in records:
         return read_record(instance, record.run_id).get(key, DateRecord())
     return DateRecord()
+
+
+def recorded_numbers(
+    instance: dg.DagsterInstance, asset: str, keys: Sequence[str], names: Collection[str]
+) -> dict[str, dict[str, float]]:
+    """Numbers in the metadata of the newest materialization of partitions, by key and name.
+
+    Args:
+        instance: Where they are on record.
+        asset: The asset.
+        keys: The partitions; those that are not on record are left out.
+        names: Names of the metadata.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for key in keys:
+        wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[key])
+        for record in instance.fetch_materializations(wanted, limit=1).records:
+            said = record.asset_materialization
+            found[key] = {
+                name: value.value
+                for name, value in (said.metadata if said else {}).items()
+                if name in names and isinstance(value, dg.FloatMetadataValue)
+                if value.value is not None
+            }
+    return found

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
+import dagster as dg
 import polars as pl
 import pytest
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ from tutormax_assets.metrics.overview import charted_values, metric_distribution
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.report.content import Chart, DailyReport, Listing, report_path
 from tutormax_assets.report.page import daily_report_page
+from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets_tests.cli.conftest import Invoke, words
 from tutormax_assets_tests.conftest import Platform, new_database, open_platform, store
 
@@ -146,6 +148,25 @@ def test_a_date_without_tutors_has_a_page(platform: Platform) -> None:
     assert "There are no tutors." in page
 
 
+def test_values_of_dates_whose_parquet_is_gone_come_from_the_record(reported: Platform) -> None:
+    with dagster_instance(reported.settings) as instance:
+        for weeks in range(1, 8):
+            earlier = str(DAY - timedelta(days=7 * weeks))
+            instance.report_runless_asset_event(
+                dg.AssetMaterialization(
+                    "daily_report", partition=earlier, metadata={"no_shows_7day": float(weeks % 2)}
+                )
+            )
+
+    charts = {chart.name: chart for chart in collect_report(reported.settings, DAY).charts}
+
+    no_shows = charts["no_shows"]
+    assert no_shows.values[:-1] == [1, 0, 1, 0, 1, 0, 1]
+    assert no_shows.dates[0] == DAY - timedelta(days=49)
+    assert no_shows.is_signal
+    assert len(charts["tutors"].values) == 1
+
+
 def an_empty_report(**values: object) -> DailyReport:
     defaults: dict[str, object] = {
         "reference_date": DAY,
@@ -175,7 +196,7 @@ def an_empty_report(**values: object) -> DailyReport:
 def test_a_value_outside_of_its_limits_is_named_first(newest: float, is_unusual: bool) -> None:
     values = [10.0, 12, 9, 10, 12, 8, 10, newest]
     dates = [DAY - timedelta(days=7 * n) for n in range(len(values))][::-1]
-    chart = Chart("No-shows", dates, values, xmr_limits(values[:-1]))
+    chart = Chart("no_shows", "No-shows", dates, values, xmr_limits(values[:-1]))
 
     page = daily_report_page(an_empty_report(charts=[chart]))
 

@@ -12,7 +12,12 @@ from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.dates import midnight
 from tutormax_assets.defs.assets import OWNERS, reference_dates
 from tutormax_assets.defs.resources import MetricsPolicy
-from tutormax_assets.report.content import DAILY_REPORT, ReportSource, report_path
+from tutormax_assets.report.content import (
+    DAILY_REPORT,
+    ReportSource,
+    chart_metadata,
+    report_path,
+)
 from tutormax_assets.report.record import DateRecord, read_record
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.files import write_text
@@ -55,8 +60,13 @@ def daily_report_asset(
         from tutormax_assets.report.page import daily_report_page
 
         source = ReportSource(
-            partition_store, database.engine, database.timeouts, metrics_policy.policy
+            partition_store,
+            database.engine,
+            database.timeouts,
+            metrics_policy.policy,
+            context.instance,
         )
+        shortest = metrics_policy.policy.windows[0]
         records = read_record(context.instance, context.run.run_id)
         for key, reference_date in reference_dates(context).items():
             report = source.collect(
@@ -73,6 +83,11 @@ def daily_report_asset(
                     "movers": report.movers.total,
                     "signals": sum(chart.is_signal for chart in report.charts),
                     "checks_not_passed": sum(not check.passed for check in report.checks),
+                    **{
+                        chart_metadata(chart.name, shortest): float(chart.values[-1])
+                        for chart in report.charts
+                        if chart.dates[-1] == reference_date
+                    },
                     **{
                         f"at_risk_{window}": listing.total
                         for window, listing in report.at_risk.items()
