@@ -51,6 +51,8 @@ _TABLE = f"""
     FROM {METRICS_TABLE}
 """
 
+_MIRRORED = ("tutor_tier_reasons", "tutor_tier_changes")
+
 Frames = dict[str, pl.DataFrame]
 """The rows of the table under its name, those of each Parquet file under its path; sorted."""
 
@@ -136,7 +138,27 @@ class Ground:
             # What moved depends on which other dates were there.
             if listing.parent.name != TUTOR_TIER_CHANGES
         }
-        return {METRICS_TABLE: _sorted(table), **partitions}
+        return {
+            METRICS_TABLE: _sorted(table),
+            **partitions,
+            **{
+                f"{listing.parent.name} (table)/{listing.stem}": self._apart(listing)
+                for listing in listings
+                if listing.parent.name in _MIRRORED
+            },
+        }
+
+    def _apart(self, listing: Path) -> pl.DataFrame:
+        """The rows that only one of a partition and the table of the same name has."""
+        stored = scan_partition(_folder(listing)).collect()
+        columns = ", ".join(f'"{column}"' for column in stored.columns)
+        held = query(
+            self.engine.url,
+            f"SELECT {columns} FROM {listing.parent.name}"
+            f" WHERE calculation_date = '{listing.stem} 00:00+00'",
+        )
+        sides = [rows.select(pl.col(stored.columns).cast(pl.String)) for rows in (stored, held)]
+        return pl.concat([_only_in(*sides), _only_in(*reversed(sides))])
 
     def leftovers(self) -> list[Path]:
         """Files in the storage that are of no partition."""
@@ -149,7 +171,11 @@ class Ground:
                 for file in open_partition(_folder(listing)).rows().files
             ),
         }
-        return [path for path in self.storage.rglob("*") if path.is_file() and path not in known]
+        return [
+            path
+            for path in self.storage.rglob("*")
+            if path.is_file() and path not in known and path.suffix != ".html"
+        ]
 
 
 def _folder(listing: Path) -> UPath:
