@@ -8,10 +8,10 @@ from typing import Any
 
 import polars as pl
 import sqlalchemy as sa
-from psycopg import sql
 from upath import UPath
 
 from tutormax_assets.database.archived_table import ArchiveError, reaching
+from tutormax_assets.database.rows_of_date import copy_csv
 from tutormax_assets.database.tables import (
     tutor_performance_metrics,
     tutor_tier_changes,
@@ -99,12 +99,7 @@ def restore(connection: sa.Connection, base_path: str, day: date) -> None:
         )
         staged.create(connection, checkfirst=False)
         names = [name for name in rows.columns if name in table.c]
-        query = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(
-            sql.Identifier(staged.name), sql.SQL(", ").join(map(sql.Identifier, names))
-        )
-        cursor: Any = connection.connection.cursor()
-        with cursor.copy(query) as copy:
-            copy.write(rows.select(names).write_csv(include_header=False))
+        copy_csv(connection, staged.name, rows.select(names))
         has_tutor = sa.exists().where(tutors.c.tutor_id == staged.c.tutor_id)
         key = sa.and_(
             *(table.c[column.name] == staged.c[column.name] for column in table.primary_key)

@@ -19,7 +19,6 @@ import polars as pl
 import psycopg
 import sqlalchemy as sa
 import tenacity
-from psycopg import sql
 
 from tutormax_assets.database.connection import (
     Timeouts,
@@ -41,6 +40,7 @@ from tutormax_assets.database.metrics_reading import (
     stored_rows,
 )
 from tutormax_assets.database.revisions import RevisionRecord
+from tutormax_assets.database.rows_of_date import copy_csv
 from tutormax_assets.database.tables import (
     METRICS_TABLE,
     tutor_performance_metrics,
@@ -53,6 +53,7 @@ from tutormax_assets.database.upsert import (
     REPLACED,
     STAGED,
     UPSERT,
+    with_metric_ids,
 )
 from tutormax_assets.errors import TutormaxError
 
@@ -83,6 +84,8 @@ _INSUFFICIENT_PRIVILEGE = "42501"
 _LOCK_NOT_AVAILABLE = "55P03"
 
 _UNIQUE_VIOLATION = "23505"
+
+_FEATURE_NOT_SUPPORTED = "0A000"
 
 # One connection keeps one core of the server busy, and two the indexes' last pages: a third one
 # gained nothing. It takes some thousands of rows to be worth its connecting.
@@ -322,6 +325,8 @@ class _Writing:
 
     def _write_part(self, rows: pl.DataFrame) -> tuple[dict[str, int], dict[str, str]]:
         """Write rows in one transaction: their numbers, and why a tutor's are not among them."""
+        if self.is_new and self._copy_new(rows):
+            return {"inserted": len(rows)}, {}
         try:
             return self._execute(INSERT if self.is_new else UPSERT, rows, alone=False)
         except sa.exc.IntegrityError as error:
@@ -331,27 +336,43 @@ class _Writing:
         # transaction is about to insert, so this one is tried while nobody else writes the date.
         return self._execute(UPSERT, rows, alone=True)
 
+    def _copy_new(self, rows: pl.DataFrame) -> bool:
+        """Copy rows straight into the table, all or none; says whether it took them."""
+        keyed = with_metric_ids(rows, self.calculation_date)
+        if keyed is None:
+            return False
+        try:
+            with self.engine.begin() as connection:
+                self._begin(connection, alone=False)
+                copy_csv(connection, METRICS_TABLE, keyed)
+        except (sa.exc.DBAPIError, psycopg.Error) as error:
+            # Which of the rows it is comes out when they are staged. Row security refuses COPY.
+            if is_of_rows(error) or sqlstate(error) == _FEATURE_NOT_SUPPORTED:
+                return False
+            raise
+        return True
+
+    def _begin(self, connection: sa.Connection, *, alone: bool) -> None:
+        """Take the lock of the date, and ask whether the run goes on."""
+        # Of the locks that are taken below, only that of the date may be held for long: another
+        # writer has it for as long as its statement takes.
+        limit_transaction(connection, replace(self.timeouts, lock_seconds=0))
+        lock_for_transaction(connection, _lock_name(self.calculation_date), shared=not alone)
+        limit_transaction(connection, self.timeouts)
+        if self.is_wanted is not None and not connection.scalar(self.is_wanted):
+            raise MetricsTableError(
+                "The run that these rows are of has ended, or lost its right to the date: they"
+                " are not written. Run the date again if need be."
+            )
+
     def _execute(
         self, write: sa.Executable, rows: pl.DataFrame, *, alone: bool
     ) -> tuple[dict[str, int], dict[str, str]]:
-        columns = STAGED.c.keys()
         with self.engine.begin() as connection:
-            # Of the locks that are taken below, only that of the date may be held for long: another
-            # writer has it for as long as its statement takes.
             limit_transaction(connection, replace(self.timeouts, lock_seconds=0))
             STAGED.create(connection, checkfirst=False)
-            copy_rows = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(
-                sql.Identifier(STAGED.name), sql.SQL(", ").join(map(sql.Identifier, columns))
-            )
-            with connection.connection.cursor().copy(copy_rows) as copy:
-                copy.write(rows.select(columns).write_csv(include_header=False))
-            lock_for_transaction(connection, _lock_name(self.calculation_date), shared=not alone)
-            limit_transaction(connection, self.timeouts)
-            if self.is_wanted is not None and not connection.scalar(self.is_wanted):
-                raise MetricsTableError(
-                    "The run that these rows are of has ended, or lost its right to the date: they"
-                    " are not written. Run the date again if need be."
-                )
+            copy_csv(connection, STAGED.name, rows.select(STAGED.c.keys()))
+            self._begin(connection, alone=alone)
             return self._save(connection, write, rows, alone=alone)
 
     def _save(

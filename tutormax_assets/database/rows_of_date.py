@@ -22,7 +22,7 @@ from tutormax_assets.database.connection import (
     limit_transaction,
     lock_for_transaction,
 )
-from tutormax_assets.database.faults import is_of_rows, is_timeout, reason
+from tutormax_assets.database.faults import is_of_rows, is_timeout, reason, sqlstate
 from tutormax_assets.database.metrics_reading import MetricsTableError, MetricsTableTimeoutError
 from tutormax_assets.database.tables import tutors
 
@@ -31,6 +31,8 @@ _WRITERS = 2
 _ROWS_FOR_WRITERS = 20_000
 
 _DATE = "calculation_date"
+
+_FEATURE_NOT_SUPPORTED = "0A000"
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class RowsOfDate:
             postgresql_on_commit="DROP",
         )
         staged.create(connection, checkfirst=False)
-        _copy(connection, staged, csv)
+        _copy(connection, staged.name, staged.c.keys(), csv)
         # Without statistics PostgreSQL takes the staged rows for a handful.
         _cursor(connection).execute(sql.SQL("ANALYZE {}").format(sql.Identifier(staged.name)))
         of_date = table.c[_DATE] == self.calculation_date
@@ -180,18 +182,23 @@ def _copy_new(connection: sa.Connection, table: sa.Table, csv: str) -> bool:
     """Copy rows straight into the table; says whether it took them, which it does all or none."""
     try:
         with connection.begin_nested():
-            _copy(connection, table, csv)
+            _copy(connection, table.name, table.c.keys(), csv)
     except psycopg.Error as error:
-        # A tutor was deleted, or another writer was ahead.
-        if not is_of_rows(error):
+        # A tutor was deleted, another writer was ahead, or row security refuses COPY.
+        if not is_of_rows(error) and sqlstate(error) != _FEATURE_NOT_SUPPORTED:
             raise
         return False
     return True
 
 
-def _copy(connection: sa.Connection, table: sa.Table, csv: str) -> None:
+def copy_csv(connection: sa.Connection, table: str, rows: pl.DataFrame) -> None:
+    """Copy rows into the columns of a table that have the same names."""
+    _copy(connection, table, rows.columns, rows.write_csv(include_header=False))
+
+
+def _copy(connection: sa.Connection, table: str, columns: Sequence[str], csv: str) -> None:
     query = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(
-        sql.Identifier(table.name), sql.SQL(", ").join(map(sql.Identifier, table.c.keys()))
+        sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, columns))
     )
     with _cursor(connection).copy(query) as copy:
         copy.write(csv)

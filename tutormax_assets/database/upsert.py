@@ -1,8 +1,9 @@
 """The statements that bring staged rows into the metrics table."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, cast
 
+import polars as pl
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
@@ -49,6 +50,25 @@ def _metric_id(date: sa.ColumnElement[datetime]) -> sa.ColumnElement[str]:
         (sa.func.length(key) <= METRIC_ID.length, key),
         else_=sa.func.concat(epoch, "__", sa.func.left(digest, 32)),
     )
+
+
+def with_metric_ids(rows: pl.DataFrame, calculation_date: datetime) -> pl.DataFrame | None:
+    """The rows as the table has them, with their ids; None if an id needs a digest.
+
+    Args:
+        rows: ``tutor_id``, ``window`` and ``VALUES`` of one date.
+        calculation_date: The instant that the reference date stands for.
+    """
+    epoch = int(calculation_date.timestamp())
+    keyed = rows.select(
+        pl.concat_str(pl.lit(str(epoch)), "tutor_id", "window", separator="_").alias("metric_id"),
+        "tutor_id",
+        pl.lit(calculation_date.astimezone(UTC).isoformat()).alias("calculation_date"),
+        "window",
+        *VALUES,
+    )
+    longest = keyed["metric_id"].str.len_chars().max()
+    return None if isinstance(longest, int) and longest > (METRIC_ID.length or 0) else keyed
 
 
 ASKED = sa.bindparam("tutor_ids", type_=postgresql.ARRAY(sa.String))
