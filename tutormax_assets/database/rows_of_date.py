@@ -76,7 +76,7 @@ class RowsOfDate:
         )
         try:
             is_new = self.retrying.copy()(self._is_new, table, tutor_ids)
-            parts = self._parts(rows, tutor_ids)
+            parts = self._parts(table, rows, tutor_ids)
             with ThreadPoolExecutor(len(parts), thread_name_prefix=table.name) as pool:
                 list(pool.map(lambda part: self._write(table, *part, is_new=is_new), parts))
         except (sa.exc.DBAPIError, psycopg.Error) as error:
@@ -98,35 +98,39 @@ class RowsOfDate:
                 return True
             if tutor_ids is None:
                 return False
-            is_asked = table.c.tutor_id == sa.any_(_array(tutor_ids))
+            is_asked = _is_one_of(table, tutor_ids)
             return not connection.scalar(sa.select(sa.exists().where(is_of_date, is_asked)))
 
     def _parts(
-        self, rows: pl.DataFrame, tutor_ids: Sequence[str] | None
-    ) -> list[tuple[pl.DataFrame, Sequence[str] | None]]:
-        """The rows by writer, cut between tutors."""
-        if tutor_ids is None or len(rows) < _ROWS_FOR_WRITERS:
-            return [(rows, tutor_ids)]
-        in_order = pl.Series("tutor_id", tutor_ids).unique().sort()
-        size = -(-len(in_order) // _WRITERS)
-        slices = [in_order.slice(start, size) for start in range(0, len(in_order), size)]
+        self, table: sa.Table, rows: pl.DataFrame, tutor_ids: Sequence[str] | None
+    ) -> list[tuple[pl.DataFrame, sa.ColumnElement[bool]]]:
+        """The rows by writer, and which rows of the table they replace."""
+        of_date = table.c[_DATE] == self.calculation_date
+        if tutor_ids is not None:
+            of_date &= _is_one_of(table, tutor_ids)
+        if len(rows) < _ROWS_FOR_WRITERS:
+            return [(rows, of_date)]
+        # Cut between tutors, in the order that Python has, too.
+        first = rows["tutor_id"].sort()[len(rows) // _WRITERS]
+        column = table.c.tutor_id.collate("C")
         return [
-            (rows.filter(pl.col("tutor_id").is_in(ids.implode())), ids.to_list()) for ids in slices
+            (rows.filter(pl.col("tutor_id") < first), of_date & (column < first)),
+            (rows.filter(pl.col("tutor_id") >= first), of_date & (column >= first)),
         ]
 
     def _write(
         self,
         table: sa.Table,
         rows: pl.DataFrame,
-        tutor_ids: Sequence[str] | None,
+        replaced: sa.ColumnElement[bool],
         *,
         is_new: bool,
     ) -> None:
         csv = rows.write_csv(include_header=False)
-        self.retrying.copy()(self._write_once, table, csv, tutor_ids, is_new=is_new)
+        self.retrying.copy()(self._write_once, table, csv, replaced, is_new=is_new)
 
     def _write_once(
-        self, table: sa.Table, csv: str, tutor_ids: Sequence[str] | None, *, is_new: bool
+        self, table: sa.Table, csv: str, replaced: sa.ColumnElement[bool], *, is_new: bool
     ) -> None:
         with self.engine.begin() as connection:
             limit_transaction(connection, replace(self.timeouts, lock_seconds=0))
@@ -138,44 +142,40 @@ class RowsOfDate:
                     " date: they are not written. Run the date again if need be."
                 )
             if not (is_new and _copy_new(connection, table, csv)):
-                self._replace(connection, table, csv, tutor_ids)
+                _replace(connection, table, csv, replaced)
 
     def _lock_name(self, table: sa.Table) -> str:
         return f"{table.name}:{self.calculation_date.timestamp():.0f}"
 
-    def _replace(
-        self, connection: sa.Connection, table: sa.Table, csv: str, tutor_ids: Sequence[str] | None
-    ) -> None:
-        """Delete what is not among the rows, and add what the table lacks."""
-        staged = sa.Table(
-            f"staged_{table.name}",
-            sa.MetaData(),
-            *(sa.Column(column.name, column.type) for column in table.c),
-            prefixes=["TEMPORARY"],
-            postgresql_on_commit="DROP",
+
+def _replace(
+    connection: sa.Connection, table: sa.Table, csv: str, replaced: sa.ColumnElement[bool]
+) -> None:
+    """Delete what is not among the rows, and add what the table lacks."""
+    staged = sa.Table(
+        f"staged_{table.name}",
+        sa.MetaData(),
+        *(sa.Column(column.name, column.type) for column in table.c),
+        prefixes=["TEMPORARY"],
+        postgresql_on_commit="DROP",
+    )
+    staged.create(connection, checkfirst=False)
+    _copy(connection, staged.name, staged.c.keys(), csv)
+    # Without statistics PostgreSQL takes the staged rows for a handful.
+    _cursor(connection).execute(sql.SQL("ANALYZE {}").format(sql.Identifier(staged.name)))
+    key = [column.name for column in table.primary_key]
+    is_key = sa.and_(*(table.c[name] == staged.c[name] for name in key))
+    is_same = is_key & sa.tuple_(*table.c).is_not_distinct_from(sa.tuple_(*staged.c))
+    connection.execute(sa.delete(table).where(replaced, ~sa.select(staged).where(is_same).exists()))
+    connection.execute(
+        sa.insert(table).from_select(
+            table.c.keys(),
+            sa.select(staged).where(
+                sa.exists().where(tutors.c.tutor_id == staged.c.tutor_id),
+                ~sa.select(table).where(is_key).exists(),
+            ),
         )
-        staged.create(connection, checkfirst=False)
-        _copy(connection, staged.name, staged.c.keys(), csv)
-        # Without statistics PostgreSQL takes the staged rows for a handful.
-        _cursor(connection).execute(sql.SQL("ANALYZE {}").format(sql.Identifier(staged.name)))
-        of_date = table.c[_DATE] == self.calculation_date
-        if tutor_ids is not None:
-            of_date &= table.c.tutor_id == sa.any_(_array(tutor_ids))
-        key = [column.name for column in table.primary_key]
-        is_key = sa.and_(*(table.c[name] == staged.c[name] for name in key))
-        is_same = is_key & sa.tuple_(*table.c).is_not_distinct_from(sa.tuple_(*staged.c))
-        connection.execute(
-            sa.delete(table).where(of_date, ~sa.select(staged).where(is_same).exists())
-        )
-        connection.execute(
-            sa.insert(table).from_select(
-                table.c.keys(),
-                sa.select(staged).where(
-                    sa.exists().where(tutors.c.tutor_id == staged.c.tutor_id),
-                    ~sa.select(table).where(is_key).exists(),
-                ),
-            )
-        )
+    )
 
 
 def _copy_new(connection: sa.Connection, table: sa.Table, csv: str) -> bool:
@@ -209,5 +209,5 @@ def _cursor(connection: sa.Connection) -> psycopg.Cursor[Any]:
     return driver.cursor()
 
 
-def _array(tutor_ids: Sequence[str]) -> sa.ColumnElement[Any]:
-    return sa.literal(list(tutor_ids), sa.ARRAY(sa.String))
+def _is_one_of(table: sa.Table, tutor_ids: Sequence[str]) -> sa.ColumnElement[bool]:
+    return table.c.tutor_id == sa.any_(sa.literal(list(tutor_ids), sa.ARRAY(sa.String)))
