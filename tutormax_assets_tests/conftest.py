@@ -1,6 +1,7 @@
 """What every test stands on: an environment of its own, and databases of a real PostgreSQL."""
 
 import gc
+import json
 import logging
 import os
 import shutil
@@ -129,7 +130,7 @@ def _is_fit_for_files(folder: Path) -> bool:
     return is_large and os.access(folder, os.W_OK) and not found.f_flag & os.ST_NOEXEC
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What waits for the clock begins first, so that the others run meanwhile.
 
     Tests that share what takes seconds to make are run by one process.
@@ -138,6 +139,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "golden_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("golden"))
+    if hasattr(config, "workerinput"):
+        groups = {
+            item.nodeid: mark.args[0]
+            for item in items
+            if (mark := item.get_closest_marker("xdist_group"))
+        }
+        folder, worker = config.stash[_SERVER_HOME], config.workerinput["workerid"]
+        (folder / f"{worker}.groups").write_text(json.dumps(groups), encoding="utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Distribute tests by group.
+
+    The scheduler of ``--dist loadgroup`` expects the group at the end of a node id, where
+    pytest-xdist 3.8 cannot write it with pytest 9.2 (pytest-xdist issue 1386).
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    @cache
+    def groups() -> dict[str, str]:
+        # The first worker has collected the same tests as all others.
+        [found, *_] = config.stash[_SERVER_HOME].glob("*.groups")
+        return dict(json.loads(found.read_text(encoding="utf-8")))
+
+    class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return groups().get(nodeid, nodeid)
+
+    return GroupScheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

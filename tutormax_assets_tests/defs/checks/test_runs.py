@@ -28,6 +28,9 @@ from tutormax_assets_tests.conftest import (
     open_platform,
 )
 
+# One process runs them all, so that the platform is made once.
+pytestmark = pytest.mark.xdist_group("checks")
+
 DAYS = ["2025-11-03", "2025-11-04", "2025-11-05", "2025-11-06", "2025-11-07"]
 LAST = DAYS[-1]
 
