@@ -20,6 +20,8 @@ import polars as pl
 import psycopg
 import pytest
 import sqlalchemy as sa
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from filelock import FileLock
 from psycopg import sql
 from upath import UPath
@@ -201,6 +203,25 @@ def _forget_the_developers_environment(patch: pytest.MonkeyPatch, folder: Path) 
         if name.startswith(("TUTORMAX_", "POSTGRES_")) or name == "DAGSTER_HOME":
             patch.delenv(name)
     patch.chdir(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _dagsters_migrations_are_read_once() -> Iterator[None]:
+    """Keep Dagster's migrations, which it reads anew for each run and each instance."""
+    read = ScriptDirectory.from_config
+    kept: dict[str, ScriptDirectory] = {}
+
+    def from_config(config: Config) -> ScriptDirectory:
+        location = config.get_main_option("script_location") or ""
+        if not location.startswith("dagster:"):
+            return read(config)
+        if location not in kept:
+            kept[location] = read(config)
+        return kept[location]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptDirectory, "from_config", staticmethod(from_config))
+        yield
 
 
 @pytest.fixture(scope="session")
