@@ -413,6 +413,41 @@ def small_platform(
         yield opened
 
 
+@pytest.fixture(scope="session")
+def computed_template(
+    server_url: sa.URL,
+    small_template: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_dagster_home: Path,
+) -> Iterator[tuple[str, Path]]:
+    """Name of a database, and a storage: the generated platform after a run of its last date."""
+    home = tmp_path_factory.mktemp("computed") / "home"
+    with new_database(server_url, template=small_template) as url:
+        with open_platform(url, home, DAGSTER_HOME=str(shared_dagster_home)) as platform:
+            [summary] = platform.run(str(SMALL_PLATFORM_END))
+            assert summary.all_saved
+        yield str(url.database), platform.storage
+
+
+@pytest.fixture
+def computed_platform(
+    server_url: sa.URL,
+    computed_template: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shared_dagster_home: Path,
+) -> Iterator[Platform]:
+    """A copy of the generated platform after a run of its last date, for a test to change."""
+    template, storage = computed_template
+    shutil.copytree(storage, tmp_path / "home" / storage.name)
+    variables = {"DAGSTER_HOME": str(shared_dagster_home)}
+    with (
+        new_database(server_url, template=template) as url,
+        open_platform(url, tmp_path / "home", using=monkeypatch, **variables) as opened,
+    ):
+        yield opened
+
+
 @pytest.fixture
 def golden_platform(
     server_url: sa.URL,
