@@ -1,11 +1,13 @@
 """What every test stands on: an environment of its own, and databases of a real PostgreSQL."""
 
 import gc
+import json
 import logging
 import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ import polars as pl
 import psycopg
 import pytest
 import sqlalchemy as sa
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from filelock import FileLock
 from psycopg import sql
 from upath import UPath
@@ -129,7 +133,7 @@ def _is_fit_for_files(folder: Path) -> bool:
     return is_large and os.access(folder, os.W_OK) and not found.f_flag & os.ST_NOEXEC
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What waits for the clock begins first, so that the others run meanwhile.
 
     Tests that share what takes seconds to make are run by one process.
@@ -138,6 +142,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "golden_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("golden"))
+    if hasattr(config, "workerinput"):
+        groups = {
+            item.nodeid: mark.args[0]
+            for item in items
+            if (mark := item.get_closest_marker("xdist_group"))
+        }
+        folder, worker = config.stash[_SERVER_HOME], config.workerinput["workerid"]
+        (folder / f"{worker}.groups").write_text(json.dumps(groups), encoding="utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Distribute tests by group.
+
+    The scheduler of ``--dist loadgroup`` expects the group at the end of a node id, where
+    pytest-xdist 3.8 cannot write it with pytest 9.2 (pytest-xdist issue 1386).
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    @cache
+    def groups() -> dict[str, str]:
+        # The first worker has collected the same tests as all others.
+        [found, *_] = config.stash[_SERVER_HOME].glob("*.groups")
+        return dict(json.loads(found.read_text(encoding="utf-8")))
+
+    class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return groups().get(nodeid, nodeid)
+
+    return GroupScheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
@@ -168,6 +204,25 @@ def _forget_the_developers_environment(patch: pytest.MonkeyPatch, folder: Path) 
         if name.startswith(("TUTORMAX_", "POSTGRES_")) or name == "DAGSTER_HOME":
             patch.delenv(name)
     patch.chdir(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _dagsters_migrations_are_read_once() -> Iterator[None]:
+    """Keep Dagster's migrations, which it reads anew for each run and each instance."""
+    read = ScriptDirectory.from_config
+    kept: dict[str, ScriptDirectory] = {}
+
+    def from_config(config: Config) -> ScriptDirectory:
+        location = config.get_main_option("script_location") or ""
+        if not location.startswith("dagster:"):
+            return read(config)
+        if location not in kept:
+            kept[location] = read(config)
+        return kept[location]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptDirectory, "from_config", staticmethod(from_config))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -353,6 +408,41 @@ def small_platform(
     variables = {"DAGSTER_HOME": str(shared_dagster_home)}
     with (
         new_database(server_url, template=small_template) as url,
+        open_platform(url, tmp_path / "home", using=monkeypatch, **variables) as opened,
+    ):
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def computed_template(
+    server_url: sa.URL,
+    small_template: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_dagster_home: Path,
+) -> Iterator[tuple[str, Path]]:
+    """Name of a database, and a storage: the generated platform after a run of its last date."""
+    home = tmp_path_factory.mktemp("computed") / "home"
+    with new_database(server_url, template=small_template) as url:
+        with open_platform(url, home, DAGSTER_HOME=str(shared_dagster_home)) as platform:
+            [summary] = platform.run(str(SMALL_PLATFORM_END))
+            assert summary.all_saved
+        yield str(url.database), platform.storage
+
+
+@pytest.fixture
+def computed_platform(
+    server_url: sa.URL,
+    computed_template: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shared_dagster_home: Path,
+) -> Iterator[Platform]:
+    """A copy of the generated platform after a run of its last date, for a test to change."""
+    template, storage = computed_template
+    shutil.copytree(storage, tmp_path / "home" / storage.name)
+    variables = {"DAGSTER_HOME": str(shared_dagster_home)}
+    with (
+        new_database(server_url, template=template) as url,
         open_platform(url, tmp_path / "home", using=monkeypatch, **variables) as opened,
     ):
         yield opened
@@ -545,4 +635,13 @@ def new_database(
         try:
             yield url
         finally:
+            _wait_for_backends_to_exit(admin, url)
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+
+
+def _wait_for_backends_to_exit(admin: psycopg.Connection[tuple[Any, ...]], url: sa.URL) -> None:
+    """End the backends of a database; DROP DATABASE checks for them only every 100 ms."""
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+    deadline = time.monotonic() + 1
+    while admin.execute(end, [url.database]).fetchone() and time.monotonic() < deadline:
+        time.sleep(0.001)

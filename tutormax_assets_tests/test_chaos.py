@@ -100,10 +100,9 @@ def test_the_proxy_lets_a_client_wait_for_ever(proxy: Proxy, database: sa.URL) -
 
 
 @pytest.fixture
-def computed(small_platform: Platform) -> ground.Frames:
+def computed(computed_platform: Platform) -> ground.Frames:
     """What a run leaves behind."""
-    assert small_platform.run(str(END))[0].all_saved
-    return of(small_platform).frames()
+    return of(computed_platform).frames()
 
 
 def of(platform: Platform) -> ground.Ground:
@@ -111,17 +110,17 @@ def of(platform: Platform) -> ground.Ground:
 
 
 def test_a_ground_tells_what_is_not_as_it_was(
-    small_platform: Platform, computed: ground.Frames
+    computed_platform: Platform, computed: ground.Frames
 ) -> None:
     assert len(computed) == 13
-    assert differences(of(small_platform).frames([END]), computed) == []
+    assert differences(of(computed_platform).frames([END]), computed) == []
 
-    small_platform.execute(f"UPDATE {METRICS_TABLE} SET avg_rating = 1.5 WHERE metric_id IN "
+    computed_platform.execute(f"UPDATE {METRICS_TABLE} SET avg_rating = 1.5 WHERE metric_id IN "
         f"(SELECT metric_id FROM {METRICS_TABLE} WHERE avg_rating > 2 LIMIT 2)")  # fmt: skip
-    delete_files(UPath(small_platform.storage) / "tutor_roster" / f"{END}.parquet")
-    (small_platform.storage / "tutor_tiers" / ".2025.parquet.part").touch()
-    (small_platform.storage / "tutor_tiers" / f"{END}.parquet" / "0000-old.parquet").touch()
-    found = of(small_platform).frames()
+    delete_files(UPath(computed_platform.storage) / "tutor_roster" / f"{END}.parquet")
+    (computed_platform.storage / "tutor_tiers" / ".2025.parquet.part").touch()
+    (computed_platform.storage / "tutor_tiers" / f"{END}.parquet" / "0000-old.parquet").touch()
+    found = of(computed_platform).frames()
 
     rows = len(computed[METRICS_TABLE])
     assert differences(found, computed) == [
@@ -129,36 +128,40 @@ def test_a_ground_tells_what_is_not_as_it_was(
         " 2 are missing",
         f"tutor_roster/{END} is missing",
     ]
-    assert {path.name for path in of(small_platform).leftovers()} == {
+    assert {path.name for path in of(computed_platform).leftovers()} == {
         ".2025.parquet.part",
         "0000-old.parquet",
     }
 
 
 def test_the_oracle_agrees_with_a_run_and_sees_what_is_not_right(
-    small_platform: Platform, computed: ground.Frames
+    computed_platform: Platform, computed: ground.Frames
 ) -> None:
-    expected = oracle.answer(small_platform.engine, END)
+    expected = oracle.answer(computed_platform.engine, END)
     report = Report("bad_input")
     assert len(expected.aside) == len(computed[f"sessions_set_aside/{END}"]) + len(
         computed[f"tutor_events_set_aside/{END}"]
     )
-    assert bad_input._compare(of(small_platform), report, expected) == []
+    assert bad_input._compare(of(computed_platform), report, expected) == []
     assert report.figures["numbers compared"] == 8 * len(computed[METRICS_TABLE])
 
-    small_platform.execute(
+    computed_platform.execute(
         f"UPDATE {METRICS_TABLE} SET no_show_count = 5, performance_tier = 'none'"
         f" WHERE metric_id = (SELECT min(metric_id) FROM {METRICS_TABLE})"
     )
-    [path] = (small_platform.storage / "sessions_set_aside" / f"{END}.parquet").iterdir()
+    [path] = (computed_platform.storage / "sessions_set_aside" / f"{END}.parquet").iterdir()
     pl.read_parquet(path, memory_map=False)[1:].write_parquet(path)
-    broken, number, tier = bad_input._compare(of(small_platform), report, expected)
+    broken, number, tier = bad_input._compare(of(computed_platform), report, expected)
     assert broken.startswith("1 values are broken and were used, such as ('s")
     assert "no_show_count of" in number
     assert tier.startswith("tier of (")
 
 
-def test_killed_runs_leave_nothing_that_the_next_run_does_not_put_right(engine: sa.Engine) -> None:
+def test_killed_runs_leave_nothing_that_the_next_run_does_not_put_right(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kills, "DATES", kills.DATES[-2:])
+    monkeypatch.setattr(kills, "RANGE", kills.RANGE[-2:])
     report = kills.run(kills=2, seconds=600, seed=20, on=engine)
 
     assert report.wrong == []

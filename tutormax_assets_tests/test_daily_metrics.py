@@ -204,28 +204,27 @@ def test_a_date_that_fails_does_not_lose_the_others_of_its_range(
     assert sorted(path.stem for path in obstacle.parent.glob("*.json")) == [*WEEK_END[1:]]
 
 
-def test_a_filtered_run_touches_only_its_tutors(small_platform: Platform) -> None:
-    small_platform.run(DAY)
-    rows = small_platform.metrics()
-    files = {asset: small_platform.partition(asset, DAY) for asset in PARQUET_ASSETS}
-    small_platform.execute(
+def test_a_filtered_run_touches_only_its_tutors(computed_platform: Platform) -> None:
+    rows = computed_platform.metrics()
+    files = {asset: computed_platform.partition(asset, DAY) for asset in PARQUET_ASSETS}
+    computed_platform.execute(
         "UPDATE sessions SET engagement_score = 0.01, late_start_minutes = 60, session_number = 1,"
         " tutor_initiated_reschedule = true, no_show = true, learning_objectives_met = false"
     )
-    small_platform.execute("UPDATE student_feedback SET overall_rating = 1")
-    small_platform.execute("DELETE FROM tutor_events")
+    computed_platform.execute("UPDATE student_feedback SET overall_rating = 1")
+    computed_platform.execute("DELETE FROM tutor_events")
     two = rows["tutor_id"].unique().sort()[3:5].to_list()
 
-    [summary] = small_platform.run(DAY, tutor_ids=two)
+    [summary] = computed_platform.run(DAY, tutor_ids=two)
 
     assert (summary.total_tutors, summary.total_metrics_saved) == (2, 6)
     others = ~pl.col("tutor_id").is_in(two)
-    found = small_platform.metrics()
+    found = computed_platform.metrics()
     assert_frame_equal(found.filter(others), rows.filter(others))
     assert found.filter(~others)["avg_rating"].drop_nulls().unique().to_list() == [1]
     assert (found.filter(~others)["updated_at"] > rows["updated_at"].max()).all()
     for asset, frame in files.items():
-        now = small_platform.partition(asset, DAY)
+        now = computed_platform.partition(asset, DAY)
         assert_frame_equal(now.filter(others), frame.filter(others), check_row_order=False)
         if asset.startswith("metrics_"):
             assert not now.filter(~others).equals(frame.filter(~others))

@@ -539,7 +539,10 @@ def test_a_run_goes_by_the_settings_that_it_is_given(
     assert not (tmp_path / "another home").exists()
 
 
-def test_a_cluster_is_that_of_the_settings(small_platform: Platform) -> None:
+def test_a_cluster_is_that_of_the_settings(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tutormax_assets.compute.dask.ANSWER_SECONDS", 1)
     settings = small_platform.settings.model_copy(
         update={"dask_address": "tcp://127.0.0.1:1", "home": small_platform.settings.home_path}
     )

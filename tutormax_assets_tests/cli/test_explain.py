@@ -16,6 +16,9 @@ from tutormax_assets.metrics.policy import Policy
 from tutormax_assets_tests.cli.conftest import Invoke, words
 from tutormax_assets_tests.conftest import Platform, new_database, open_platform
 
+# One process runs them all, so that the dates are computed once.
+pytestmark = pytest.mark.xdist_group("explanations")
+
 DAY_BEFORE, DAY = date(2025, 11, 6), date(2025, 11, 7)
 
 

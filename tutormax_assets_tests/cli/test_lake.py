@@ -45,7 +45,7 @@ def test_a_run_reads_the_lake_alone(lake: Path, platform: Platform, invoke: Invo
     metrics = platform.metrics()
     assert metrics["tutor_id"].n_unique() > 5
     assert metrics["sessions_completed"].sum() > 100
-    assert invoke("backfill", "--from", "2025-11-05", "--to", DAY, "--quiet").exit_code == 0
+    assert invoke("backfill", "--from", "2025-11-06", "--to", DAY, "--quiet").exit_code == 0
     assert invoke("run", "--date", DAY, "--tutors", "T000001", "-q").exit_code == 0
 
 

@@ -30,25 +30,24 @@ def policy(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("text", [STRICT, ROWS])
 def test_it_is_what_a_run_with_the_policy_gives(
-    small_platform: Platform,
+    computed_platform: Platform,
     invoke: Invoke,
     policy: Path,
     monkeypatch: pytest.MonkeyPatch,
     text: str,
 ) -> None:
     policy.write_text(text)
-    small_platform.run(DAY)
-    before = small_platform.partition("tutor_tiers", DAY)
-    files = {path: path.stat().st_mtime_ns for path in small_platform.storage.rglob("*")}
+    before = computed_platform.partition("tutor_tiers", DAY)
+    files = {path: path.stat().st_mtime_ns for path in computed_platform.storage.rglob("*")}
 
     result = invoke("what-if", str(policy), "--date", DAY, "--json")
 
     assert result.exit_code == 0, result.stderr
-    assert {path: path.stat().st_mtime_ns for path in small_platform.storage.rglob("*")} == files
+    assert {path: path.stat().st_mtime_ns for path in computed_platform.storage.rglob("*")} == files
     report = json.loads(result.stdout)
     monkeypatch.setenv("TUTORMAX_POLICY", str(policy))
-    replace(small_platform, settings=load_settings()).run(DAY)
-    after = small_platform.partition("tutor_tiers", DAY)
+    replace(computed_platform, settings=load_settings()).run(DAY)
+    after = computed_platform.partition("tutor_tiers", DAY)
     both = before.join(after, on=["tutor_id", "window"], suffix="_after")
     for window in report["windows"]:
         of_window = both.filter(window=window["window"])
@@ -75,9 +74,7 @@ def test_changes_from_date_to_date_are_counted_under_both(
         assert window["flaps"] == window["other_flaps"] > 0
 
 
-def test_a_person_reads_a_matrix(small_platform: Platform, invoke: Invoke, policy: Path) -> None:
-    small_platform.run(DAY)
-
+def test_a_person_reads_a_matrix(computed_platform: Platform, invoke: Invoke, policy: Path) -> None:
     result = invoke("what-if", str(policy), "--date", DAY)
 
     assert result.exit_code == 0

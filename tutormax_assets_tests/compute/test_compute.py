@@ -49,6 +49,14 @@ def cluster(shared_cluster: DaskCluster, monkeypatch: pytest.MonkeyPatch) -> Das
     return shared_cluster
 
 
+@pytest.fixture
+def idle_scheduler(shared_cluster: DaskCluster, monkeypatch: pytest.MonkeyPatch) -> DaskCluster:
+    """A scheduler without workers, and an environment that leads there."""
+    shared_cluster.repair(0)
+    monkeypatch.setenv("TUTORMAX_DASK_ADDRESS", shared_cluster.address)
+    return shared_cluster
+
+
 class ComputeOfEnvironment(Compute):
     """Goes by what the environment says when it is used."""
 
@@ -230,9 +238,8 @@ def test_a_shard_that_kills_its_workers_is_named_and_its_neighbours_are_computed
 
 
 def test_without_workers_a_run_fails_in_time_and_with_one_it_goes_on(
-    compute: Compute, cluster: DaskCluster, monkeypatch: pytest.MonkeyPatch
+    compute: Compute, idle_scheduler: DaskCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster.repair(0)
     monkeypatch.setenv("TUTORMAX_DASK_NO_WORKERS_TIMEOUT_SECONDS", "1")
     with pytest.raises(
         DaskError, match=r"no worker for 1 s .* (Under way: 0000|Waiting: 0000, 0001, 0002)\.$"
@@ -241,7 +248,7 @@ def test_without_workers_a_run_fails_in_time_and_with_one_it_goes_on(
     compute.close()
 
     monkeypatch.setenv("TUTORMAX_DASK_NO_WORKERS_TIMEOUT_SECONDS", "60")
-    cluster.start_worker()
+    idle_scheduler.start_worker()
     assert areas(compute, tasks(3)) == {"0000": 0, "0001": 1, "0002": 4}
 
 
@@ -260,6 +267,21 @@ def test_all_workers_gone_in_the_midst_ends_the_run(
         with pytest.raises(DaskError, match="has had no worker for 1 s"):
             running.result()
     assert found == {"done": 9}
+
+
+def test_threads_beside_those_of_polars_are_warned_of(
+    compute: Compute, idle_scheduler: DaskCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    idle_scheduler.start_worker(threads=2)
+    idle_scheduler.start_worker(threads=2, environment={"POLARS_MAX_THREADS": "1"})
+    idle_scheduler.wait_for(2)
+
+    assert len(areas(compute, tasks(5))) == 5
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [warning.partition(",")[0] for warning in warnings] == [
+        "1 Dask workers have several threads"
+    ]
+    idle_scheduler.repair(0)
 
 
 def test_a_worker_of_another_version_is_refused(
@@ -302,22 +324,6 @@ def _changed_source(folder: Path) -> Path:
     with (source / "tutormax_assets" / "partitions.py").open("a", encoding="utf-8") as file:
         file.write("\n# Changed.\n")
     return source
-
-
-def test_threads_beside_those_of_polars_are_warned_of(
-    compute: Compute, cluster: DaskCluster, caplog: pytest.LogCaptureFixture
-) -> None:
-    cluster.repair(0)
-    cluster.start_worker(threads=2)
-    cluster.start_worker(threads=2, environment={"POLARS_MAX_THREADS": "1"})
-    cluster.wait_for(2)
-
-    assert len(areas(compute, tasks(5))) == 5
-    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert [warning.partition(",")[0] for warning in warnings] == [
-        "1 Dask workers have several threads"
-    ]
-    cluster.repair(0)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -22,6 +22,9 @@ from tutormax_assets_tests.conftest import (
     open_platform,
 )
 
+# One process runs them all, so that there is one pair of servers.
+pytestmark = pytest.mark.xdist_group("standby")
+
 DAY = SMALL_PLATFORM_END.isoformat()
 
 

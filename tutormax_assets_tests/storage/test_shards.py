@@ -175,15 +175,14 @@ def stored(platform: Platform) -> dict[str, pl.DataFrame]:
 
 
 def test_shards_do_not_show_whatever_their_number_and_however_it_changes(
-    small_platform: Platform, monkeypatch: pytest.MonkeyPatch
+    computed_platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_platform.run(DAY)
-    expected, table = stored(small_platform), small_platform.metrics()
+    expected, table = stored(computed_platform), computed_platform.metrics()
     ids = expected["tutor_roster"]["tutor_id"].to_list()
     # A filtered run keeps the shards that are there.
     for shards, tutor_ids, kept in ((7, None, 7), (3, ids[2:9], 7), (10_000, None, len(ids))):
         monkeypatch.setenv("TUTORMAX_SHARDS", str(shards))
-        sharded = Platform(load_settings(), small_platform.engine)
+        sharded = Platform(load_settings(), computed_platform.engine)
 
         [summary] = sharded.run(DAY, tutor_ids=tutor_ids)
 
@@ -219,15 +218,14 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: str, tutor_id: str) -> None:
 
 
 def test_a_shard_that_fails_in_any_step_is_named_and_the_others_are_saved(
-    small_platform: Platform, monkeypatch: pytest.MonkeyPatch
+    computed_platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_platform.run(DAY)
-    expected, table = stored(small_platform), small_platform.metrics()
+    expected, table = stored(computed_platform), computed_platform.metrics()
     ids = expected["tutor_roster"]["tutor_id"].to_list()
     culprits = ids[len(ids) * 3 // 5 : len(ids) * 4 // 5]
     saved = ~pl.col("tutor_id").is_in(culprits)
     monkeypatch.setenv("TUTORMAX_SHARDS", "5")
-    sharded = Platform(load_settings(), small_platform.engine)
+    sharded = Platform(load_settings(), computed_platform.engine)
     for step, groups in (
         ("platform_snapshot", [[0, 1], [2, 3, 4]]),
         ("platform_snapshot", [[0, 1, 2, 3, 4]]),

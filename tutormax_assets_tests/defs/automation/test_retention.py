@@ -594,33 +594,32 @@ def test_the_code_location_has_the_job_and_the_sensor(
 
 
 def test_all_assets_that_are_parquet_are_cleaned_up(
-    small_platform: Platform, tmp_path: Path
+    computed_platform: Platform, tmp_path: Path
 ) -> None:
     """A date that was computed long ago goes as a whole, and can be computed again."""
     day = "2025-11-07"
-    small_platform.run(day)
-    rows = small_platform.metrics()
-    stored = partitions(small_platform)
+    rows = computed_platform.metrics()
+    stored = partitions(computed_platform)
     assert len(stored) == len(PARQUET_ASSETS)
 
-    report = cleanup(small_platform.settings)
+    report = cleanup(computed_platform.settings)
 
     assert report.rows_by_date == {date(2025, 11, 7): len(rows)}
     # The page of the report is deleted with them.
     assert len(report.partitions) == len(PARQUET_ASSETS) + 1
-    assert list(small_platform.storage.glob("daily_report/*")) == []
-    assert small_platform.metrics().is_empty()
-    assert_frame_equal(archived_rows(small_platform), rows)
-    with dagster_instance(small_platform.settings) as instance:
+    assert list(computed_platform.storage.glob("daily_report/*")) == []
+    assert computed_platform.metrics().is_empty()
+    assert_frame_equal(archived_rows(computed_platform), rows)
+    with dagster_instance(computed_platform.settings) as instance:
         [*_, (partition, metadata)] = observations(instance, "tutor_performance_metrics")
     assert (partition, metadata["rows_deleted"]) == (day, len(rows))
 
-    [summary] = small_platform.run(day)
+    [summary] = computed_platform.run(day)
     assert summary.all_saved
-    again = small_platform.metrics().drop("created_at", "updated_at")
+    again = computed_platform.metrics().drop("created_at", "updated_at")
     assert_frame_equal(again, rows.drop("created_at", "updated_at"))
-    cleanup(small_platform.settings)
-    merged = archived_rows(small_platform)
+    cleanup(computed_platform.settings)
+    merged = archived_rows(computed_platform)
     assert len(merged) == len(rows)
     newest: Any = merged["updated_at"].min()
     oldest: Any = rows["updated_at"].max()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from datetime import date, timedelta
 from pathlib import Path
@@ -27,6 +28,9 @@ from tutormax_assets_tests.conftest import (
     new_database,
     open_platform,
 )
+
+# One process runs them all, so that the platforms are made once.
+pytestmark = pytest.mark.xdist_group("checks")
 
 DAYS = ["2025-11-03", "2025-11-04", "2025-11-05", "2025-11-06", "2025-11-07"]
 LAST = DAYS[-1]
@@ -87,6 +91,32 @@ def good(server_url: sa.URL, good_database: str, tmp_path: Path) -> Iterator[Pla
     """That platform, with a Dagster home of its own."""
     with (
         new_database(server_url, template=good_database) as url,
+        open_platform(url, tmp_path / "home") as platform,
+    ):
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def computed_good_template(
+    server_url: sa.URL, good_database: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path]]:
+    """Name of a database, and a home: the platform of ``good`` after a run of the last date."""
+    home = tmp_path_factory.mktemp("good") / "home"
+    with new_database(server_url, template=good_database) as url:
+        with open_platform(url, home) as platform:
+            assert platform.run(LAST)[0].all_saved
+        yield str(url.database), home
+
+
+@pytest.fixture
+def computed_good(
+    server_url: sa.URL, computed_good_template: tuple[str, Path], tmp_path: Path
+) -> Iterator[Platform]:
+    """A copy of the platform of ``good`` after a run of the last date, for a test to change."""
+    template, home = computed_good_template
+    shutil.copytree(home, tmp_path / "home", symlinks=True)
+    with (
+        new_database(server_url, template=template) as url,
         open_platform(url, tmp_path / "home") as platform,
     ):
         yield platform
@@ -235,19 +265,22 @@ def test_a_good_day_passes_in_a_run_of_its_own_and_in_a_range(good: Platform) ->
     assert compared.description is None
 
 
-def test_a_new_materialization_takes_the_old_status_away(good: Platform) -> None:
-    good.run(LAST)
+def test_a_new_materialization_takes_the_old_status_away(computed_good: Platform) -> None:
     job = dg.define_asset_job("tiers", dg.AssetSelection.assets("tutor_tiers").without_checks())
-    definitions = dg.Definitions.merge(build_definitions(good.settings), dg.Definitions(jobs=[job]))
-    with dagster_instance(good.settings) as instance:
+    definitions = dg.Definitions.merge(
+        build_definitions(computed_good.settings), dg.Definitions(jobs=[job])
+    )
+    with dagster_instance(computed_good.settings) as instance:
         definitions.resolve_job_def("tiers").execute_in_process(
             instance=instance, partition_key=LAST, run_config={"loggers": {"line": {}}}
         )
-    assert {asset for asset, _, _ in statuses(good)["SUCCEEDED"]} == CHECKS.keys() - {"tutor_tiers"}
+    assert {asset for asset, _, _ in statuses(computed_good)["SUCCEEDED"]} == CHECKS.keys() - {
+        "tutor_tiers"
+    }
 
-    assert run_checks(good, LAST, "tutor_tiers").success
+    assert run_checks(computed_good, LAST, "tutor_tiers").success
 
-    assert statuses(good) == {"SUCCEEDED": {(*check, LAST) for check in ALL}}
+    assert statuses(computed_good) == {"SUCCEEDED": {(*check, LAST) for check in ALL}}
 
 
 def test_a_warning_is_of_its_day_only_and_stops_nothing(good: Platform) -> None:
@@ -290,7 +323,7 @@ def test_a_bad_day_is_blocked_and_the_others_are_saved(
     bad = ("sessions_snapshot", "few_rows_set_aside", LAST)
 
     with captured_log() as log:
-        result = run_range(good, *DAYS[2:])
+        result = run_range(good, *DAYS[-2:])
     assert not result.success
     assert failed(result) == {bad: "ERROR"}
     advice = evaluations(result)[bad].metadata["advice"].value
@@ -301,21 +334,21 @@ def test_a_bad_day_is_blocked_and_the_others_are_saved(
     assert "blocking asset check failed" in trace
     assert log.count(f"ERROR {reason.strip()}") == 1
     # The days' statuses are there although the run stopped at the first stage.
-    snapshots = {(*check, day) for check in ALL for day in DAYS[2:] if "snapshot" in check[0]}
+    snapshots = {(*check, day) for check in ALL for day in DAYS[-2:] if "snapshot" in check[0]}
     assert statuses(good)["SUCCEEDED"] == snapshots - {bad}
     assert statuses(good)["FAILED"] == {bad}
     assert saved_days(good) == []
 
-    summaries = good.run(*DAYS[2:])
+    summaries = good.run(*DAYS[-2:])
 
-    assert [summary.all_saved for summary in summaries] == [True, True, False]
-    assert saved_days(good) == DAYS[2:-1]
+    assert [summary.all_saved for summary in summaries] == [True, False]
+    assert saved_days(good) == DAYS[-2:-1]
     [error] = summaries[-1].errors
     assert error["tutor_id"] == "SYSTEM"
     assert error["error"].startswith("sessions_snapshot of 2025-11-07, check few_rows_set_aside: ")
     assert "student_feedback in the 7day window break the source contract" in error["error"]
     assert "`tutormax set-aside --date 2025-11-07` names them." in error["error"]
-    computed = {(*check, day) for check in ALL for day in DAYS[2:-1]}
+    computed = {(*check, day) for check in ALL for day in DAYS[-2:-1]}
     assert statuses(good)["SUCCEEDED"] == computed | (snapshots - {bad})
 
     shown = invoke("run", "--date", LAST, "--json")
@@ -331,7 +364,7 @@ def test_a_bad_day_is_blocked_and_the_others_are_saved(
         [summary] = Platform(settings, good.engine).run(LAST)
     assert summary.all_saved
     assert statuses(good)["FAILED"] == {bad}
-    assert saved_days(good) == DAYS[2:]
+    assert saved_days(good) == DAYS[-2:]
 
 
 def test_scores_on_another_scale_than_the_policys_are_named(good: Platform) -> None:
@@ -567,12 +600,11 @@ def test_tutors_who_are_deleted_during_a_run_cost_nobody_else(
     assert "FAILED" not in statuses(good)
 
 
-def test_a_date_stays_green_after_its_tutors_were_deleted(good: Platform) -> None:
-    good.run(LAST)
-    good.execute("DELETE FROM tutors WHERE tutor_id LIKE 'T00001%'")
+def test_a_date_stays_green_after_its_tutors_were_deleted(computed_good: Platform) -> None:
+    computed_good.execute("DELETE FROM tutors WHERE tutor_id LIKE 'T00001%'")
 
     for asset in ("sessions_snapshot", "tutor_performance_metrics"):
-        result = run_checks(good, LAST, asset)
+        result = run_checks(computed_good, LAST, asset)
         assert (result.success, failed(result)) == (True, {})
     table = evaluations(result)["tutor_performance_metrics", "rows_are_as_computed", LAST]
     assert table.metadata["tutors_deleted_since"].value in range(1, 11)
@@ -640,13 +672,13 @@ def test_a_row_that_something_else_changed_fails_its_day(good: Platform) -> None
     )
     meddled = ("tutor_performance_metrics", "rows_are_as_computed", "2025-11-05")
 
-    result = run_range(good, *DAYS[1:4])
+    result = run_range(good, *DAYS[2:4])
 
     assert failed(result) == {meddled: "ERROR"}
     assert not result.success
     assert statuses(good) == {
         "FAILED": {meddled},
-        "SUCCEEDED": {(*check, day) for check in ALL for day in DAYS[1:4]} - {meddled},
+        "SUCCEEDED": {(*check, day) for check in ALL for day in DAYS[2:4]} - {meddled},
     }
     first = evaluations(result)[meddled].metadata["first_rows"]
     assert isinstance(first, dg.TableMetadataValue)
@@ -655,7 +687,7 @@ def test_a_row_that_something_else_changed_fails_its_day(good: Platform) -> None
         for window in ("30day", "7day", "90day")
     ]
 
-    _, summary, saved = good.run(*DAYS[1:4])
+    summary, saved = good.run(*DAYS[2:4])
     assert saved.all_saved
     [error] = summary.errors
     assert "3 rows of 1 tutors are not as computed: 3 other values" in error["error"]
@@ -704,13 +736,12 @@ def test_the_table_is_checked_again_when_asked_for(good: Platform) -> None:
     assert statuses(good) == {"SUCCEEDED": {(*check, LAST) for check in ALL}}
 
 
-def test_a_stored_partition_that_was_changed_fails(good: Platform) -> None:
-    good.run(LAST)
-    [path] = (good.storage / "metrics_30day" / f"{LAST}.parquet").iterdir()
+def test_a_stored_partition_that_was_changed_fails(computed_good: Platform) -> None:
+    [path] = (computed_good.storage / "metrics_30day" / f"{LAST}.parquet").iterdir()
     rows = pl.read_parquet(path, memory_map=False)
     rows.with_columns(avg_rating=pl.lit(7.0)).slice(1).write_parquet(path)
 
-    result = run_checks(good, LAST, "metrics_30day")
+    result = run_checks(computed_good, LAST, "metrics_30day")
 
     assert failed(result) == {
         ("metrics_30day", "values_in_range", LAST): "ERROR",
