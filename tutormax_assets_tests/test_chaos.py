@@ -112,7 +112,7 @@ def of(platform: Platform) -> ground.Ground:
 def test_a_ground_tells_what_is_not_as_it_was(
     computed_platform: Platform, computed: ground.Frames
 ) -> None:
-    assert len(computed) == 13
+    assert len(computed) == 15
     assert differences(of(computed_platform).frames([END]), computed) == []
 
     computed_platform.execute(f"UPDATE {METRICS_TABLE} SET avg_rating = 1.5 WHERE metric_id IN "

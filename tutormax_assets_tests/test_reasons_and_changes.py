@@ -1,22 +1,27 @@
 """The tables of reasons and changes follow their assets, in whatever order dates are computed."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, date, datetime
 
 import polars as pl
 import pytest
 import sqlalchemy as sa
 from polars.testing import assert_frame_equal
+from upath import UPath
 
 from tutormax_assets.database import tables
 from tutormax_assets.database.archive import archive_date
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.metrics_reading import TierSince, read_tiers_since
 from tutormax_assets.database.restore import restore_date
-from tutormax_assets_tests.conftest import Platform, add
+from tutormax_assets.settings import load_settings
+from tutormax_assets.storage.partition import delete_files
+from tutormax_assets_tests.conftest import Platform, add, captured_log
 
 DAY_BEFORE, DAY = "2025-11-06", "2025-11-07"
 WEEK_BEFORE = "2025-10-31"
+MANY_NO_SHOWS = "UPDATE sessions SET no_show = true WHERE scheduled_start >= '2025-11-01'"
 TABLES = (tables.tutor_tier_reasons, tables.tutor_tier_changes)
 
 
@@ -66,9 +71,7 @@ def test_tables_follow_assets_in_whole_filtered_and_repeated_runs(
     small_platform.run(DAY)
     assert written() == before
 
-    small_platform.execute(
-        "UPDATE sessions SET no_show = true WHERE scheduled_start >= '2025-11-01'"
-    )
+    small_platform.execute(MANY_NO_SHOWS)
     # A correction of an earlier date reaches what a later one is compared with.
     small_platform.run(DAY_BEFORE)
     assert_tables_follow_assets(small_platform, [DAY_BEFORE, DAY])
@@ -198,3 +201,93 @@ def test_a_day_that_is_an_hour_longer_is_one_day(engine: sa.Engine) -> None:
     )
 
     assert (found["t", "7day"].held_days, found["t", "7day"].dates_missing) == (3, 0)
+
+
+def test_a_filtered_run_of_a_date_in_shards_keeps_all_reasons(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTORMAX_SHARDS", "3")
+    platform = replace(small_platform, settings=load_settings())
+    platform.run(DAY)
+    before = rows_of(platform, tables.tutor_tier_reasons, DAY)
+
+    platform.run(DAY, tutor_ids=before["tutor_id"].unique().sort()[:2].to_list())
+
+    assert_frame_equal(rows_of(platform, tables.tutor_tier_reasons, DAY), before)
+
+
+def test_a_tutor_whose_rows_are_locked_is_named_and_all_others_are_written(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTORMAX_LOCK_TIMEOUT_SECONDS", "1")
+    platform = replace(small_platform, settings=load_settings())
+    platform.run(DAY_BEFORE, DAY)
+    one = platform.metrics()["tutor_id"].unique().sort()[3]
+    before = rows_of(platform, tables.tutor_tier_reasons, DAY)
+    platform.execute(MANY_NO_SHOWS)
+
+    with platform.engine.connect() as other:
+        rows = tables.tutor_tier_reasons.c
+        other.execute(sa.select(rows.window).where(rows.tutor_id == one).with_for_update())
+        [summary] = platform.run(DAY)
+
+    assert [error["tutor_id"] for error in summary.errors if error["tutor_id"] != "SYSTEM"] == [one]
+    assert "tutor_tier_reasons keeps its rows" in summary.errors[0]["error"]
+    now, stored = (
+        rows_of(platform, tables.tutor_tier_reasons, DAY),
+        stored_rows(platform, tables.tutor_tier_reasons, DAY),
+    )
+    is_locked = pl.col("tutor_id") == one
+    assert_frame_equal(now.filter(is_locked), before.filter(is_locked))
+    assert_frame_equal(
+        now.filter(~is_locked).select(stored.columns), stored.filter(~is_locked), check_dtypes=False
+    )
+    assert not now.equals(before)
+
+
+def test_a_later_date_that_cannot_be_opened_does_not_fail_a_run(small_platform: Platform) -> None:
+    small_platform.run(DAY)
+    delete_files(UPath(small_platform.storage / "metrics_30day" / f"{DAY}.parquet"))
+
+    with captured_log() as log:
+        [summary] = small_platform.run(DAY_BEFORE)
+
+    assert summary.all_saved
+    assert any(line.startswith(f"WARNING {DAY} is not compared anew: ") for line in log)
+
+
+def test_archived_rows_of_an_earlier_version_do_not_come_back(small_platform: Platform) -> None:
+    engine, archive_path = small_platform.engine, small_platform.settings.archive_path
+    day = date.fromisoformat(DAY)
+    small_platform.run(DAY_BEFORE, DAY)
+    archive_date(engine, archive_path, day, timezone="UTC")
+    small_platform.execute(MANY_NO_SHOWS)
+    small_platform.run(DAY)
+    expected = [rows_of(small_platform, table, DAY) for table in TABLES]
+
+    restore_date(engine, archive_path, day)
+    archive_date(engine, archive_path, day, timezone="UTC")
+    restore_date(engine, archive_path, day)
+
+    for table, rows in zip(TABLES, expected, strict=True):
+        assert_frame_equal(rows_of(small_platform, table, DAY), rows)
+
+
+def test_a_row_without_a_date_does_not_break_the_view(engine: sa.Engine) -> None:
+    row = {"tutor_id": "t", "window": "7day", "performance_tier": A}
+    add(
+        engine,
+        tables.tutor_performance_metrics,
+        {**row, "metric_id": "a", "calculation_date": datetime(2025, 11, 7, tzinfo=UTC)},
+        {**row, "metric_id": "b", "calculation_date": datetime(2025, 11, 6, tzinfo=UTC)},
+    )
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "UPDATE tutor_performance_metrics SET calculation_date = '-infinity'"
+                " WHERE metric_id = 'b'"
+            )
+        )
+        found = connection.execute(sa.text("SELECT held_days FROM tutor_tier_since")).all()
+
+    assert [row[0] for row in found] == [1]

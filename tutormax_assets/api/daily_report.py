@@ -28,7 +28,7 @@ class ReportError(UsageError):
 def collect_report(
     settings: Settings, reference_date: date, *, with_names: bool = False
 ) -> DailyReport:
-    """What is to be said of a reference date.
+    """Collect the report of a reference date.
 
     Args:
         settings: Where everything is.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -130,7 +130,13 @@ def parse_instant(text: str, *, timezone: str) -> datetime:
             f"found the instant {text!r}, expected one such as 2025-11-07T02:00 or"
             " 2025-11-07T02:00+01:00"
         ) from None
-    return found if found.tzinfo else found.replace(tzinfo=ZoneInfo(timezone))
+    local = found if found.tzinfo else found.replace(tzinfo=ZoneInfo(timezone))
+    try:
+        return local.astimezone(UTC)
+    except OverflowError:
+        raise HistoryError(
+            f"found the instant {text}, expected one of the years 2 to 9998"
+        ) from None
 
 
 def _read(settings: Settings, reference_date: date, *tutor_ids: str) -> pl.DataFrame:

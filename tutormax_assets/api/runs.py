@@ -239,7 +239,8 @@ def _summaries(
             said = blocked.get(day.isoformat(), None if blocked else error)
         else:
             said = blocked.get(day.isoformat(), error)
-        if said is not None and not summary.errors:
+        # Those of the table's step are in its summary.
+        if said is not None and (not summary.errors or _is_of_another_step(result)):
             summary.errors.append({"tutor_id": SYSTEM, "error": said})
         summaries.append(summary)
     return summaries
@@ -286,6 +287,14 @@ def _failure(result: dg.ExecuteInProcessResult) -> str | None:
         return None
     error = result.get_run_failure_event().job_failure_data.error
     return "the run failed before its first step" if error is None else error_sentence(error)
+
+
+def _is_of_another_step(result: dg.ExecuteInProcessResult) -> bool:
+    """Whether a step failed that is neither the table's nor one of checks."""
+    return any(
+        event.step_key != METRICS_TABLE and not is_blocking_check(event)
+        for event in result.get_step_failure_events()
+    )
 
 
 def _failed_as_a_whole(summary: AggregationSummary) -> bool:

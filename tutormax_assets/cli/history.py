@@ -1,4 +1,4 @@
-"""``tutormax history`` and ``tutormax table``: what the metrics table has said, and when."""
+"""``tutormax history`` and ``tutormax table``: earlier versions of the metrics of a date."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ def history(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the metrics table has said of a tutor on a date: each version, since when, by whom.
+    """Show the versions of a tutor's metrics of a date, and the run that wrote each.
 
     Exit code: 0 shown, 1 the table or the archive cannot be read, 2 wrong use, or there is nothing.
     """

@@ -41,7 +41,7 @@ from tutormax_assets.database.faults import is_of_rows, reason
 from tutormax_assets.database.restore import STAGE_COPY, STAGED, NotRestorableError, stage
 from tutormax_assets.database.tables import (
     METRICS_KEY,
-    METRICS_TABLE,
+    OWN_TABLES,
 )
 from tutormax_assets.dates import midnight
 from tutormax_assets.storage.files import (
@@ -196,7 +196,7 @@ def archive_date(
     compared, and deleted in batches, each of which is its own transaction. A row that has other
     values by then, is locked, or is referred to by another table stays. Nothing is done while a
     run or another cleanup holds the date. Reasons and changes go
-    with the last metrics of their date.
+    when all metrics of their date are to leave.
 
     Args:
         engine: The database that holds the table.
@@ -227,9 +227,7 @@ def archive_date(
         archived = _read_archive(path, rows).select(found.clause.c.keys())
         # Before the metrics, which the next cleanup finds again if this one is killed in between.
         with transaction(engine, timeouts) as connection:
-            if archived_reasons.archive(
-                connection, base_path, (start, end), day, leaving=len(rows)
-            ):
+            if archived_reasons.archive(connection, base_path, (start, end), day, leaving=rows):
                 connection.commit()
         deleted, refusal = 0, None
         try:
@@ -258,7 +256,7 @@ def vacuum(engine: sa.Engine) -> str | None:
         # To a role that may not, PostgreSQL says so as a warning.
         driver.add_notice_handler(note)
         try:
-            connection.exec_driver_sql(f"VACUUM (ANALYZE) {METRICS_TABLE}")
+            connection.exec_driver_sql(f"VACUUM (ANALYZE) {', '.join(OWN_TABLES)}")
         except sa.exc.DBAPIError as error:
             return reason(error)
         finally:

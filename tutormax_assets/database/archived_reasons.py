@@ -1,4 +1,4 @@
-"""Reasons and changes in cold storage: they follow the metrics of their date there and back.
+"""Reasons and changes in cold storage, archived and restored with the metrics of their date.
 
 They lie beside the metrics: ``<base>/tutor_tier_reasons/month=2025-08/2025-08-14.parquet``.
 """
@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from upath import UPath
 
 from tutormax_assets.database.archived_table import ArchiveError, reaching
+from tutormax_assets.database.date_locks import lock_changes
 from tutormax_assets.database.rows_of_date import copy_csv
 from tutormax_assets.database.tables import (
     tutor_performance_metrics,
@@ -29,7 +30,7 @@ def archive(
     bounds: tuple[datetime, datetime],
     day: date,
     *,
-    leaving: int,
+    leaving: pl.DataFrame,
 ) -> bool:
     """Move the reasons and changes of a date to the archive if all metrics of it leave.
 
@@ -40,7 +41,7 @@ def archive(
         base_path: Where the archive is.
         bounds: The first instant of the day, and that of the day after it.
         day: The calculation date.
-        leaving: Number of its metrics that leave the table.
+        leaving: Its metrics that are to leave the table.
 
     Returns:
         Whether any were moved.
@@ -51,8 +52,9 @@ def archive(
     start, end = bounds
     metrics = tutor_performance_metrics.c.calculation_date
     held = connection.scalar(sa.select(sa.func.count()).where(metrics >= start, metrics < end))
-    if held != leaving:
+    if held != len(leaving):
         return False
+    lock_changes(connection, str(day))
     is_moved = False
     for table in _TABLES:
         is_of_day = (table.c.calculation_date >= start) & (table.c.calculation_date < end)
@@ -64,7 +66,9 @@ def archive(
             key = [column.name for column in table.primary_key]
             known = read_parquet(path)
             if known is not None:
-                rows = pl.concat([rows, known.join(rows, on=key, how="anti")], how="diagonal")
+                # What the archive has of these tutors is of an earlier run.
+                of_others = known.join(leaving, on="tutor_id", how="anti")
+                rows = pl.concat([rows, of_others], how="diagonal")
             write_parquet(path, rows.sort(key).lazy())
             found = read_parquet(path)
             if found is None or not found.equals(rows.sort(key)):
@@ -78,11 +82,14 @@ def archive(
 
 
 def restore(connection: sa.Connection, base_path: str, day: date) -> None:
-    """Bring the archived reasons and changes of a date back; rows that are there stay.
+    """Bring the archived reasons and changes of a date back.
+
+    A tutor whose reasons the table has was computed again since: nothing of the tutor comes back.
 
     Raises:
         ArchiveError: A file cannot be read.
     """
+    computed_again: set[str] | None = None
     for table in _TABLES:
         path = _file(base_path, table, day)
         with reaching(path):
@@ -90,6 +97,12 @@ def restore(connection: sa.Connection, base_path: str, day: date) -> None:
         if rows is None:
             # An earlier version archived the date.
             continue
+        if computed_again is None:
+            date_ = tutor_tier_reasons.c.calculation_date
+            of_date = date_.in_(rows["calculation_date"].unique().to_list())
+            query = sa.select(tutor_tier_reasons.c.tutor_id).where(of_date)
+            computed_again = set(connection.scalars(query))
+        rows = rows.filter(~pl.col("tutor_id").is_in(list(computed_again)))
         staged = sa.Table(
             f"staged_{table.name}",
             sa.MetaData(),
@@ -100,7 +113,7 @@ def restore(connection: sa.Connection, base_path: str, day: date) -> None:
         staged.create(connection, checkfirst=False)
         names = [name for name in rows.columns if name in table.c]
         copy_csv(connection, staged.name, rows.select(names))
-        has_tutor = sa.exists().where(tutors.c.tutor_id == staged.c.tutor_id)
+        has_tutor = sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id)
         key = sa.and_(
             *(table.c[column.name] == staged.c[column.name] for column in table.primary_key)
         )

@@ -28,6 +28,9 @@ POLL_SECONDS = 0.5
 RUNS = "reference date"
 """The scope of locks that a run has from its begin to its end."""
 
+CHANGES = "tier changes"
+"""The scope of locks that are held while changes of a date are computed or moved."""
+
 _ALL_DATES = "every reference date"
 
 # The transaction is meant to be idle. A machine that vanishes silently must not keep its dates
@@ -219,6 +222,15 @@ def is_held(holder: int) -> sa.Select[bool]:
             upper.bitwise_lshift(bits).bitwise_or(lower) == _key(_ALL_DATES),
         )
     )
+
+
+def lock_changes(connection: sa.Connection, key: str) -> None:
+    """Lock the changes of a date until the transaction ends, once nobody else has them."""
+    for lock, name in (
+        (sa.func.pg_advisory_xact_lock_shared, _ALL_DATES),
+        (sa.func.pg_advisory_xact_lock, key),
+    ):
+        connection.execute(sa.select(lock(_key(name, CHANGES))))
 
 
 def _key(name: str, scope: str = RUNS) -> sa.ColumnElement[int]:

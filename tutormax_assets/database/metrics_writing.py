@@ -414,7 +414,7 @@ class _Writing:
         return counts, errors
 
     def _keep(self, record: RevisionRecord, replaced: Sequence[sa.Row[Any]]) -> None:
-        """Keep what rows said that are about to change, or have nothing changed."""
+        """Record the values that are about to be replaced; if that fails, replace nothing."""
         instants = dict.fromkeys(("known_from", "known_to"), pl.Datetime("us", "UTC"))
         rows = pl.DataFrame(replaced, schema={**READ_SCHEMA, **instants}, orient="row")
         try:

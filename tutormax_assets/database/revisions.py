@@ -2,9 +2,8 @@
 
 An upsert loses the values that it replaces, so they are kept beside the archive, a file for each
 transaction: ``<base>/tutor_metrics_revisions/month=2025-08/2025-08-14.<unique>.parquet``. A file is
-written before its transaction commits. One whose transaction never did says of a row that still has
-its values that they were replaced; the row is known from the same instant, so readers leave the
-revision out.
+written before its transaction commits. A file whose transaction never committed describes values
+that are still current; readers ignore it, because the row has the same ``known_from``.
 """
 
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from tutormax_assets.database.archived_table import (
 )
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.metrics_reading import READ_SCHEMA
-from tutormax_assets.database.tables import METRICS_KEY, tutor_performance_metrics
+from tutormax_assets.database.tables import METRICS_KEY, is_a_date, tutor_performance_metrics
 from tutormax_assets.storage.files import (
     entries,
     make_private_folder,
@@ -156,7 +155,8 @@ def _rows_of_table(
 ) -> pl.DataFrame:
     table = tutor_performance_metrics.c
     start, end = local_bounds(day, timezone=timezone)
-    query = sa.select(*(table[name] for name in READ_SCHEMA), table.updated_at).where(
+    known_from = sa.case((is_a_date(table.updated_at), table.updated_at), else_=sa.func.now())
+    query = sa.select(*(table[name] for name in READ_SCHEMA), known_from.label("updated_at")).where(
         table.calculation_date >= start, table.calculation_date < end
     )
     if tutor_ids:
@@ -190,8 +190,11 @@ def _revisions(base_path: str, day: date) -> pl.DataFrame:
     with reaching(folder):
         files = [path for path in entries(folder) if path.name.startswith(f"{day}.")]
         frames = [rows for path in sorted(files) if (rows := read_parquet(path)) is not None]
-    # A transaction that was tried again was replaced by its last attempt.
-    return pl.concat([VERSION_SCHEMA.to_frame(), *frames]).sort("known_to", descending=True)
+    # A transaction that was tried again was replaced by its last attempt. The cleanup, which knows
+    # of no run, may have kept a version for the second time.
+    return pl.concat([VERSION_SCHEMA.to_frame(), *frames]).sort(
+        "known_to", "run_id", descending=[True, False], nulls_last=True
+    )
 
 
 def _folder(base_path: str, day: date) -> UPath:

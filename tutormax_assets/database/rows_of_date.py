@@ -23,7 +23,11 @@ from tutormax_assets.database.connection import (
     lock_for_transaction,
 )
 from tutormax_assets.database.faults import is_of_rows, is_timeout, reason, sqlstate
-from tutormax_assets.database.metrics_reading import MetricsTableError, MetricsTableTimeoutError
+from tutormax_assets.database.metrics_reading import (
+    PARTS,
+    MetricsTableError,
+    MetricsTableTimeoutError,
+)
 from tutormax_assets.database.tables import tutors
 
 # One connection keeps one core of the server busy, and it takes many rows to be worth another one.
@@ -33,6 +37,8 @@ _ROWS_FOR_WRITERS = 20_000
 _DATE = "calculation_date"
 
 _FEATURE_NOT_SUPPORTED = "0A000"
+
+_LOCK_NOT_AVAILABLE = "55P03"
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,19 @@ class RowsOfDate:
 
     def write(
         self, table: sa.Table, rows: pl.DataFrame, *, tutor_ids: Sequence[str] | None = None
-    ) -> None:
+    ) -> dict[str, str]:
         """Bring the table's rows of the date to the given ones.
 
-        Rows of tutors who are not in the database's ``tutors`` are left out.
+        Rows of tutors who are not in the database's ``tutors`` are left out. Rows that PostgreSQL
+        refuses, or that another session keeps locked, stay as they are.
 
         Args:
             table: The table.
             rows: Its columns but for ``calculation_date``.
             tutor_ids: The tutors whose rows are replaced; everybody's when None.
+
+        Returns:
+            Why rows of a tutor stayed as they were, by ``tutor_id``.
 
         Raises:
             MetricsTableError: The table cannot be written. Some rows may have been.
@@ -78,7 +88,8 @@ class RowsOfDate:
             is_new = self.retrying.copy()(self._is_new, table, tutor_ids)
             parts = self._parts(table, rows, tutor_ids)
             with ThreadPoolExecutor(len(parts), thread_name_prefix=table.name) as pool:
-                list(pool.map(lambda part: self._write(table, *part, is_new=is_new), parts))
+                found = pool.map(lambda part: self._write(table, *part, is_new=is_new), parts)
+                return {tutor: why for of_part in found for tutor, why in of_part.items()}
         except (sa.exc.DBAPIError, psycopg.Error) as error:
             kind = MetricsTableTimeoutError if is_timeout(error) else MetricsTableError
             raise kind(
@@ -110,12 +121,12 @@ class RowsOfDate:
             of_date &= _is_one_of(table, tutor_ids)
         if len(rows) < _ROWS_FOR_WRITERS:
             return [(rows, of_date)]
-        # Cut between tutors, in the order that Python has, too.
         first = rows["tutor_id"].sort()[len(rows) // _WRITERS]
-        column = table.c.tutor_id.collate("C")
+        # Cut between tutors, in an order that both sides have whatever the database's encoding.
+        bytes_ = sa.func.convert_to(table.c.tutor_id, "UTF8")
         return [
-            (rows.filter(pl.col("tutor_id") < first), of_date & (column < first)),
-            (rows.filter(pl.col("tutor_id") >= first), of_date & (column >= first)),
+            (rows.filter(pl.col("tutor_id") < first), of_date & (bytes_ < first.encode())),
+            (rows.filter(pl.col("tutor_id") >= first), of_date & (bytes_ >= first.encode())),
         ]
 
     def _write(
@@ -125,9 +136,37 @@ class RowsOfDate:
         replaced: sa.ColumnElement[bool],
         *,
         is_new: bool,
-    ) -> None:
+    ) -> dict[str, str]:
         csv = rows.write_csv(include_header=False)
-        self.retrying.copy()(self._write_once, table, csv, replaced, is_new=is_new)
+        try:
+            self.retrying.copy()(self._write_once, table, csv, replaced, is_new=is_new)
+        except (sa.exc.DBAPIError, psycopg.Error) as error:
+            if not is_of_rows(error) and sqlstate(error) != _LOCK_NOT_AVAILABLE:
+                raise
+            return self._write_by_tutor(table, rows, replaced, error)
+        return {}
+
+    def _write_by_tutor(
+        self,
+        table: sa.Table,
+        rows: pl.DataFrame,
+        replaced: sa.ColumnElement[bool],
+        error: Exception,
+    ) -> dict[str, str]:
+        """Write parts of the rows, down to the tutors whose rows are refused."""
+        with self.engine.begin() as connection:
+            held = connection.scalars(sa.select(table.c.tutor_id).distinct().where(replaced)).all()
+        tutor_ids = sorted({*held, *rows["tutor_id"]})
+        if len(tutor_ids) < 2:
+            return dict.fromkeys(tutor_ids, reason(error))
+        size = -(-len(tutor_ids) // PARTS)
+        culprits: dict[str, str] = {}
+        for start in range(0, len(tutor_ids), size):
+            ids = tutor_ids[start : start + size]
+            of_part = rows.filter(pl.col("tutor_id").is_in(ids))
+            is_part = replaced & _is_one_of(table, ids)
+            culprits |= self._write(table, of_part, is_part, is_new=False)
+        return culprits
 
     def _write_once(
         self, table: sa.Table, csv: str, replaced: sa.ColumnElement[bool], *, is_new: bool
@@ -138,8 +177,8 @@ class RowsOfDate:
             limit_transaction(connection, self.timeouts)
             if self.is_wanted is not None and not connection.scalar(self.is_wanted):
                 raise MetricsTableError(
-                    f"The run that rows of {table.name} are of has ended, or lost its right to the"
-                    " date: they are not written. Run the date again if need be."
+                    f"The run has ended or lost its lock on the date; its rows of {table.name} are"
+                    " not written. Rerun the date."
                 )
             if not (is_new and _copy_new(connection, table, csv)):
                 _replace(connection, table, csv, replaced)
@@ -171,7 +210,8 @@ def _replace(
         sa.insert(table).from_select(
             table.c.keys(),
             sa.select(staged).where(
-                sa.exists().where(tutors.c.tutor_id == staged.c.tutor_id),
+                # By name: the writer may read no other column.
+                sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id),
                 ~sa.select(table).where(is_key).exists(),
             ),
         )
@@ -210,4 +250,6 @@ def _cursor(connection: sa.Connection) -> psycopg.Cursor[Any]:
 
 
 def _is_one_of(table: sa.Table, tutor_ids: Sequence[str]) -> sa.ColumnElement[bool]:
-    return table.c.tutor_id == sa.any_(sa.literal(list(tutor_ids), sa.ARRAY(sa.String)))
+    # As rows, which every version hashes; an array of many is searched one by one before 14.
+    array = sa.literal(list(tutor_ids), sa.ARRAY(sa.String))
+    return table.c.tutor_id.in_(sa.select(sa.func.unnest(array)))

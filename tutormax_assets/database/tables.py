@@ -248,6 +248,7 @@ LEFT JOIN LATERAL (
         AND other."window" = held."window"
         AND other.calculation_date < held.calculation_date
         AND other.performance_tier <> held.performance_tier
+        AND isfinite(other.calculation_date)
     ORDER BY other.calculation_date DESC
     LIMIT 1
 ) AS previous ON true
@@ -263,10 +264,11 @@ CROSS JOIN LATERAL (
     WHERE same.tutor_id = held.tutor_id
         AND same."window" = held."window"
         AND same.performance_tier = held.performance_tier
+        AND isfinite(same.calculation_date)
         AND same.calculation_date <= held.calculation_date
         AND same.calculation_date > coalesce(previous.calculation_date, '-infinity')
 ) AS unbroken
-WHERE held.performance_tier IS NOT NULL
+WHERE held.performance_tier IS NOT NULL AND isfinite(held.calculation_date)
 """
 
 sa.event.listen(

@@ -10,6 +10,7 @@ from sqlalchemy.dialects import postgresql
 from tutormax_assets.database.tables import (
     METRICS_KEY,
     METRICS_TABLE,
+    is_a_date,
     tutor_performance_metrics,
 )
 from tutormax_assets.metrics.schemas import TutorTiers
@@ -76,6 +77,20 @@ ASKED = sa.bindparam("tutor_ids", type_=postgresql.ARRAY(sa.String))
 IS_ASKED = sa.or_(ASKED.is_(None), STAGED.c.tutor_id == sa.any_(ASKED))
 
 
+_UPDATED_AT = tutor_performance_metrics.c.updated_at
+
+# Later than what it replaces, whatever the clock says: the record goes by it.
+_REPLACED_AT = sa.case(
+    (
+        is_a_date(_UPDATED_AT),
+        sa.func.greatest(
+            sa.func.now(), _UPDATED_AT + sa.cast("1 microsecond", postgresql.INTERVAL)
+        ),
+    ),
+    else_=sa.func.now(),
+)
+
+
 def _insert_statement() -> Any:
     date = sa.bindparam("calculation_date", type_=sa.DateTime(timezone=True))
     rows = sa.select(
@@ -96,7 +111,7 @@ def _upsert_statement() -> Any:
     new_values = sa.tuple_(*(insert.excluded[name] for name in VALUES))
     return insert.on_conflict_do_update(
         index_elements=METRICS_KEY,
-        set_={**{name: insert.excluded[name] for name in VALUES}, "updated_at": sa.func.now()},
+        set_={**{name: insert.excluded[name] for name in VALUES}, "updated_at": _REPLACED_AT},
         where=sa.tuple_(*(target.c[name] for name in VALUES)).is_distinct_from(new_values),
     )
 
@@ -123,8 +138,10 @@ def _replaced_statement() -> Any:
             target.tutor_id,
             target.window,
             *(target[name] for name in VALUES),
-            target.updated_at.label("known_from"),
-            sa.func.now().label("known_to"),
+            sa.case((is_a_date(target.updated_at), target.updated_at), else_=sa.func.now()).label(
+                "known_from"
+            ),
+            _REPLACED_AT.label("known_to"),
         )
         .join(
             STAGED,

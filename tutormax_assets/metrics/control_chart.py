@@ -8,6 +8,8 @@ from statistics import fmean
 FEWEST_POINTS = 6
 """Earlier values that limits need at least."""
 
+_ROUNDING = 1e-9
+
 # Of the mean moving range: 3 standard deviations, each of which is the range over d2 of two values.
 _MOVING_RANGES = 3 / 1.128
 
@@ -27,8 +29,9 @@ class Limits:
     upper: float
 
     def is_signal(self, value: float) -> bool:
-        """Whether a value lies outside of the limits."""
-        return not self.lower <= value <= self.upper
+        """Whether a value lies outside of the limits, by more than rounding."""
+        slack = _ROUNDING * max(abs(self.lower), abs(self.upper), abs(value))
+        return not self.lower - slack <= value <= self.upper + slack
 
 
 def xmr_limits(values: Sequence[float]) -> Limits | None:

@@ -17,7 +17,7 @@ sys.meta_path[:] = [
     finder for finder in sys.meta_path if not isinstance(finder, pygal.PluginImportFixer)
 ]
 
-# Each is told from its neighbours without color vision.
+# Neighbouring colors are distinguishable to color-blind readers.
 TIER_COLORS = ("#0b6b2b", "#6aaed6", "#c7c7c7", "#e6a700", "#a4161a")
 """Of the tiers, the best one first."""
 _FEW_LABELS = 6

@@ -132,13 +132,15 @@ class Chart:
         title: What is charted.
         dates: The reference dates, the newest one last.
         values: Their values.
-        limits: Those of the dates before the newest one; None where these are too few.
+        is_current: Whether the newest value is that of the report's date.
+        limits: Those of the dates before it; None where these are too few, or it has no value.
     """
 
     name: str
     title: str
     dates: Sequence[date]
     values: Sequence[float]
+    is_current: bool
     limits: Limits | None
 
     @property
@@ -219,7 +221,7 @@ class ReportSource:
         *,
         calculation_date: datetime,
     ) -> DailyReport:
-        """What is to be said of a reference date.
+        """Collect the report of a reference date.
 
         Args:
             reference_date: The date.
@@ -251,7 +253,7 @@ class ReportSource:
             _tier_counts(shares, windows),
             _distributions(tiers, windows),
             windows[0],
-            _charts(self._charted(reference_date)),
+            _charts(self._charted(reference_date), reference_date),
             sorted(record.checks, key=lambda one: (one.passed, one.severity != "ERROR")),
             self._set_aside(key),
             self._newest(key),
@@ -278,7 +280,7 @@ class ReportSource:
         """``TutorTiers`` of those dates that are stored, with their ``reference_date``."""
         frames = []
         for day in days:
-            with suppress(FileNotFoundError, StorageError):
+            with suppress(OSError, StorageError):
                 partition = self.store.whole_partition(TUTOR_TIERS, str(day))
                 frames.append(partition.rows().scan().with_columns(reference_date=pl.lit(day)))
         none = TutorTiers.create_empty(lazy=True).with_columns(reference_date=pl.lit(date.min))
@@ -297,6 +299,10 @@ class ReportSource:
         ago = range(WEEKS_CHARTED - 1, -1, -1)
         dates = [reference_date - timedelta(days=step * n) for n in ago]
         stored = charted_values(self._tiers_of(dates).filter(window=window_name(step))).collect()
+        if reference_date not in stored["reference_date"]:
+            # A date without tutors has no row of any.
+            nobody = {"reference_date": reference_date, "tutors": 0.0, "sessions_completed": 0.0}
+            stored = pl.concat([stored, pl.DataFrame([nobody], schema=stored.schema)])
         missing = [str(day) for day in dates if day not in stored["reference_date"]]
         if self.instance is None or not missing:
             return stored
@@ -407,13 +413,26 @@ def _movers(changes: pl.DataFrame | None) -> Listing[Mover]:
             order=pl.col("move")
             .cast(pl.String)
             .replace_strict({"down": 0, "new": 1, "gone": 2, "up": 3}, return_dtype=pl.Int8),
-            tier_rank=pl.col("tier").cast(pl.Enum(TIERS)).to_physical(),
+            fall=_rank("tier") - _rank("tier_before"),
+            rank=_rank("tier"),
         )
-        .sort("order", "tier_rank", *key, descending=[False, True, False, False], nulls_last=True)
+        .sort(
+            "order",
+            "fall",
+            "rank",
+            *key,
+            descending=[False, True, True, False, False],
+            nulls_last=True,
+        )
         .collect()
     )
-    shown = moved.head(MOST_ROWS).drop("order", "tier_rank")
+    shown = moved.head(MOST_ROWS).drop("order", "fall", "rank")
     return Listing([Mover(**row) for row in shown.iter_rows(named=True)], len(moved))
+
+
+def _rank(tier: str) -> pl.Expr:
+    # The best tier comes first.
+    return pl.col(tier).cast(pl.Enum(TIERS)).to_physical().cast(pl.Int8)
 
 
 def _tutor_at_risk(
@@ -460,13 +479,15 @@ def _distributions(tiers: pl.DataFrame, windows: Sequence[str]) -> list[Distribu
     ]
 
 
-def _charts(charted: pl.DataFrame) -> list[Chart]:
+def _charts(charted: pl.DataFrame, reference_date: date) -> list[Chart]:
     found = []
     for name, title in CHARTED.items():
         rows = charted.select("reference_date", name).drop_nulls()
         dates, values = rows["reference_date"].to_list(), rows[name].to_list()
         if values:
-            found.append(Chart(name, title, dates, values, xmr_limits(values[:-1])))
+            is_current = dates[-1] == reference_date
+            limits = xmr_limits(values[:-1]) if is_current else None
+            found.append(Chart(name, title, dates, values, is_current, limits))
     return found
 
 

@@ -49,7 +49,9 @@ def partitions_before(
                 if not _is_date(key) or key >= before.isoformat():
                     continue
                 if entry.suffix == _PAGE:
-                    found.append(PartitionFolder(asset_key, key, entry, entry.stat().st_size))
+                    with suppress(FileNotFoundError):  # Another cleanup was faster.
+                        size = entry.stat().st_size
+                        found.append(PartitionFolder(asset_key, key, entry, size))
                     continue
                 if entry.suffix != ".parquet":
                     continue

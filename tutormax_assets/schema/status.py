@@ -270,6 +270,10 @@ def _apply(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
     if pending:
         # Before Alembic creates a table of its own.
         adoption.check(connection)
+        if found := _obstacles_of_creation(connection):
+            raise SchemaError(
+                f"{METRICS_TABLE} cannot be upgraded: {'; '.join(found)}. Nothing was changed"
+            )
         command.upgrade(config, "head")
     report = config.attributes["report"] or _adopt_again(
         connection, adoption.adopt, timezone=timezone
@@ -287,7 +291,25 @@ def _preview(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
         if adopts
         else _adopt_again(connection, adoption.examine, timezone=timezone)
     )
+    found = (*report.obstacles, *_obstacles_of_creation(connection))
+    report = replace(report, obstacles=tuple(dict.fromkeys(found)))
     return _with_later(_with_created(connection, report, pending), pending)
+
+
+def _obstacles_of_creation(connection: sa.Connection) -> list[str]:
+    """What keeps the user from creating the tables of reasons and changes, where these are not."""
+    creates = reasons_and_changes.missing(connection)
+    if not creates:
+        return []
+    clauses = obstacles.of_upgrade(
+        connection,
+        creates=creates,
+        alters=False,
+        indexes=False,
+        refers=True,
+        fills=old_rows.SET_ASIDE_TABLE,
+    )
+    return list(clauses)
 
 
 def _with_created(

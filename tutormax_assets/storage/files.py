@@ -99,8 +99,9 @@ def open_private_file(path: Path) -> Iterator[IO[bytes]]:
     """A file that a person asked for, to write; only its owner can read it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as file:
-        # One that was there may be open to others.
-        os.fchmod(descriptor, 0o600)
+        # One that was there may be open to others; a device stays as it is.
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.fchmod(descriptor, 0o600)
         yield file
 
 

@@ -97,10 +97,10 @@ class PartitionStore:
         return open_partition(self.path(asset, partition_key))
 
     def is_stored(self, asset: str, partition_key: str) -> bool:
-        """Whether a partition of an asset has been materialized."""
+        """Whether a partition of an asset has been materialized and can be opened."""
         try:
             self.whole_partition(asset, partition_key)
-        except FileNotFoundError:
+        except OSError:
             return False
         return True
 

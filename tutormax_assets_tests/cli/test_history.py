@@ -2,7 +2,7 @@
 
 import json
 import stat
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from io import StringIO
 from pathlib import Path
 
@@ -34,7 +34,9 @@ def values(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def known_at(invoke: Invoke, instant: datetime) -> pl.DataFrame:
-    result = invoke("table", "--date", str(DAY), "--known-at", instant.isoformat())
+    # Without an offset it is in the timezone of the settings.
+    local = instant.astimezone(UTC).replace(tzinfo=None).isoformat()
+    result = invoke("table", "--date", str(DAY), "--known-at", local)
     assert result.exit_code == 0, result.stderr
     return values(pl.read_csv(StringIO(result.stdout), infer_schema_length=None))
 

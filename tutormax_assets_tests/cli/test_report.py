@@ -144,6 +144,7 @@ def test_a_date_without_tutors_has_a_page(platform: Platform) -> None:
     page = daily_report_page(found)
 
     assert found.tutors == 0
+    assert [chart.values[-1] for chart in found.charts if chart.name == "tutors"] == [0]
     assert "0 tutors computed" in page
     assert "There are no tutors." in page
 
@@ -196,7 +197,7 @@ def an_empty_report(**values: object) -> DailyReport:
 def test_a_value_outside_of_its_limits_is_named_first(newest: float, is_unusual: bool) -> None:
     values = [10.0, 12, 9, 10, 12, 8, 10, newest]
     dates = [DAY - timedelta(days=7 * n) for n in range(len(values))][::-1]
-    chart = Chart("no_shows", "No-shows", dates, values, xmr_limits(values[:-1]))
+    chart = Chart("no_shows", "No-shows", dates, values, True, xmr_limits(values[:-1]))
 
     page = daily_report_page(an_empty_report(charts=[chart]))
 

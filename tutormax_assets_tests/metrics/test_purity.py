@@ -13,6 +13,7 @@ ALLOWED = {
     "dataframely",
     "datetime",
     "functools",
+    "hashlib",
     "itertools",
     "operator",
     "polars",

@@ -22,6 +22,7 @@ from tutormax_assets.schema.status import status
 from tutormax_assets.source.contract import NEEDED_COLUMNS
 from tutormax_assets.source.postgres import Source
 from tutormax_assets.source.streams import SourceError
+from tutormax_assets_tests.conftest import add
 from tutormax_assets_tests.source.reading import read
 from tutormax_assets_tests.users import Users, open_users
 
@@ -244,7 +245,6 @@ def test_the_status_is_seen_with_both_users_and_names_every_right_that_is_missin
         ("SELECT ON tutor_performance_metrics", "for table tutor_performance_metrics"),
         ("INSERT ON tutor_performance_metrics", "for table tutor_performance_metrics"),
         ("UPDATE ON tutor_performance_metrics", "for table tutor_performance_metrics"),
-        ("TEMPORARY ON DATABASE {database}", "to create temporary tables in database"),
     ],
 )
 def test_a_right_to_write_that_is_missing_is_named(users: Users, right: str, said: str) -> None:
@@ -269,6 +269,32 @@ def test_a_right_to_write_that_is_missing_is_named(users: Users, right: str, sai
     engine.dispose()
     assert f"permission denied {said}" in str(error.value)
     assert not may_pass(error.value)
+
+
+def test_rows_that_are_replaced_need_temporary_tables(users: Users) -> None:
+    users.execute(f'REVOKE TEMPORARY ON DATABASE "{users.owner.database}" FROM {{writer}}')
+    owner, engine = create_engine(users.owner), create_engine(users.writer)
+    row = {"metric_id": "m", "tutor_id": "T000001", "calculation_date": END, "window": "7day"}
+    add(owner, tables.tutor_performance_metrics, row)
+    no_retry = retrying(max_retries=0, retry_delay_seconds=0, log=logging.getLogger("test"))
+    tiers = TutorTiers.sample(1, overrides={"tutor_id": ["T000001"], "window": ["7day"]})
+
+    with pytest.raises(MetricsTableError, match="to create temporary tables in database"):
+        list(
+            write_metrics(
+                engine,
+                tiers,
+                calculation_date=END,
+                batch_size=10,
+                retrying=no_retry,
+                timeouts=Timeouts(),
+            )
+        )
+
+    with owner.begin() as connection:
+        connection.execute(sa.delete(tables.tutor_performance_metrics))
+    owner.dispose()
+    engine.dispose()
 
 
 def test_names_of_any_characters_stay_names() -> None:

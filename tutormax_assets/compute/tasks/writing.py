@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from itertools import islice
 from time import perf_counter
@@ -175,9 +175,10 @@ def plan_writing(
 
 
 def _rows_of_shard(reasons: Partition | None, divided: Division, number: int | None) -> Rows | None:
-    if reasons is None or reasons.shards != divided.shards:
+    if reasons is None:
         return None
-    return reasons.rows(number)
+    # Divided otherwise, as by another run, all rows are read for those of the shard.
+    return reasons.rows(number if reasons.shards == divided.shards else None)
 
 
 def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
@@ -186,6 +187,7 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
     tiers = task.tiers.scan().collect()
     batches: list[Batch] = []
     failure = None
+    without_reasons: Mapping[str, str] = {}
     attempts = retrying(
         max_retries=task.max_retries,
         retry_delay_seconds=task.retry_delay_seconds,
@@ -205,23 +207,30 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
         ):
             _log_batch(context.log, task.reference_date, batch)
             batches.append(batch)
-        saved = tiers.filter(
-            ~pl.col("tutor_id").is_in([one for batch in batches for one in batch.errors])
-        )
-        RowsOfDate(
+        left_out = [one for batch in batches for one in batch.errors]
+        saved = tiers.filter(~pl.col("tutor_id").is_in(left_out))
+        rows_of_date = RowsOfDate(
             context.database.engine,
             task.calculation_date,
             context.database.timeouts,
             attempts,
             is_wanted,
-        ).write(
+        )
+        without_reasons = rows_of_date.write(
             tutor_tier_reasons,
             _reasons_of(saved, task.reasons),
-            tutor_ids=tiers["tutor_id"].unique().to_list(),
+            tutor_ids=saved["tutor_id"].unique().to_list(),
         )
     except MetricsTableError as error:
         failure = error
     summary = _summary(tiers, batches, reason=str(failure or ""))
+    if without_reasons:
+        said = {
+            tutor_id: f"The metrics are saved, but {tutor_tier_reasons.name} keeps its rows: {why}"
+            for tutor_id, why in without_reasons.items()
+        }
+        _log_left_out(context.log, said)
+        summary = replace(summary, errors={**summary.errors, **said})
     return WritingReport(summary, perf_counter() - started, failure)
 
 
@@ -267,8 +276,12 @@ def _log_batch(log: logging.Logger, reference_date: date, batch: Batch) -> None:
         log.info(f"{name} committed ({len(batch.tutor_ids)} tutors: {rows})")
         return
     log.error(f"{name}: {len(batch.errors)} of {len(batch.tutor_ids)} tutors left out ({rows})")
+    _log_left_out(log, batch.errors)
+
+
+def _log_left_out(log: logging.Logger, errors: Mapping[str, str]) -> None:
     left_out: dict[str, list[str]] = {}
-    for tutor_id, error in batch.errors.items():
+    for tutor_id, error in errors.items():
         left_out.setdefault(error, []).append(tutor_id)
     for error, tutor_ids in islice(left_out.items(), _LOGGED_ERRORS):
         shown = ", ".join(tutor_ids[:_LOGGED_TUTORS])

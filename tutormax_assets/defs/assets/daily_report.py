@@ -10,7 +10,7 @@ from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS, TUTOR_TIERS
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.dates import midnight
-from tutormax_assets.defs.assets import OWNERS, reference_dates
+from tutormax_assets.defs.assets import OWNERS, PLATFORM_POOL, reference_dates
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.report.content import (
     DAILY_REPORT,
@@ -43,6 +43,7 @@ def daily_report_asset(
         deps=[TUTOR_TIERS, TUTOR_TIER_REASONS, TUTOR_TIER_CHANGES, METRICS_TABLE],
         partitions_def=daily,
         backfill_policy=backfill_policy,
+        pool=PLATFORM_POOL,
         group_name="persisted",
         owners=OWNERS,
         kinds={"html"},

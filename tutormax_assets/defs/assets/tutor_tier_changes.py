@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any
 
@@ -22,7 +23,8 @@ from tutormax_assets.compute.tasks.changes import (
 )
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS
 from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_name
-from tutormax_assets.database.date_locks import DateLocks
+from tutormax_assets.database.date_locks import CHANGES, DateLocks
+from tutormax_assets.database.metrics_reading import MetricsTableError, count_rows
 from tutormax_assets.database.rows_of_date import RowsOfDate
 from tutormax_assets.database.tables import tutor_tier_changes as tutor_tier_changes_table
 from tutormax_assets.dates import midnight
@@ -38,7 +40,7 @@ from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.schemas import TierChanges
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.files import StorageError
-from tutormax_assets.storage.partition import partition_of
+from tutormax_assets.storage.partition import Partition, partition_of
 from tutormax_assets.storage.shards import ALL_IN_ONE
 from tutormax_assets.storage.store import TUTORS_LEFT_OUT, PartitionStore
 
@@ -78,81 +80,130 @@ def tutor_tier_changes_asset(
         are computed does not matter. The table of the same name holds the same rows.
         """
         dates = reference_dates(context)
-        later = _stored_later_dates(partition_store, dates.values())
         locks = DateLocks(
             database.engine,
-            [str(one) for one in (*dates.values(), *later)],
+            # Of later dates that are not stored, too: another run may be about to store one.
+            [str(one) for one in {*dates.values(), *_later_dates(dates.values())}],
             retrying=run_options.retrying(context.log),
             log=context.log,
-            scope=TUTOR_TIER_CHANGES,
+            scope=CHANGES,
         )
         locks.take()
         try:
-            tasks = _tasks(
-                partition_store, [*dates.values(), *later], windows, metrics_policy.policy
+            tasks = {
+                key: _task(partition_store, reference_date, windows, metrics_policy.policy)
+                for key, reference_date in dates.items()
+            }
+            later = _later_tasks(
+                partition_store, dates.values(), windows, metrics_policy.policy, context.log
             )
+            writer = _Writer(context, database, run_options, partition_store, daily.timezone)
             for key, report in compute.map(compute_changes, tasks, log=context.log):
-                partition = partition_of(tasks[key].path, ALL_IN_ONE, [report.stored])
-                metadata = _metadata(partition_store, tasks[key].reference_date, report)
-                # A file that is merged with others is gone once the partition is kept.
-                rows = partition.rows().scan().collect()
-                if key in dates:
-                    context.add_asset_metadata(metadata, partition_key=key)
-                    keep_partitions(context, partition_store, TUTOR_TIER_CHANGES, {key: partition})
-                else:
-                    partition_store.keep({key: partition})
-                    context.log_event(
-                        dg.AssetMaterialization(context.asset_key, partition=key, metadata=metadata)
-                    )
-                _save(key, rows, database, run_options, daily.timezone, context.log)
+                writer.keep(tasks[key], report)
+            reports, errors = compute.gather(compute_changes, later, log=context.log)
+            for key, report in reports.items():
+                writer.keep_later(later[key], report)
+            for key, error in errors.items():
+                context.log.warning(f"{key} is not compared anew: {error}")
         finally:
             locks.release()
+        writer.check()
 
     return tutor_tier_changes
 
 
-def _stored_later_dates(store: PartitionStore, reference_dates: Iterable[date]) -> list[date]:
-    """The dates that are not among these, are compared with one of them, and are stored."""
+@dataclass
+class _Writer:
+    """Keeps what a run has found as Parquet, on record and in the table."""
+
+    context: dg.AssetExecutionContext
+    database: PlatformDatabase
+    run_options: RunOptions
+    store: PartitionStore
+    timezone: str
+    not_written: dict[str, str] = field(default_factory=dict)
+
+    def keep(self, task: ChangesTask, report: ChangesReport) -> None:
+        """Keep a date of the run."""
+        key, partition = str(task.reference_date), _partition(task, report)
+        # A file that is merged with others is gone once the partition is kept.
+        rows = partition.rows().scan().collect()
+        metadata = _metadata(self.store, task.reference_date, report)
+        self.context.add_asset_metadata(metadata, partition_key=key)
+        keep_partitions(self.context, self.store, TUTOR_TIER_CHANGES, {key: partition})
+        self._write(key, rows)
+
+    def keep_later(self, task: ChangesTask, report: ChangesReport) -> None:
+        """Keep a later date, which is compared anew with a date of the run."""
+        key, partition = str(task.reference_date), _partition(task, report)
+        rows = partition.rows().scan().collect()
+        metadata = _metadata(self.store, task.reference_date, report)
+        self.store.keep({key: partition})
+        self.context.log_event(
+            dg.AssetMaterialization(self.context.asset_key, partition=key, metadata=metadata)
+        )
+        instant = midnight(task.reference_date, timezone=self.timezone)
+        # The changes of a date whose metrics are in the archive are there, too.
+        if count_rows(self.database.engine, instant).rows:
+            self._write(key, rows)
+
+    def _write(self, key: str, rows: pl.DataFrame) -> None:
+        found = RowsOfDate(
+            self.database.engine,
+            midnight(date.fromisoformat(key), timezone=self.timezone),
+            self.database.timeouts,
+            self.run_options.retrying(self.context.log),
+        ).write(tutor_tier_changes_table, rows, tutor_ids=self.run_options.tutor_ids)
+        self.not_written |= {f"{tutor_id} on {key}": why for tutor_id, why in found.items()}
+
+    def check(self) -> None:
+        """Raise if rows of some tutors could not be written."""
+        if self.not_written:
+            subject, why = next(iter(self.not_written.items()))
+            raise MetricsTableError(
+                f"{tutor_tier_changes_table.name} keeps its rows of {len(self.not_written)}"
+                f" tutors, such as {subject}: {why}. All others are written. Rerun the date."
+            )
+
+
+def _partition(task: ChangesTask, report: ChangesReport) -> Partition:
+    return partition_of(task.path, ALL_IN_ONE, [report.stored])
+
+
+def _later_dates(reference_dates: Iterable[date]) -> list[date]:
+    """The dates that are not among these and are compared with one of them."""
     computed = set(reference_dates)
-    later = {one + timedelta(days=days) for one in computed for days in COMPARED_DAYS} - computed
-    return sorted(one for one in later if store.is_stored(TUTOR_TIER_CHANGES, str(one)))
+    return sorted({one + timedelta(days=n) for one in computed for n in COMPARED_DAYS} - computed)
 
 
-def _tasks(
+def _later_tasks(
     store: PartitionStore,
     reference_dates: Iterable[date],
     windows: Sequence[int],
     policy: Policy,
-) -> dict[str, ChangesTask]:
-    return {
-        str(reference_date): ChangesTask(
-            reference_date,
-            _open_date(str(reference_date), windows, store),
-            _open_earlier_dates(store, reference_date, windows),
-            store.path(TUTOR_TIER_CHANGES, str(reference_date)),
-            policy,
-        )
-        for reference_date in reference_dates
-    }
-
-
-def _save(
-    key: str,
-    rows: pl.DataFrame,
-    database: PlatformDatabase,
-    run_options: RunOptions,
-    timezone: str,
     log: logging.Logger,
-) -> None:
-    RowsOfDate(
-        database.engine,
-        midnight(date.fromisoformat(key), timezone=timezone),
-        database.timeouts,
-        run_options.retrying(log),
-    ).write(
-        tutor_tier_changes_table,
-        rows,
-        tutor_ids=run_options.tutor_ids,
+) -> dict[str, ChangesTask]:
+    """The stored later dates. One that cannot be opened is left as it is."""
+    tasks = {}
+    for later in _later_dates(reference_dates):
+        try:
+            if store.is_stored(TUTOR_TIER_CHANGES, str(later)):
+                tasks[str(later)] = _task(store, later, windows, policy)
+        except (OSError, StorageError) as error:
+            log.warning(f"{later} is not compared anew: {error}")
+    return tasks
+
+
+def _task(
+    store: PartitionStore, reference_date: date, windows: Sequence[int], policy: Policy
+) -> ChangesTask:
+    key = str(reference_date)
+    return ChangesTask(
+        reference_date,
+        _open_date(key, windows, store),
+        _open_earlier_dates(store, reference_date, windows),
+        store.path(TUTOR_TIER_CHANGES, key),
+        policy,
     )
 
 
@@ -172,7 +223,7 @@ def _open_earlier_dates(
 ) -> dict[int, ComputedDate]:
     found = {}
     for days in COMPARED_DAYS:
-        with suppress(FileNotFoundError, StorageError):
+        with suppress(OSError, StorageError):
             key = str(reference_date - timedelta(days=days))
             found[days] = _open_date(key, windows, store)
     return found
