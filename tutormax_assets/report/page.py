@@ -1,6 +1,7 @@
 """Pages as self-contained HTML: no scripts, and nothing to load."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -46,8 +47,9 @@ def daily_report_page(found: DailyReport) -> str:
     )
 
 
+@cache
 def page_environment() -> jinja2.Environment:
-    """The templates, with the filters that they share."""
+    """The templates, each compiled once, with the filters that they share."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tutormax_assets.report"),
         autoescape=True,
