@@ -136,6 +136,7 @@ class RowsOfDate:
         replaced: sa.ColumnElement[bool],
         *,
         is_new: bool,
+        tutor_ids: Sequence[str] | None = None,
     ) -> dict[str, str]:
         csv = rows.write_csv(include_header=False)
         try:
@@ -143,29 +144,41 @@ class RowsOfDate:
         except (sa.exc.DBAPIError, psycopg.Error) as error:
             if not is_of_rows(error) and sqlstate(error) != _LOCK_NOT_AVAILABLE:
                 raise
-            return self._write_by_tutor(table, rows, replaced, error)
+            if tutor_ids is None:
+                tutor_ids = self._tutors_of(table, rows, replaced)
+            if len(tutor_ids) < 2:
+                return dict.fromkeys(tutor_ids, reason(error))
+            return self._write_by_tutor(table, rows, replaced, tutor_ids)
         return {}
+
+    def _tutors_of(
+        self, table: sa.Table, rows: pl.DataFrame, replaced: sa.ColumnElement[bool]
+    ) -> list[str]:
+        """Those of the rows, and of the rows that the table holds."""
+        with self.engine.begin() as connection:
+            limit_transaction(connection, self.timeouts)
+            held = connection.scalars(sa.select(table.c.tutor_id).distinct().where(replaced)).all()
+        return sorted({*held, *rows["tutor_id"]})
 
     def _write_by_tutor(
         self,
         table: sa.Table,
         rows: pl.DataFrame,
         replaced: sa.ColumnElement[bool],
-        error: Exception,
+        tutor_ids: Sequence[str],
     ) -> dict[str, str]:
         """Write parts of the rows, down to the tutors whose rows are refused."""
-        with self.engine.begin() as connection:
-            held = connection.scalars(sa.select(table.c.tutor_id).distinct().where(replaced)).all()
-        tutor_ids = sorted({*held, *rows["tutor_id"]})
-        if len(tutor_ids) < 2:
-            return dict.fromkeys(tutor_ids, reason(error))
         size = -(-len(tutor_ids) // PARTS)
         culprits: dict[str, str] = {}
         for start in range(0, len(tutor_ids), size):
             ids = tutor_ids[start : start + size]
-            of_part = rows.filter(pl.col("tutor_id").is_in(ids))
-            is_part = replaced & _is_one_of(table, ids)
-            culprits |= self._write(table, of_part, is_part, is_new=False)
+            culprits |= self._write(
+                table,
+                rows.filter(pl.col("tutor_id").is_in(ids)),
+                replaced & _is_one_of(table, ids),
+                is_new=False,
+                tutor_ids=ids,
+            )
         return culprits
 
     def _write_once(
