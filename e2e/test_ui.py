@@ -22,7 +22,7 @@ def test_the_asset_graph_shows_every_stage(ui: str, page: Page) -> None:
     groups = ",".join(f"global@global:{group}" for group in GROUPS)
     page.goto(f"{ui}/asset-groups?expanded={groups}")
     zoom_out = page.get_by_label("zoom_out").first
-    for _ in range(7):
+    for _ in range(5):
         zoom_out.click()
     # At that distance a longer name is shown in part.
     for asset in ("tutors", "sessions_snapshot", "metrics_30day", "tutor_tier_changes"):
