@@ -12,12 +12,11 @@ from upath import UPath
 
 from tutormax_assets.database.archived_table import ArchiveError, reaching
 from tutormax_assets.database.date_locks import lock_changes
-from tutormax_assets.database.rows_of_date import copy_csv
+from tutormax_assets.database.rows_of_date import copy_csv, create_staged, insert_missing
 from tutormax_assets.database.tables import (
     tutor_performance_metrics,
     tutor_tier_changes,
     tutor_tier_reasons,
-    tutors,
 )
 from tutormax_assets.storage.files import read_parquet, write_parquet
 
@@ -103,26 +102,9 @@ def restore(connection: sa.Connection, base_path: str, day: date) -> None:
             query = sa.select(tutor_tier_reasons.c.tutor_id).where(of_date)
             computed_again = set(connection.scalars(query))
         rows = rows.filter(~pl.col("tutor_id").is_in(list(computed_again)))
-        staged = sa.Table(
-            f"staged_{table.name}",
-            sa.MetaData(),
-            *(sa.Column(column.name, column.type) for column in table.c),
-            prefixes=["TEMPORARY"],
-            postgresql_on_commit="DROP",
-        )
-        staged.create(connection, checkfirst=False)
-        names = [name for name in rows.columns if name in table.c]
-        copy_csv(connection, staged.name, rows.select(names))
-        has_tutor = sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id)
-        key = sa.and_(
-            *(table.c[column.name] == staged.c[column.name] for column in table.primary_key)
-        )
-        connection.execute(
-            sa.insert(table).from_select(
-                table.c.keys(),
-                sa.select(staged).where(has_tutor, ~sa.select(table).where(key).exists()),
-            )
-        )
+        staged = create_staged(connection, table)
+        copy_csv(connection, staged.name, rows.select(n for n in rows.columns if n in table.c))
+        insert_missing(connection, table, staged)
 
 
 def _file(base_path: str, table: sa.Table, day: date) -> UPath:

@@ -40,7 +40,11 @@ from tutormax_assets.database.metrics_reading import (
     stored_rows,
 )
 from tutormax_assets.database.revisions import RevisionRecord
-from tutormax_assets.database.rows_of_date import copy_csv
+from tutormax_assets.database.rows_of_date import (
+    FEATURE_NOT_SUPPORTED,
+    LOCK_NOT_AVAILABLE,
+    copy_csv,
+)
 from tutormax_assets.database.tables import (
     METRICS_TABLE,
     tutor_performance_metrics,
@@ -81,11 +85,7 @@ _REFUSALS = (sa.exc.SQLAlchemyError, psycopg.Error)
 
 _INSUFFICIENT_PRIVILEGE = "42501"
 
-_LOCK_NOT_AVAILABLE = "55P03"
-
 _UNIQUE_VIOLATION = "23505"
-
-_FEATURE_NOT_SUPPORTED = "0A000"
 
 # One connection keeps one core of the server busy, and two the indexes' last pages: a third one
 # gained nothing. It takes some thousands of rows to be worth its connecting.
@@ -300,7 +300,7 @@ class _Writing:
                 rows.update(counts)
                 errors |= refused
             except _REFUSALS as error:
-                if sqlstate(error) == _LOCK_NOT_AVAILABLE:
+                if sqlstate(error) == LOCK_NOT_AVAILABLE:
                     self.waited_seconds += self.timeouts.lock_seconds
                     # The whole batch has been tried again for it.
                     attempt = attempt.copy(retry=tenacity.retry_if_exception(_may_pass_unlocked))
@@ -347,7 +347,7 @@ class _Writing:
                 copy_csv(connection, METRICS_TABLE, keyed)
         except (sa.exc.DBAPIError, psycopg.Error) as error:
             # Which of the rows it is comes out when they are staged. Row security refuses COPY.
-            if is_of_rows(error) or sqlstate(error) == _FEATURE_NOT_SUPPORTED:
+            if is_of_rows(error) or sqlstate(error) == FEATURE_NOT_SUPPORTED:
                 return False
             raise
         return True
@@ -440,7 +440,7 @@ def _split(rows: pl.DataFrame) -> list[pl.DataFrame]:
 
 
 def _may_pass_unlocked(error: BaseException) -> bool:
-    return may_pass(error) and sqlstate(error) != _LOCK_NOT_AVAILABLE
+    return may_pass(error) and sqlstate(error) != LOCK_NOT_AVAILABLE
 
 
 def _is_of_row_lock(engine: sa.Engine, error: BaseException) -> bool:
@@ -449,7 +449,7 @@ def _is_of_row_lock(engine: sa.Engine, error: BaseException) -> bool:
     What PostgreSQL says of the wait tells neither: it is in the server's language, and the check
     of a foreign key has the same context for both.
     """
-    if sqlstate(error) != _LOCK_NOT_AVAILABLE:
+    if sqlstate(error) != LOCK_NOT_AVAILABLE:
         return False
     try:
         with engine.connect() as connection:

@@ -36,9 +36,9 @@ _ROWS_FOR_WRITERS = 20_000
 
 _DATE = "calculation_date"
 
-_FEATURE_NOT_SUPPORTED = "0A000"
+FEATURE_NOT_SUPPORTED = "0A000"
 
-_LOCK_NOT_AVAILABLE = "55P03"
+LOCK_NOT_AVAILABLE = "55P03"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class RowsOfDate:
         try:
             self.retrying.copy()(self._write_once, table, csv, replaced, is_new=is_new)
         except (sa.exc.DBAPIError, psycopg.Error) as error:
-            if not is_of_rows(error) and sqlstate(error) != _LOCK_NOT_AVAILABLE:
+            if not is_of_rows(error) and sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
             if tutor_ids is None:
                 tutor_ids = self._tutors_of(table, rows, replaced)
@@ -204,6 +204,19 @@ def _replace(
     connection: sa.Connection, table: sa.Table, csv: str, replaced: sa.ColumnElement[bool]
 ) -> None:
     """Delete what is not among the rows, and add what the table lacks."""
+    staged = create_staged(connection, table)
+    _copy(connection, staged.name, staged.c.keys(), csv)
+    # Without statistics PostgreSQL takes the staged rows for a handful.
+    _cursor(connection).execute(sql.SQL("ANALYZE {}").format(sql.Identifier(staged.name)))
+    is_same = _has_key_of(table, staged) & sa.tuple_(*table.c).is_not_distinct_from(
+        sa.tuple_(*staged.c)
+    )
+    connection.execute(sa.delete(table).where(replaced, ~sa.select(staged).where(is_same).exists()))
+    insert_missing(connection, table, staged)
+
+
+def create_staged(connection: sa.Connection, table: sa.Table) -> sa.Table:
+    """Create a temporary table, empty, with the columns of a table."""
     staged = sa.Table(
         f"staged_{table.name}",
         sa.MetaData(),
@@ -212,23 +225,21 @@ def _replace(
         postgresql_on_commit="DROP",
     )
     staged.create(connection, checkfirst=False)
-    _copy(connection, staged.name, staged.c.keys(), csv)
-    # Without statistics PostgreSQL takes the staged rows for a handful.
-    _cursor(connection).execute(sql.SQL("ANALYZE {}").format(sql.Identifier(staged.name)))
+    return staged
+
+
+def insert_missing(connection: sa.Connection, table: sa.Table, staged: sa.Table) -> None:
+    """Insert the staged rows whose keys the table lacks and whose tutors exist."""
+    # By name: the writer may read no other column.
+    has_tutor = sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id)
+    is_held = sa.select(table).where(_has_key_of(table, staged)).exists()
+    missing = sa.select(staged).where(has_tutor, ~is_held)
+    connection.execute(sa.insert(table).from_select(table.c.keys(), missing))
+
+
+def _has_key_of(table: sa.Table, staged: sa.Table) -> sa.ColumnElement[bool]:
     key = [column.name for column in table.primary_key]
-    is_key = sa.and_(*(table.c[name] == staged.c[name] for name in key))
-    is_same = is_key & sa.tuple_(*table.c).is_not_distinct_from(sa.tuple_(*staged.c))
-    connection.execute(sa.delete(table).where(replaced, ~sa.select(staged).where(is_same).exists()))
-    connection.execute(
-        sa.insert(table).from_select(
-            table.c.keys(),
-            sa.select(staged).where(
-                # By name: the writer may read no other column.
-                sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id),
-                ~sa.select(table).where(is_key).exists(),
-            ),
-        )
-    )
+    return sa.and_(*(table.c[name] == staged.c[name] for name in key))
 
 
 def _copy_new(connection: sa.Connection, table: sa.Table, csv: str) -> bool:
@@ -238,7 +249,7 @@ def _copy_new(connection: sa.Connection, table: sa.Table, csv: str) -> bool:
             _copy(connection, table.name, table.c.keys(), csv)
     except psycopg.Error as error:
         # A tutor was deleted, another writer was ahead, or row security refuses COPY.
-        if not is_of_rows(error) and sqlstate(error) != _FEATURE_NOT_SUPPORTED:
+        if not is_of_rows(error) and sqlstate(error) != FEATURE_NOT_SUPPORTED:
             raise
         return False
     return True

@@ -14,6 +14,7 @@ from tutormax_assets.defs.assets import OWNERS, PLATFORM_POOL, reference_dates
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.report.content import (
     DAILY_REPORT,
+    DailyReport,
     ReportSource,
     chart_metadata,
     report_path,
@@ -67,7 +68,6 @@ def daily_report_asset(
             metrics_policy.policy,
             context.instance,
         )
-        shortest = metrics_policy.policy.windows[0]
         records = read_record(context.instance, context.run.run_id)
         for key, reference_date in reference_dates(context).items():
             report = source.collect(
@@ -77,27 +77,31 @@ def daily_report_asset(
             )
             path = report_path(partition_store.base_path, reference_date)
             write_text(path, daily_report_page(report))
-            context.add_asset_metadata(
-                {
-                    "report": _link(path, reference_date, reports_url),
-                    "open_with": f"tutormax report --date {key} --open",
-                    "movers": report.movers.total,
-                    "signals": sum(chart.is_signal for chart in report.charts),
-                    "checks_not_passed": sum(not check.passed for check in report.checks),
-                    **{
-                        chart_metadata(chart.name, shortest): float(chart.values[-1])
-                        for chart in report.charts
-                        if chart.dates[-1] == reference_date
-                    },
-                    **{
-                        f"at_risk_{window}": listing.total
-                        for window, listing in report.at_risk.items()
-                    },
-                },
-                partition_key=key,
-            )
+            metadata = {
+                "report": _link(path, reference_date, reports_url),
+                "open_with": f"tutormax report --date {key} --open",
+                **_numbers(report, days=metrics_policy.policy.windows[0]),
+            }
+            context.add_asset_metadata(metadata, partition_key=key)
 
     return daily_report
+
+
+def _numbers(report: DailyReport, *, days: int) -> dict[str, int | float]:
+    """The numbers of a report, which the UI plots and later reports chart."""
+    charted = {
+        chart_metadata(chart.name, days): float(chart.values[-1])
+        for chart in report.charts
+        if chart.is_current
+    }
+    at_risk = {f"at_risk_{window}": rows.total for window, rows in report.at_risk.items()}
+    return {
+        "movers": report.movers.total,
+        "signals": sum(chart.is_signal for chart in report.charts),
+        "checks_not_passed": sum(not check.passed for check in report.checks),
+        **charted,
+        **at_risk,
+    }
 
 
 def _link(path: UPath, day: date, reports_url: str | None) -> dg.MetadataValue[str]:
