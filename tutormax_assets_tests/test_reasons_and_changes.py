@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import polars as pl
 import pytest
@@ -15,6 +15,8 @@ from tutormax_assets.database.archive import archive_date
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.metrics_reading import TierSince, read_tiers_since
 from tutormax_assets.database.restore import restore_date
+from tutormax_assets.database.rows_of_date import of_held_tutors
+from tutormax_assets.schema.status import status, upgrade
 from tutormax_assets.settings import load_settings
 from tutormax_assets.storage.partition import delete_files
 from tutormax_assets_tests.conftest import Platform, add, captured_log
@@ -243,6 +245,59 @@ def test_a_tutor_whose_rows_are_locked_is_named_and_all_others_are_written(
         now.filter(~is_locked).select(stored.columns), stored.filter(~is_locked), check_dtypes=False
     )
     assert not now.equals(before)
+
+
+def test_a_tutor_is_deleted_before_rows_are_written_or_with_them(
+    small_platform: Platform,
+) -> None:
+    small_platform.run(DAY)
+    engine, instant = small_platform.engine, datetime.fromisoformat(DAY).replace(tzinfo=UTC)
+    reasons = rows_of(small_platform, tables.tutor_tier_reasons, DAY)
+    gone, staying = reasons["tutor_id"].unique().sort()[:2]
+    delete = sa.text("DELETE FROM tutors WHERE tutor_id = :tutor_id")
+    with engine.begin() as writer:
+        assert of_held_tutors(writer, reasons, [instant]).equals(reasons)
+        with engine.connect() as other:
+            other.execute(sa.text("SET LOCAL lock_timeout = '1ms'"))
+            with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
+                other.execute(delete, {"tutor_id": gone})
+    with engine.begin() as other:
+        other.execute(delete, {"tutor_id": gone})
+    with engine.begin() as writer:
+        held = of_held_tutors(writer, reasons, [instant])
+        unknown = of_held_tutors(writer, reasons, [instant - timedelta(days=1)])
+    left = reasons.filter(pl.col("tutor_id") != gone)
+    assert held.equals(left)
+    assert unknown.equals(left)
+    assert rows_of(small_platform, tables.tutor_tier_reasons, DAY).equals(left)
+
+    small_platform.execute("DELETE FROM tutor_performance_metrics")
+    assert staying in rows_of(small_platform, tables.tutor_tier_reasons, DAY)["tutor_id"]
+
+
+def test_a_trigger_takes_the_place_of_the_foreign_keys_of_0002(small_platform: Platform) -> None:
+    engine = small_platform.engine
+    upgrade(engine, timezone="UTC")
+    for table in TABLES:
+        small_platform.execute(
+            f"ALTER TABLE {table.name} ADD CONSTRAINT fk_{table.name}_tutor_id"
+            " FOREIGN KEY (tutor_id) REFERENCES tutors ON DELETE CASCADE"
+        )
+    small_platform.execute(
+        "DROP TRIGGER delete_rows_of_deleted_tutors ON tutor_performance_metrics"
+    )
+    small_platform.execute("UPDATE tutormax_assets_alembic_version SET version_num = '0002'")
+    assert status(engine, timezone="UTC").metrics == "behind"
+
+    upgrade(engine, timezone="UTC")
+
+    found = status(engine, timezone="UTC")
+    assert (found.metrics, found.deviations) == ("current", ())
+    assert [sa.inspect(engine).get_foreign_keys(table.name) for table in TABLES] == [[], []]
+    small_platform.run(DAY)
+    tutor = rows_of(small_platform, tables.tutor_tier_reasons, DAY)["tutor_id"][0]
+    small_platform.execute(f"DELETE FROM tutors WHERE tutor_id = '{tutor}'")
+    assert tutor not in rows_of(small_platform, tables.tutor_tier_reasons, DAY)["tutor_id"]
 
 
 def test_a_later_date_that_cannot_be_opened_does_not_fail_a_run(small_platform: Platform) -> None:

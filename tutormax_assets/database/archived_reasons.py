@@ -12,7 +12,12 @@ from upath import UPath
 
 from tutormax_assets.database.archived_table import ArchiveError, reaching
 from tutormax_assets.database.date_locks import lock_changes
-from tutormax_assets.database.rows_of_date import copy_csv, create_staged, insert_missing
+from tutormax_assets.database.rows_of_date import (
+    copy_csv,
+    create_staged,
+    insert_missing,
+    of_held_tutors,
+)
 from tutormax_assets.database.tables import (
     tutor_performance_metrics,
     tutor_tier_changes,
@@ -102,8 +107,10 @@ def restore(connection: sa.Connection, base_path: str, day: date) -> None:
             query = sa.select(tutor_tier_reasons.c.tutor_id).where(of_date)
             computed_again = set(connection.scalars(query))
         rows = rows.filter(~pl.col("tutor_id").is_in(list(computed_again)))
+        rows = rows.select(name for name in rows.columns if name in table.c)
+        rows = of_held_tutors(connection, rows, rows["calculation_date"].unique().to_list())
         staged = create_staged(connection, table)
-        copy_csv(connection, staged.name, rows.select(n for n in rows.columns if n in table.c))
+        copy_csv(connection, staged.name, rows)
         insert_missing(connection, table, staged)
 
 

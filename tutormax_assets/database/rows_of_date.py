@@ -28,7 +28,6 @@ from tutormax_assets.database.metrics_reading import (
     MetricsTableError,
     MetricsTableTimeoutError,
 )
-from tutormax_assets.database.tables import tutors
 
 # One connection keeps one core of the server busy, and it takes many rows to be worth another one.
 _WRITERS = 2
@@ -39,6 +38,40 @@ _DATE = "calculation_date"
 FEATURE_NOT_SUPPORTED = "0A000"
 
 LOCK_NOT_AVAILABLE = "55P03"
+
+# Joined and not compared with an array: PostgreSQL 13 searches long arrays one by one. A tutor is
+# deleted with all rows, so that to hold one of a date is enough.
+_WITHOUT_METRICS_OF_DATE = sa.text("""
+    WITH held AS MATERIALIZED (
+        SELECT tutor_id
+        FROM unnest(CAST(:tutor_ids AS text[])) AS one (tutor_id)
+        JOIN tutor_performance_metrics AS metrics USING (tutor_id)
+        WHERE metrics.calculation_date = ANY (:calculation_dates) AND metrics."window" = :window
+        FOR KEY SHARE OF metrics
+    )
+    SELECT tutor_id
+    FROM unnest(CAST(:tutor_ids AS text[])) AS one (tutor_id)
+    LEFT JOIN held USING (tutor_id)
+    WHERE held.tutor_id IS NULL
+""")
+
+_HOLD_METRICS = sa.text("""
+    SELECT count(*) FROM (
+        SELECT
+        FROM unnest(CAST(:tutor_ids AS text[])) AS one (tutor_id)
+        JOIN tutor_performance_metrics AS metrics USING (tutor_id)
+        FOR KEY SHARE OF metrics
+    ) AS held
+""")
+
+# The writer may read no other column of tutors.
+_GONE = sa.text("""
+    SELECT one.tutor_id
+    FROM unnest(CAST(:tutor_ids AS text[])) AS one (tutor_id)
+    WHERE NOT EXISTS (
+        SELECT tutors.tutor_id FROM tutors WHERE tutors.tutor_id = one.tutor_id
+    )
+""")
 
 
 @dataclass(frozen=True)
@@ -138,9 +171,8 @@ class RowsOfDate:
         is_new: bool,
         tutor_ids: Sequence[str] | None = None,
     ) -> dict[str, str]:
-        csv = rows.write_csv(include_header=False)
         try:
-            self.retrying.copy()(self._write_once, table, csv, replaced, is_new=is_new)
+            self.retrying.copy()(self._write_once, table, rows, replaced, is_new=is_new)
         except (sa.exc.DBAPIError, psycopg.Error) as error:
             if not is_of_rows(error) and sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
@@ -182,7 +214,7 @@ class RowsOfDate:
         return culprits
 
     def _write_once(
-        self, table: sa.Table, csv: str, replaced: sa.ColumnElement[bool], *, is_new: bool
+        self, table: sa.Table, rows: pl.DataFrame, replaced: sa.ColumnElement[bool], *, is_new: bool
     ) -> None:
         with self.engine.begin() as connection:
             limit_transaction(connection, replace(self.timeouts, lock_seconds=0))
@@ -193,19 +225,23 @@ class RowsOfDate:
                     f"The run has ended or lost its lock on the date; its rows of {table.name} are"
                     " not written. Rerun the date."
                 )
-            if not (is_new and _copy_new(connection, table, csv)):
-                _replace(connection, table, csv, replaced)
+            rows = of_held_tutors(connection, rows, [self.calculation_date])
+            if not (is_new and _copy_new(connection, table, rows)):
+                _replace(connection, table, rows, replaced)
 
     def _lock_name(self, table: sa.Table) -> str:
         return f"{table.name}:{self.calculation_date.timestamp():.0f}"
 
 
 def _replace(
-    connection: sa.Connection, table: sa.Table, csv: str, replaced: sa.ColumnElement[bool]
+    connection: sa.Connection,
+    table: sa.Table,
+    rows: pl.DataFrame,
+    replaced: sa.ColumnElement[bool],
 ) -> None:
     """Delete what is not among the rows, and add what the table lacks."""
     staged = create_staged(connection, table)
-    _copy(connection, staged.name, staged.c.keys(), csv)
+    copy_csv(connection, staged.name, rows)
     # Without statistics PostgreSQL takes the staged rows for a handful.
     _cursor(connection).execute(sql.SQL("ANALYZE {}").format(sql.Identifier(staged.name)))
     is_same = _has_key_of(table, staged) & sa.tuple_(*table.c).is_not_distinct_from(
@@ -213,6 +249,33 @@ def _replace(
     )
     connection.execute(sa.delete(table).where(replaced, ~sa.select(staged).where(is_same).exists()))
     insert_missing(connection, table, staged)
+
+
+def of_held_tutors(
+    connection: sa.Connection, rows: pl.DataFrame, calculation_dates: Sequence[datetime]
+) -> pl.DataFrame:
+    """The rows of tutors who are in the database's ``tutors``.
+
+    Until the transaction ends nobody deletes these tutors: that would delete their metrics, which
+    are locked as a foreign key would lock them. Afterwards a trigger on that table deletes the rows
+    of a tutor who goes. Of a tutor who has no metrics at all it learns nothing.
+
+    Args:
+        connection: A transaction that is to write the rows.
+        rows: Rows with ``tutor_id``.
+        calculation_dates: The instants that their reference dates stand for.
+    """
+    values: dict[str, Any] = {
+        "calculation_dates": list(calculation_dates),
+        "window": rows["window"].first(),
+        "tutor_ids": rows["tutor_id"].unique(maintain_order=True).to_list(),
+    }
+    values["tutor_ids"] = connection.scalars(_WITHOUT_METRICS_OF_DATE, values).all()
+    if not values["tutor_ids"]:
+        return rows
+    connection.execute(_HOLD_METRICS, values)
+    gone = connection.scalars(_GONE, values).all()
+    return rows.filter(~pl.col("tutor_id").is_in(gone))
 
 
 def create_staged(connection: sa.Connection, table: sa.Table) -> sa.Table:
@@ -229,11 +292,9 @@ def create_staged(connection: sa.Connection, table: sa.Table) -> sa.Table:
 
 
 def insert_missing(connection: sa.Connection, table: sa.Table, staged: sa.Table) -> None:
-    """Insert the staged rows whose keys the table lacks and whose tutors exist."""
-    # By name: the writer may read no other column.
-    has_tutor = sa.exists(tutors.c.tutor_id).where(tutors.c.tutor_id == staged.c.tutor_id)
+    """Insert the staged rows whose keys the table lacks."""
     is_held = sa.select(table).where(_has_key_of(table, staged)).exists()
-    missing = sa.select(staged).where(has_tutor, ~is_held)
+    missing = sa.select(staged).where(~is_held)
     connection.execute(sa.insert(table).from_select(table.c.keys(), missing))
 
 
@@ -242,13 +303,13 @@ def _has_key_of(table: sa.Table, staged: sa.Table) -> sa.ColumnElement[bool]:
     return sa.and_(*(table.c[name] == staged.c[name] for name in key))
 
 
-def _copy_new(connection: sa.Connection, table: sa.Table, csv: str) -> bool:
+def _copy_new(connection: sa.Connection, table: sa.Table, rows: pl.DataFrame) -> bool:
     """Copy rows straight into the table; says whether it took them, which it does all or none."""
     try:
         with connection.begin_nested():
-            _copy(connection, table.name, table.c.keys(), csv)
+            copy_csv(connection, table.name, rows)
     except psycopg.Error as error:
-        # A tutor was deleted, another writer was ahead, or row security refuses COPY.
+        # Another writer was ahead, or row security refuses COPY.
         if not is_of_rows(error) and sqlstate(error) != FEATURE_NOT_SUPPORTED:
             raise
         return False
@@ -257,15 +318,11 @@ def _copy_new(connection: sa.Connection, table: sa.Table, csv: str) -> bool:
 
 def copy_csv(connection: sa.Connection, table: str, rows: pl.DataFrame) -> None:
     """Copy rows into the columns of a table that have the same names."""
-    _copy(connection, table, rows.columns, rows.write_csv(include_header=False))
-
-
-def _copy(connection: sa.Connection, table: str, columns: Sequence[str], csv: str) -> None:
     query = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(
-        sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, columns))
+        sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, rows.columns))
     )
     with _cursor(connection).copy(query) as copy:
-        copy.write(csv)
+        copy.write(rows.write_csv(include_header=False))
 
 
 def _cursor(connection: sa.Connection) -> psycopg.Cursor[Any]:

@@ -25,7 +25,8 @@ _TUTORS = sa.text("""
                  AND indnkeyatts = 1
                  AND indisunique AND indimmediate AND indisvalid AND indpred IS NULL
            ) AS is_unique,
-           has_column_privilege(relation.oid, attribute.attnum, 'REFERENCES') AS may_refer
+           has_column_privilege(relation.oid, attribute.attnum, 'REFERENCES') AS may_refer,
+           has_column_privilege(relation.oid, attribute.attnum, 'SELECT') AS may_read
     FROM pg_class AS relation
     JOIN pg_attribute AS attribute
         ON attribute.attrelid = relation.oid AND attribute.attname = 'tutor_id'
@@ -129,4 +130,9 @@ def _of_reference(connection: sa.Connection) -> Iterator[str]:
             yield (
                 f"table {tutors.name}, column tutor_id: found no right to REFERENCES, expected it,"
                 f" {needed}"
+            )
+        if not found.may_read:
+            yield (
+                f"table {tutors.name}, column tutor_id: found no right to SELECT, expected it,"
+                f" which the trigger of {METRICS_TABLE} needs"
             )

@@ -1,8 +1,14 @@
-"""The tables of reasons and changes, and the view of since when a tier is held."""
+"""The tables of reasons and changes, and what belongs to them.
+
+That is the view of since when a tier is held, and the trigger that deletes the rows of a tutor who
+is deleted.
+"""
 
 import sqlalchemy as sa
 
 from tutormax_assets.database.tables import (
+    METRICS_TABLE,
+    TRIGGER_OF_DELETED_TUTORS,
     metrics_metadata,
     tutor_tier_changes,
     tutor_tier_reasons,
@@ -13,14 +19,32 @@ _TABLES = (tutor_tier_reasons, tutor_tier_changes)
 
 _IS_THERE = sa.text("SELECT to_regclass(CAST(:name AS text)) IS NOT NULL")
 
+_HAS_TRIGGER = sa.text("""
+    SELECT EXISTS (
+        SELECT FROM pg_trigger
+        WHERE tgrelid = to_regclass(CAST(:metrics AS text)) AND tgname = :name AND tgenabled <> 'D'
+    )
+""").bindparams(metrics=METRICS_TABLE, name=TRIGGER_OF_DELETED_TUTORS)
+
 
 def missing(connection: sa.Connection) -> list[str]:
-    """Names of the tables and the view that are not there."""
+    """What is not there: tables, the view, and the trigger on the metrics table."""
     names = [*(table.name for table in _TABLES), tutor_tier_since.name]
-    return [name for name in names if not connection.scalar(_IS_THERE, {"name": name})]
+    found = [name for name in names if not connection.scalar(_IS_THERE, {"name": name})]
+    if not connection.scalar(_HAS_TRIGGER):
+        found.append(f"trigger {TRIGGER_OF_DELETED_TUTORS} of {METRICS_TABLE}")
+    return found
 
 
 def create(connection: sa.Connection) -> None:
-    """Create those tables, and the view, that are not there."""
+    """Create what is missing."""
     if missing(connection):
         metrics_metadata.create_all(connection, tables=_TABLES)
+
+
+def drop_foreign_keys(connection: sa.Connection) -> None:
+    """Drop the foreign keys to ``tutors``, in whose place the trigger is."""
+    for table in _TABLES:
+        connection.exec_driver_sql(
+            f"ALTER TABLE {table.name} DROP CONSTRAINT IF EXISTS fk_{table.name}_tutor_id"
+        )
