@@ -105,6 +105,7 @@ class LakeView:
         start: datetime,
         end: datetime,
         tutor_range: TutorRange = ALL_TUTORS,
+        hashed: bool = False,
     ) -> PlatformRows:
         """Sessions with their feedback, and events, in ``[start, end)``.
 
@@ -116,6 +117,7 @@ class LakeView:
             start: First instant.
             end: First instant after them.
             tutor_range: Only rows of these tutors.
+            hashed: Not used: a lake has the ids at hand.
 
         Raises:
             SourceError: The lake cannot be read, a dataset is not as the contract has it, or files

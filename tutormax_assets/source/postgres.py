@@ -8,7 +8,6 @@ snapshot of the first.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -39,6 +38,7 @@ from tutormax_assets.metrics.schemas import (
     SourceTutors,
 )
 from tutormax_assets.source.contract import FOUND_COLUMNS, NEEDED_COLUMNS, FoundColumn, breaches
+from tutormax_assets.source.id_hashes import IdHashes
 from tutormax_assets.source.queries import (
     ENCODING,
     INSTANT,
@@ -48,15 +48,18 @@ from tutormax_assets.source.queries import (
     NUMERIC_SCORE,
     SCORE,
     SHARED,
+    TUTOR_HASHES,
     TUTORS,
     bind_values,
 )
 from tutormax_assets.source.streams import (
     READERS,
+    HashesNotUniqueError,
     SourceError,
     SourceTimeoutError,
     Streamed,
     Table,
+    expect_unique,
     fetch_frame,
 )
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
@@ -86,19 +89,23 @@ class Source:
 
 @dataclass(frozen=True)
 class PlatformRows:
-    """Rows of the platform, which are read from the files they wait in when they are collected.
+    """Rows of the platform.
 
     Attributes:
         sessions: ``SourceSessions`` in parts, at least one; all rows of a session are in one part.
         events: ``SourceEvents`` in parts, at least one.
         count: Number of rows of each table that was read.
         seconds: How long the reading took.
+        hashes: Finds the ids of rows that have hashes of ids; None where they have the ids.
+        note: Why they have the ids although hashes would have done; empty where they would not.
     """
 
     sessions: Sequence[pl.LazyFrame]
     events: Sequence[pl.LazyFrame]
     count: Mapping[str, int]
     seconds: float
+    hashes: IdHashes | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,22 +168,23 @@ class View:
         start: datetime,
         end: datetime,
         tutor_range: TutorRange = ALL_TUTORS,
+        hashed: bool = False,
     ) -> PlatformRows:
         """Sessions with their feedback, and events, in ``[start, end)``.
 
         Args:
-            folder: Where the parts are kept. What it holds is removed first.
+            folder: Not used: the rows are in memory.
             tables: What is wanted; the frames of the others are empty.
             start: First instant.
             end: First instant after them.
             tutor_range: Only rows of these tutors.
+            hashed: Whether hashes of ids will do. The ids are read all the same where nothing sees
+                to it that they are unique, or where two of them have the same hash.
 
         Raises:
             SourceError: The platform cannot be read. Its cause tells whether to try again.
         """
         began = perf_counter()
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         bound = partial(
             bind_values,
             tutor_ids=self.tutor_ids,
@@ -191,17 +199,58 @@ class View:
             "tutor_events": [SourceEvents.create_empty().lazy()],
         }
         count: dict[str, int] = {}
+        read_tables = partial(self._read, tables=tables, bound=bound)
+        tutors, note = None, ""
+        with self._reading() as cursor:
+            try:
+                if hashed:
+                    tutors = self._tutor_hashes(cursor)
+                read = read_tables(cursor, hashed=hashed)
+            except HashesNotUniqueError as error:
+                tutors, note = None, f"Ids are read in place of their hashes: {error}"
+                read = read_tables(cursor, hashed=False)
+        for table, (of_table, rows) in read.items():
+            parts[table] = of_table
+            count |= rows
+        return PlatformRows(
+            parts["sessions"],
+            parts["tutor_events"],
+            count,
+            perf_counter() - began,
+            None if tutors is None else IdHashes(tutors, partial(self._ids, bound=bound)),
+            note,
+        )
+
+    def _read(
+        self,
+        cursor: dbapi.Cursor,
+        *,
+        tables: Collection[Table],
+        bound: Callable[[str], str],
+        hashed: bool,
+    ) -> dict[Table, Streamed]:
         readers = {
-            table: partial(read_table, folder=folder, bound=bound)
+            table: partial(read_table, bound=bound, hashed=hashed)
             for table, read_table in READERS.items()
             if table in tables
         }
+        return _at_once(self.source, cursor, readers, self.tutor_ids)
+
+    def _tutor_hashes(self, cursor: dbapi.Cursor) -> pl.DataFrame:
+        """The hashes and ids of the platform's tutors.
+
+        Raises:
+            HashesNotUniqueError: Two of them have the same hash, or sessions or feedback may.
+        """
+        if not self.ids_are_unique:
+            raise HashesNotUniqueError("no index keeps those of sessions and feedback unique")
+        found = fetch_frame(cursor, bind_values(TUTOR_HASHES), _Ids)
+        expect_unique("tutors", found["hash"])
+        return found
+
+    def _ids(self, query: str, *, bound: Callable[[str], str]) -> pl.DataFrame:
         with self._reading() as cursor:
-            streamed = _at_once(self.source, cursor, readers, self.tutor_ids)
-        for table, (of_table, rows) in streamed.items():
-            parts[table] = of_table
-            count |= rows
-        return PlatformRows(parts["sessions"], parts["tutor_events"], count, perf_counter() - began)
+            return fetch_frame(cursor, bound(query), _Ids)
 
     def empty_tables(self, names: Iterable[str]) -> list[str]:
         """Those of the source tables that hold no row at all, whatever its date.
@@ -330,6 +379,11 @@ def unknown_tutors(source: Source, tutor_ids: Sequence[str]) -> list[str]:
         known = fetch_frame(cursor, bind_values(TUTORS), SourceTutors)
     # An empty id stands for none.
     return sorted(set(tutor_ids) - (set(known["tutor_id"]) - {""}))
+
+
+class _Ids(dy.Schema):
+    hash = dy.Int64()
+    id = dy.String()
 
 
 class _Newest(dy.Schema):

@@ -3,6 +3,9 @@
 A statement with bound parameters makes the driver leave the binary COPY protocol, which doubles
 its time. So ids are bound to a transaction-local setting first, which the query reads; instants are
 bound by the client, since the server would read a setting anew for each row.
+
+The driver spends more on a text than on a number, so ids travel as 64-bit hashes, and those that
+are needed are looked up afterwards. A query has ``{name}`` and more in place of what differs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +23,21 @@ TUTORS = """
 SELECT t.tutor_id::text, t.status::text
 FROM tutors AS t
 """
+
+# Whatever the collation of a column is, the bytes of an id count.
+HASH = 'hashtextextended(({})::text COLLATE "C", 0)'
+
+
+def hash_of(id_: str) -> str:
+    """The hash of an id, null where that is."""
+    return HASH.format(id_)
+
+
+# Sessions and events without a tutor have an empty id.
+TUTOR_HASHES = f"""
+SELECT DISTINCT {hash_of("tutor_id")} AS hash, tutor_id AS id
+FROM (SELECT coalesce(t.tutor_id::text, '') AS tutor_id FROM tutors AS t UNION SELECT '') AS ids
+"""  # noqa: S608 - constants only
 
 
 def _whole_number(column: str) -> str:
@@ -68,12 +86,18 @@ _FLAGS = " + ".join(
 _OF_WINDOW = "t.scheduled_start >= {start} AND t.scheduled_start < {end}"
 
 
-def _session_columns() -> Iterator[str]:
+def _id(column: str, *, hashed: bool) -> str:
+    """An id, of which an empty one stands for none."""
+    text = f"coalesce({column}::text, '')"
+    return hash_of(text) if hashed else text
+
+
+def _session_columns(*, hashed: bool) -> Iterator[str]:
     schema = pl.Schema(SourceSessions)
     for name, column in _OF_SESSIONS.items():
         match schema[name]:
             case pl.String():
-                yield f"coalesce(t.{column}::text, '') AS {name}"
+                yield f"{_id(f't.{column}', hashed=hashed)} AS {name}"
             case pl.Int32():
                 yield f"{_whole_number(f't.{column}')} AS {name}"
             case pl.Datetime():
@@ -83,23 +107,23 @@ def _session_columns() -> Iterator[str]:
     yield f"({_FLAGS})::smallint AS flags"
 
 
-_SESSION_COLUMNS = ",\n    ".join(_session_columns())
+def sessions_query(*, hashed: bool) -> str:
+    """Sessions, with hashes of ids or the ids themselves."""
+    columns = ",\n    ".join(_session_columns(hashed=hashed))
+    return f"SELECT {columns}\nFROM sessions AS t\nWHERE {_OF_WINDOW} {{only_tutors}}"
 
-SESSIONS = f"""
-SELECT
-    {_SESSION_COLUMNS}
-FROM sessions AS t
-WHERE {_OF_WINDOW} {{only_tutors}}
-"""  # noqa: S608 - constants only
 
-FEEDBACK = f"""
-SELECT
-    f.session_id::text,
-    coalesce(f.feedback_id::text, '') AS feedback_id,
-    f.tutor_id::text AS feedback_tutor_id,
-    {_whole_number("f.overall_rating")} AS overall_rating
-FROM student_feedback AS f
-"""  # noqa: S608 - constants only
+def feedback_query(*, hashed: bool) -> str:
+    """Feedback of any session, likewise; a feedback has its session's hash and no id then."""
+    ids = (
+        f"{hash_of('f.session_id')} AS session_id, {hash_of('f.tutor_id')} AS feedback_tutor_id"
+        if hashed
+        else "f.session_id::text AS session_id, coalesce(f.feedback_id::text, '') AS feedback_id,"
+        " f.tutor_id::text AS feedback_tutor_id"
+    )
+    rating = _whole_number("f.overall_rating")
+    return f"SELECT {ids}, {rating} AS overall_rating\nFROM student_feedback AS f"
+
 
 # Feedback has no column that tells when its session is. Where most of it is of other sessions the
 # server finds what is wanted; elsewhere that join costs more than it saves.
@@ -109,26 +133,71 @@ WHERE f.session_id IN (SELECT t.session_id FROM sessions AS t WHERE {_OF_WINDOW}
 
 MOST_FEEDBACK_PER_SESSION = 2
 
-# Only the tutor of a login can be broken, so its id is of no use otherwise; that it has none says
-# the type. An enum without one of the labels is compared as text.
-EVENTS = """
+_OF_EVENTS = """
+    t.event_timestamp >= {start}
+    AND t.event_timestamp < {end}
+    AND t.event_type::text IN ('login', 'message_response')
+    {only_tutors}
+"""
+
+
+def events_query(*, hashed: bool) -> str:
+    """Logins and message responses, with hashes of ids or the ids themselves.
+
+    Nothing of a login can be broken, so its id is of no use; that it has none says the type. An
+    enum without one of the labels is compared as text.
+    """
+    event_id, tutor_id = (_id(f"t.{name}", hashed=hashed) for name in ("event_id", "tutor_id"))
+    return f"""
 SELECT
-    CASE
-        WHEN t.event_type::text = 'message_response' OR t.tutor_id IS NULL
-        THEN coalesce(t.event_id::text, '')
-    END AS event_id,
-    coalesce(t.tutor_id::text, '') AS tutor_id,
+    CASE WHEN t.event_type::text = 'message_response' THEN {event_id} END AS event_id,
+    {tutor_id} AS tutor_id,
     t.event_timestamp,
     CASE
         WHEN t.event_type::text = 'message_response'
         THEN (t.metadata -> 'response_time_minutes')::text
     END AS response_time_minutes
 FROM tutor_events AS t
-WHERE t.event_timestamp >= {start}
-    AND t.event_timestamp < {end}
-    AND t.event_type::text IN ('login', 'message_response')
-    {only_tutors}
-"""
+WHERE {_OF_EVENTS}
+"""  # noqa: S608 - constants only
+
+
+_LOOKED_UP = {
+    "sessions": ("sessions AS t", "t.session_id", "t.session_id", _OF_WINDOW + " {only_tutors}"),
+    "student_feedback": ("student_feedback AS t", "t.session_id", "t.feedback_id", "true"),
+    "tutor_events": ("tutor_events AS t", "t.event_id", "t.event_id", _OF_EVENTS),
+}
+
+
+def ids_query(table: str, hashes: Sequence[int]) -> str:
+    """The ids of rows by the hash that they were read with.
+
+    That of a feedback is the hash of its session's id.
+
+    Args:
+        table: The table of the rows.
+        hashes: Those of the rows that are looked up.
+    """
+    rows, hashed, wanted, condition = _LOOKED_UP[table]
+    return _look_up(rows, hashed, wanted, condition, hashes)
+
+
+def unknown_tutors_query(table: str, hashes: Sequence[int]) -> str:
+    """Likewise the ids of tutors that a table names and the platform's tutors lack."""
+    rows, _, _, condition = _LOOKED_UP[table]
+    return _look_up(rows, "t.tutor_id", "t.tutor_id", condition, hashes)
+
+
+def _look_up(rows: str, hashed: str, wanted: str, condition: str, hashes: Sequence[int]) -> str:
+    # Joined and not compared with an array: PostgreSQL 13 searches long arrays one by one.
+    listed = ", ".join(map(str, hashes))
+    return f"""
+SELECT DISTINCT asked.hash, coalesce({wanted}::text, '') AS id
+FROM {rows}
+JOIN unnest(ARRAY[{listed}]::bigint[]) AS asked (hash) ON asked.hash = {_id(hashed, hashed=True)}
+WHERE {condition}
+"""  # noqa: S608 - numbers and constants only
+
 
 # What lies before the first year, as minus infinity does, has no date here.
 NEWEST = {

@@ -1,19 +1,17 @@
-"""Streaming the result of a query into Arrow files, and reading small results.
+"""Reading the result of a query as Arrow.
 
-Rows stream from the server into files, so that memory does not grow with them. Sessions and their
-feedback are read apart and joined here, which costs server and client together half of what the
-server's join costs. Both are split by the session's id, and a part of each fits into memory.
+Sessions and their feedback are read apart and joined here, which costs server and client together
+half of what the server's join costs. Both are split by the session's id, so that a part of the
+joined rows is there at a time.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Literal
 
 import dataframely as dy
 import polars as pl
 from adbc_driver_postgresql import dbapi
-from polars.io.plugins import register_io_source
 
 from tutormax_assets.database.faults import of_stream
 from tutormax_assets.errors import TutormaxError
@@ -26,19 +24,19 @@ from tutormax_assets.metrics.schemas import (
 from tutormax_assets.source.arrow_stream import ArrowStreamError, batches
 from tutormax_assets.source.contract import columns_read
 from tutormax_assets.source.queries import (
-    EVENTS,
-    FEEDBACK,
     MOST_FEEDBACK_PER_SESSION,
     NULLABLE_FLAGS,
     OF_SESSIONS_READ,
-    SESSIONS,
     UNKNOWN_FLAG,
+    events_query,
+    feedback_query,
+    sessions_query,
 )
 
 Table = Literal["sessions", "tutor_events"]
 
 ROWS_OF_A_PART = 500_000
-"""Rows of a table that are looked at together; bounds the memory of what reads the parts."""
+"""Rows of a table that are looked at together; bounds the memory of what is made of them."""
 
 _MOST_PARTS = 256
 
@@ -46,6 +44,10 @@ USE_COPY = "adbc.postgresql.use_copy"
 
 Streamed = tuple[list[pl.LazyFrame], dict[str, int]]
 """The parts of a table, and the number of rows of each table that is in them."""
+
+
+class HashesNotUniqueError(Exception):
+    """Rows cannot be told apart by the hashes of their ids; the message says which."""
 
 
 class SourceError(TutormaxError):
@@ -60,15 +62,24 @@ class SourceTimeoutError(SourceError):
     affects_every_date = False
 
 
-def _stream_schema(frame: type[dy.Schema], table: str) -> pl.Schema:
-    """The columns of a source frame that come from a table."""
+def _schema(frame: type[dy.Schema], table: str, *, hashed: bool) -> pl.Schema:
+    """The columns of a source frame that come from a table, as its query gives them."""
     schema = pl.Schema(frame)
-    return pl.Schema({name: schema[name] for name in columns_read(frame, table)})
+    return pl.Schema(
+        {
+            name: pl.Int64() if hashed and name in ID_COLUMNS else schema[name]
+            for name in columns_read(frame, table)
+        }
+    )
 
 
-def _sessions_schema() -> pl.Schema:
-    """Sessions as the query streams them: flags in one number."""
-    schema = _stream_schema(SourceSessions, "sessions")
+ID_COLUMNS = ("session_id", "tutor_id", "feedback_id", "feedback_tutor_id", "event_id")
+"""The columns of a source frame that hold ids, or hashes of them."""
+
+
+def _sessions_schema(*, hashed: bool) -> pl.Schema:
+    """Sessions as they are read: flags in one number."""
+    schema = _schema(SourceSessions, "sessions", hashed=hashed)
     return pl.Schema(
         {
             **{name: dtype for name, dtype in schema.items() if not isinstance(dtype, pl.Boolean)},
@@ -77,12 +88,17 @@ def _sessions_schema() -> pl.Schema:
     )
 
 
-_SESSIONS = _sessions_schema()
-_FEEDBACK = _stream_schema(SourceSessions, "student_feedback")
-# A login has no id.
-_EVENTS = pl.Schema(
-    {name: dtype for name, dtype in pl.Schema(SourceEvents).items() if name != "event_type"}
-)
+def _feedback_schema(*, hashed: bool) -> pl.Schema:
+    schema = _schema(SourceSessions, "student_feedback", hashed=hashed)
+    # What a feedback has is the hash of its session.
+    left_out = ("feedback_id",) if hashed else ()
+    return pl.Schema({name: dtype for name, dtype in schema.items() if name not in left_out})
+
+
+def _events_schema(*, hashed: bool) -> pl.Schema:
+    schema = _schema(SourceEvents, "tutor_events", hashed=hashed)
+    # A login has no id.
+    return pl.Schema({name: dtype for name, dtype in schema.items() if name != "event_type"})
 
 
 def is_lost(connection: dbapi.Connection) -> bool:
@@ -94,51 +110,66 @@ def is_lost(connection: dbapi.Connection) -> bool:
     return False
 
 
-def read_sessions(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str], str]) -> Streamed:
-    """``SourceSessions`` in parts, and how many sessions and feedback that is."""
-    sessions_expected = _estimate(cursor, bound(SESSIONS))
-    feedback = FEEDBACK
-    if _estimate(cursor, FEEDBACK) > MOST_FEEDBACK_PER_SESSION * sessions_expected:
-        feedback += OF_SESSIONS_READ
-    part = pl.col("session_id").hash() % number_of_parts(sessions_expected)
-    for name, query, schema in (
-        ("sessions", bound(SESSIONS), _SESSIONS),
-        ("student_feedback", bound(feedback), _FEEDBACK),
-    ):
-        files = pl.PartitionBy(folder / name, key=part.alias("part"), include_key=False)
-        _stream(cursor, query, schema, files)
-    parts = [
-        _scan(of_sessions, _SESSIONS)
-        .join(
-            _scan(folder / "student_feedback" / of_sessions.name, _FEEDBACK),
-            on="session_id",
-            how="left",
-        )
+def read_sessions(cursor: dbapi.Cursor, *, bound: Callable[[str], str], hashed: bool) -> Streamed:
+    """``SourceSessions`` in parts, and how many sessions and feedback that is.
+
+    Args:
+        cursor: Of a connection.
+        bound: Puts its values into a query.
+        hashed: Whether ids are read as hashes; that of a feedback is its session's then.
+
+    Raises:
+        HashesNotUniqueError: Two sessions have the same hash, or two feedbacks.
+    """
+    query, feedback_sql = sessions_query(hashed=hashed), feedback_query(hashed=hashed)
+    sessions_expected = _estimate(cursor, bound(query))
+    if _estimate(cursor, feedback_sql) > MOST_FEEDBACK_PER_SESSION * sessions_expected:
+        feedback_sql += OF_SESSIONS_READ
+    sessions = _read(cursor, bound(query), _sessions_schema(hashed=hashed))
+    feedback = _read(cursor, bound(feedback_sql), _feedback_schema(hashed=hashed))
+    if hashed:
+        expect_unique("sessions", sessions["session_id"])
+        expect_unique("student_feedback", feedback["session_id"].drop_nulls())
+        feedback = feedback.with_columns(feedback_id="session_id")
+    rows = {"sessions": len(sessions), "student_feedback": len(feedback)}
+    return _joined(sessions, feedback), rows
+
+
+def _joined(sessions: pl.DataFrame, feedback: pl.DataFrame) -> list[pl.LazyFrame]:
+    """Sessions with their feedback, in parts."""
+    count = number_of_parts(len(sessions))
+    part = pl.col("session_id").hash() % count
+    return [
+        sessions.lazy()
+        .filter(part == number)
+        .join(feedback.lazy().filter(part == number), on="session_id", how="left")
         .with_columns((pl.col("flags") % 2 == 1).alias("started"), *_nullable_flags())
         .select(SourceSessions.column_names())
-        for of_sessions in sorted((folder / "sessions").glob("*"))
+        for number in range(count)
     ]
-    rows = {name: _count(folder / name) for name in ("sessions", "student_feedback")}
-    return parts or [SourceSessions.create_empty().lazy()], rows
 
 
-def read_events(cursor: dbapi.Cursor, *, folder: Path, bound: Callable[[str], str]) -> Streamed:
-    """``SourceEvents`` in parts, and how many events that is."""
-    path = folder / "tutor_events"
-    _stream(
-        cursor,
-        bound(EVENTS),
-        _EVENTS,
-        pl.PartitionBy(path, max_rows_per_file=ROWS_OF_A_PART),
-    )
+def expect_unique(table: str, hashes: pl.Series) -> None:
+    """Check that no two rows of a table have the same hash.
+
+    Raises:
+        HashesNotUniqueError: Two have.
+    """
+    if hashes.n_unique() != len(hashes):
+        raise HashesNotUniqueError(f"two rows of {table} have the same hash")
+
+
+def read_events(cursor: dbapi.Cursor, *, bound: Callable[[str], str], hashed: bool) -> Streamed:
+    """``SourceEvents`` in parts, and how many events that is; the arguments are likewise."""
+    rows = _read(cursor, bound(events_query(hashed=hashed)), _events_schema(hashed=hashed))
     event_type = pl.when(pl.col("event_id").is_null()).then(pl.lit(LOGIN))
     parts = [
-        pl.scan_ipc(file)
+        part.lazy()
         .with_columns(event_type.otherwise(pl.lit(MESSAGE_RESPONSE)).alias("event_type"))
         .select(SourceEvents.column_names())
-        for file in sorted(path.glob("*"))
+        for part in rows.iter_slices(ROWS_OF_A_PART)
     ]
-    return parts or [SourceEvents.create_empty().lazy()], {"tutor_events": _count(path)}
+    return parts or [SourceEvents.create_empty().lazy()], {"tutor_events": len(rows)}
 
 
 READERS: Mapping[Table, Callable[..., Streamed]] = {
@@ -171,36 +202,17 @@ def _nullable_flags() -> Iterator[pl.Expr]:
         yield pl.when(flag != UNKNOWN_FLAG).then(flag == 1).alias(name)
 
 
-def _scan(folder: Path, schema: pl.Schema) -> pl.LazyFrame:
-    files = sorted(folder.glob("*"))
-    return pl.scan_ipc(files) if files else pl.LazyFrame(schema=schema)
-
-
-def _count(folder: Path) -> int:
-    files = sorted(folder.glob("**/*.ipc"))
-    return pl.scan_ipc(files).select(pl.len()).collect().item() if files else 0
-
-
-def _stream(cursor: dbapi.Cursor, query: str, schema: pl.Schema, files: pl.PartitionBy) -> None:
-    """Write the rows of a query to files, batch by batch."""
+def _read(cursor: dbapi.Cursor, query: str, schema: pl.Schema) -> pl.DataFrame:
+    """The rows of a query."""
     cursor.execute(query)
-
-    def generate(
-        with_columns: list[str] | None,
-        predicate: pl.Expr | None,
-        n_rows: int | None,
-        batch_size: int | None,
-    ) -> Iterator[pl.DataFrame]:
-        # Where every column is written, no selection is needed.
+    read = [pl.DataFrame(schema=schema)]
+    try:
         for batch in batches(cursor.fetch_arrow()):
             expect_columns(batch, schema)
-            yield batch
-
-    try:
-        rows = register_io_source(generate, schema=schema)
-        rows.sink_ipc(files, mkdir=True, engine="streaming")
+            read.append(batch)
     except ArrowStreamError as error:
         raise of_stream(error, is_lost=is_lost(cursor.connection)) from error
+    return pl.concat(read)
 
 
 def fetch_frame(cursor: dbapi.Cursor, query: str, schema: type[dy.Schema]) -> pl.DataFrame:

@@ -64,8 +64,12 @@ class View(Protocol):
         start: datetime,
         end: datetime,
         tutor_range: TutorRange = ALL_TUTORS,
+        hashed: bool = False,
     ) -> PlatformRows:
-        """Sessions with their feedback, and events, in ``[start, end)``."""
+        """Sessions with their feedback, and events, in ``[start, end)``.
+
+        The folder is where a source may keep them; ``hashed`` says that hashes of ids will do.
+        """
         ...
 
     def empty_tables(self, names: Iterable[str]) -> list[str]:

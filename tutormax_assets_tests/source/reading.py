@@ -8,8 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import polars as pl
+from polars.testing import assert_frame_equal, assert_series_equal
 
 from tutormax_assets.metrics.schemas import SourceTutors
+from tutormax_assets.source.postgres import PlatformRows
 from tutormax_assets.source.streams import Table
 from tutormax_assets.source.view import AnySource, open_view
 
@@ -29,11 +31,34 @@ class Rows:
     feedback_rows: int
 
 
+def assert_same_rows(hashed: PlatformRows, sessions: pl.DataFrame, events: pl.DataFrame) -> None:
+    """Rows that were read with hashes of ids are the same once their ids are looked up."""
+    assert hashed.hashes is not None
+    cases: list[tuple[Table, str, str]] = [
+        ("sessions", "sessions", "session_id"),
+        ("sessions", "student_feedback", "feedback_id"),
+        ("tutor_events", "tutor_events", "event_id"),
+    ]
+    for table, source_table, key in cases:
+        parts, expected = (
+            (hashed.sessions, sessions) if table == "sessions" else (hashed.events, events)
+        )
+        rows = pl.concat(pl.collect_all(parts)).drop_nulls(key)
+        aside = rows.select("tutor_id", row_key=key, source_table=pl.lit(source_table))
+        good, aside = hashed.hashes.resolve(table, rows, aside)
+        assert_series_equal(good["tutor_id"], aside["tutor_id"])
+        others = [name for name in rows.columns if not name.endswith("_id")]
+        found = good.select("tutor_id", pl.lit(aside["row_key"]).alias(key), *others)
+        wanted = expected.drop_nulls(key).select(found.columns)
+        assert_frame_equal(found, wanted, check_row_order=False)
+
+
 def read(
     source: AnySource,
     *,
     tables: Collection[str] = ("tutors", "sessions", "tutor_events"),
     tutor_ids: Sequence[str] = (),
+    is_read_once: bool = False,
     **arguments: Any,
 ) -> Rows:
     with TemporaryDirectory() as folder, open_view(source, tutor_ids=tutor_ids) as view:
@@ -43,8 +68,12 @@ def read(
         empty_tables = view.empty_tables(table for table, count in rows.count.items() if not count)
         session_parts = pl.collect_all(rows.sessions)
         sessions, events = pl.concat(session_parts), pl.concat(pl.collect_all(rows.events))
-        files = Path(folder).glob("student_feedback/**/*.ipc")
-        feedback_rows = sum(len(pl.read_ipc(file)) for file in files)
+        if not is_read_once:
+            hashed = view.rows(Path(folder), tables=wanted, hashed=True, **arguments)
+            assert hashed.count == rows.count
+            if hashed.hashes is not None:
+                assert_same_rows(hashed, sessions, events)
+    feedback_rows = rows.count.get("student_feedback", 0)
     assert rows.count == {
         table: count
         for table, count in (

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Event
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -15,8 +16,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from tutormax_assets.database import tables
 from tutormax_assets.database.connection import describe
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors
-from tutormax_assets.source import postgres, streams
-from tutormax_assets.source.postgres import Source, newest, unknown_tutors
+from tutormax_assets.source import postgres, queries, streams
+from tutormax_assets.source.postgres import Source, newest, open_view, unknown_tutors
 from tutormax_assets.source.streams import SourceError
 from tutormax_assets_tests.conftest import add
 from tutormax_assets_tests.source.reading import Rows, read
@@ -433,10 +434,48 @@ def test_all_tables_are_of_one_snapshot(engine: sa.Engine, monkeypatch: pytest.M
     }
     monkeypatch.setattr(postgres, "READERS", readers)
 
-    rows = read_tables(engine.url)
+    rows = read(Source(engine.url), start=START, end=END, is_read_once=True)
 
     assert len(pids) == 2
     assert ids(rows.sessions) == ids(rows.events) == {"before"}
+
+
+@pytest.mark.parametrize("table", ["tutors", "sessions", "student_feedback"])
+def test_ids_are_read_where_two_have_the_same_hash(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    of_window = ["a", "b"] if table == "sessions" else ["a", "bb", "ccc"]
+    add(engine, tables.sessions, *map(session, of_window), session("x", scheduled_start=END))
+    add(
+        engine,
+        tables.student_feedback,
+        *({"feedback_id": f"of {one}", "session_id": one, "tutor_id": "t"} for one in ("a", "x")),
+    )
+    if table == "tutors":
+        same = "SELECT 1::bigint AS hash, id FROM unnest(ARRAY['t', 'another']) AS id"
+        monkeypatch.setattr(postgres, "TUTOR_HASHES", same)
+    else:
+        monkeypatch.setattr(queries, "HASH", "length({})::bigint")
+        monkeypatch.setattr(streams, "MOST_FEEDBACK_PER_SESSION", 1_000)
+
+    with open_view(Source(engine.url)) as view:
+        rows = view.rows(Path(), start=START, end=END, hashed=True)
+        found = pl.concat(rows.sessions).collect().sort("session_id")
+
+    assert rows.hashes is None
+    assert rows.note.endswith(f": two rows of {table} have the same hash")
+    assert found["session_id"].to_list() == of_window
+    assert found["feedback_id"].drop_nulls().to_list() == ["of a"]
+
+
+def test_tutors_whom_the_platform_lacks_keep_their_ids(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE sessions DROP CONSTRAINT sessions_tutor_id_fkey")
+    add(engine, tables.sessions, session("s"), session("of nobody", tutor_id="nobody"))
+
+    rows = read_tables(engine.url)
+
+    assert sorted(rows.sessions["tutor_id"]) == ["nobody", "t"]
 
 
 @pytest.mark.parametrize("broken", ["sessions", "tutor_events"])

@@ -66,7 +66,7 @@ def between_the_tables(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[]
     def install(action: Callable[[], None]) -> None:
         def fetch_then_act(cursor: Any, query: str, schema: Any) -> pl.DataFrame:
             rows = fetch(cursor, query, schema)
-            if "FROM tutors" in query and "NOT EXISTS" not in query:
+            if "t.status" in query:
                 action()
             return rows
 

@@ -210,7 +210,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: str, tutor_id: str) -> None:
         monkeypatch.setattr(of, name, poisoned)
 
     if step == "platform_snapshot":
-        instead(quality, "good_events", lambda events: events)
+        instead(tasks.snapshots, "store_parts", lambda path, rows: rows)
     elif step == "window_metrics":
         instead(tasks.windows, "windows_and_edges", lambda roster, *_: roster)
     else:

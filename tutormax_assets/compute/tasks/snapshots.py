@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 
 import polars as pl
@@ -157,7 +156,10 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
             start=request.start,
             end=request.end,
             tutor_range=task.tutor_range,
+            hashed=True,
         )
+        if rows.note:
+            context.log.info(rows.note)
         report = SnapshotReport(count=dict(rows.count), read_seconds=rows.seconds)
         good_sessions = partial(
             quality.good_sessions,
@@ -172,9 +174,11 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
         }
         for table in tables:
             started = perf_counter()
-            good, set_aside = _by_parts(*cleaning[table], folder / table)
+            good, set_aside = _by_parts(*cleaning[table])
+            if rows.hashes is not None:
+                good, set_aside = rows.hashes.resolve(table, good, set_aside)
             report.clean_seconds[table] = perf_counter() - started
-            _store_table(task, table, good, set_aside, report)
+            _store_table(task, table, good.lazy(), set_aside, report)
     return report
 
 
@@ -304,18 +308,15 @@ def _store_dates(
         yield reference_date, store_parts(path, of_day, shards=task.shards, first=task.first_shard)
 
 
-def _by_parts(
-    parts: Iterable[pl.LazyFrame], clean: _Clean, folder: Path
-) -> tuple[pl.LazyFrame, pl.DataFrame]:
-    """The good rows, which wait in a folder, and what was set aside."""
-    folder.mkdir()
-    set_aside = []
-    for number, part in enumerate(parts):
+def _by_parts(parts: Iterable[pl.LazyFrame], clean: _Clean) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The good rows, and what was set aside."""
+    good, set_aside = [], []
+    for part in parts:
         # What is good and what is set aside would each join the part anew.
-        good, aside = pl.collect_all(clean(part.collect().lazy()))
-        good.write_ipc(folder / f"{number}.ipc")
-        set_aside.append(aside)
-    return pl.scan_ipc(folder / "*.ipc"), pl.concat(set_aside)
+        of_part = pl.collect_all(clean(part.collect().lazy()))
+        good.append(of_part[0])
+        set_aside.append(of_part[1])
+    return pl.concat(good), pl.concat(set_aside)
 
 
 def count_reasons(set_aside: pl.DataFrame) -> pl.DataFrame:
