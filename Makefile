@@ -2,7 +2,9 @@
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+INSTALL := -m pip --disable-pip-version-check --no-input -qq install
+PIP := $(BIN)/python $(INSTALL)
+BENCH_PIP := .venv-bench/bin/python $(INSTALL)
 LOCKS := requirements.lock requirements-dev.lock requirements-bench.lock deploy/requirements.lock
 OSV_URL ?= https://api.osv.dev/v1/query
 
@@ -39,11 +41,11 @@ interop: .venv/installed-dev ## Run the job on servers as people run them; insta
 chaos: .venv/installed-dev ## Break the product on purpose for about half an hour and show what was lost.
 	@$(BIN)/python -m chaos $(CHAOS)
 
-bench: .venv/installed-bench ## Measure the product against other ways to its rows, in about twenty minutes.
-	@$(BIN)/python -m benchmarks $(or $(BENCH),all)
+bench: .venv-bench/installed ## Measure the product against other ways to its rows, in about twenty minutes.
+	@.venv-bench/bin/python -m benchmarks $(or $(BENCH),all)
 
-bench-scale: .venv/installed-bench ## Measure one process against Dask workers, in about ten minutes.
-	@$(BIN)/python -m benchmarks.scale $(BENCH)
+bench-scale: .venv-bench/installed .venv/installed-dev ## Measure one process against Dask workers, in about ten minutes.
+	@.venv-bench/bin/python -m benchmarks.scale $(BENCH)
 
 check: .venv/installed-dev ## Lint, format, imports between rooms and types.
 	$(BIN)/ruff check .
@@ -72,7 +74,7 @@ audit: .venv/installed-dev ## Ask osv.dev for known vulnerabilities of the locke
 
 clean: ## Remove .venv and .tutormax; the embedded server is stopped first.
 	@if [ -x $(BIN)/tutormax ]; then $(BIN)/tutormax db stop || true; fi
-	rm -rf .venv .tutormax
+	rm -rf .venv .venv-bench .tutormax
 
 .venv/bin/python:
 	@if [ -z "$(PYTHON)" ]; then \
@@ -92,16 +94,20 @@ endif
 # A stamp is written last, so an installation that was interrupted is done again.
 .venv/installed: requirements.lock pyproject.toml setup.py | .venv/bin/python same-python
 	@echo "Installing into .venv (once; about a minute)"
-	@$(PIP) install --require-hashes --requirement requirements.lock
-	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(PIP) --require-hashes --requirement requirements.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/installed-dev: requirements-dev.lock .venv/installed
 	@echo "Installing the tools for tests and checks"
-	@$(PIP) install --require-hashes --requirement requirements-dev.lock
+	@$(PIP) --require-hashes --requirement requirements-dev.lock
 	@touch $@
 
-.venv/installed-bench: requirements-bench.lock .venv/installed
-	@echo "Installing what the product is measured against"
-	@$(PIP) install --require-hashes --requirement requirements-bench.lock
+# Of their own: the database driver imports pandas and pyarrow where it finds them.
+.venv-bench/installed: requirements-bench.lock .venv/installed
+	@echo "Installing what the product is measured against into .venv-bench"
+	@$(BIN)/python -m venv --clear .venv-bench
+	@$(BENCH_PIP) --require-hashes --requirement requirements.lock
+	@$(BENCH_PIP) --require-hashes --requirement requirements-bench.lock
+	@$(BENCH_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

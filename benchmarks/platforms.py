@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,8 +17,12 @@ from psycopg import sql
 from benchmarks.answers import TABLE, TWIN
 from tutormax_assets.database import embedded
 from tutormax_assets.database.connection import conninfo
+from tutormax_assets.database.tables import OWN_TABLES
 
-TUTORMAX = str(Path(sys.executable).with_name("tutormax"))
+PRODUCT = Path(__file__).resolve().parents[1] / ".venv" / "bin"
+"""The product's own interpreter and command: libraries of the peers would be imported there."""
+
+TUTORMAX = str(PRODUCT / "tutormax")
 SOURCE_TABLES = ("tutors", "sessions", "student_feedback", "tutor_events")
 
 
@@ -69,14 +73,26 @@ class Platform:
         return psycopg.connect(self.conninfo, autocommit=True)
 
     def forget(self, first: date, last: date) -> None:
-        """Bring the table to the state before these reference dates ran."""
-        with self.connect() as connection:
-            connection.execute(
-                sql.SQL("DELETE FROM {} WHERE calculation_date BETWEEN %s AND %s").format(TABLE),
-                [midnight(first), midnight(last)],
-            )
-            connection.execute(sql.SQL("VACUUM ANALYZE {}").format(TABLE))
+        """Bring tables and Parquet to the state before these reference dates ran, and the twin."""
+        self.clear(first, last)
         self.renew_twin()
+
+    def clear(self, first: date, last: date) -> None:
+        """Bring tables and Parquet to the state before these reference dates ran."""
+        with self.connect() as connection:
+            for name in OWN_TABLES:
+                table = sql.Identifier(name)
+                connection.execute(
+                    sql.SQL("DELETE FROM {} WHERE calculation_date BETWEEN %s AND %s").format(
+                        table
+                    ),
+                    [midnight(first), midnight(last)],
+                )
+                connection.execute(sql.SQL("VACUUM ANALYZE {}").format(table))
+        for asset in (self.home / "storage").glob("*"):
+            for partition in asset.glob("????-??-??.*"):
+                if str(first) <= partition.stem <= str(last):
+                    shutil.rmtree(partition) if partition.is_dir() else partition.unlink()
 
     def renew_twin(self) -> None:
         """Make the twin anew: an empty table with the columns, keys and indexes of the table."""

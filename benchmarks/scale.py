@@ -94,7 +94,7 @@ def _costs(platform: Platform) -> Iterator[tuple[int, Cost]]:
     shards = max(FEWEST_SHARDS, -(-platform.tutors // TUTORS_OF_A_SHARD))
     for workers in WORKERS:
         if workers:
-            _forget(platform)
+            platform.clear(platform.end, platform.end)
         else:
             platform.forget(platform.end, platform.end)
         with _cluster(platform, workers) as (variables, processes):
@@ -149,16 +149,6 @@ def _keep(platform: Platform) -> None:
             ),
             [midnight(platform.end)],
         )
-
-
-def _forget(platform: Platform) -> None:
-    with platform.connect() as connection:
-        connection.execute(
-            sql.SQL("DELETE FROM {} WHERE calculation_date = %s").format(TABLE),
-            [midnight(platform.end)],
-        )
-        connection.execute(sql.SQL("VACUUM ANALYZE {}").format(TABLE))
-        connection.execute("CHECKPOINT")
 
 
 def _table(platform: Platform, costs: Mapping[int, Cost]) -> Table:

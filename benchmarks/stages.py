@@ -7,18 +7,25 @@ from pathlib import Path
 import dagster as dg
 
 # The stage that a number of seconds in the metadata of a materialization belongs to.
+_EXPLAINING = "explain"
 _STAGES = {
     "read_seconds": "read",
     "clean_seconds": "compute",
     "all_windows_compute_seconds": "compute",
     "compute_seconds": "compute",
     "write_seconds": "persist",
+    "reasons_write_seconds": _EXPLAINING,
 }
+# Whatever these assets say of their seconds is not of the metrics.
+_EXPLAINING_ASSETS = {"tutor_tier_reasons", "window_edges"}
+# The steps of these are counted as a whole.
+_LEFT_OUT = {"tutor_tier_changes", "daily_report"}
 # Of the run as a whole, and repeated on each of its dates.
 _ONCE_A_RUN = {"read_seconds", "clean_seconds"}
 # Of the reading as a whole, and repeated on each of its assets.
 _ONCE_A_READING = {"read_seconds"}
 _LAST_STEP = "tutor_performance_metrics"
+_EXPLAINING_STEPS = {"tutor_tier_changes", "tutor_tier_changes_checks", "daily_report"}
 
 
 class StagesError(Exception):
@@ -33,9 +40,10 @@ def stages(home: Path, *, since: datetime) -> dict[str, float]:
         since: Runs that were put on record before do not count.
 
     Returns:
-        ``read``, ``compute`` and ``persist``; ``read_to_persisted``, which is their sum; and
-        ``run``, from the start of the first step to the end of the table's, Dagster's own work and
-        the checks included.
+        ``read``, ``compute`` and ``persist``; ``read_to_persisted``, which is their sum;
+        ``explain``, what the tables of reasons and changes and the report took; and ``run``, from
+        the start of the first step to the end of the metrics table's, Dagster's own work and the
+        checks included.
 
     Raises:
         StagesError: There is no such run, or it says something of which the stage is not known.
@@ -56,7 +64,14 @@ def stages(home: Path, *, since: datetime) -> dict[str, float]:
             if last is None:
                 raise StagesError(f"Run {run_id} has not ended the step {_LAST_STEP}; expected it")
             seconds["run"] += last - began
-    seconds["read_to_persisted"] = sum(seconds[stage] for stage in set(_STAGES.values()))
+            seconds[_EXPLAINING] += sum(
+                step.end_time - step.start_time
+                for step in steps
+                if step.step_key in _EXPLAINING_STEPS and step.start_time and step.end_time
+            )
+    seconds["read_to_persisted"] = sum(
+        seconds[stage] for stage in set(_STAGES.values()) - {_EXPLAINING}
+    )
     return dict(seconds)
 
 
@@ -69,6 +84,8 @@ def _of_run(instance: dg.DagsterInstance, run_id: str) -> dict[str, float]:
         if materialization is None:
             continue
         asset = materialization.asset_key.to_user_string()
+        if asset in _LEFT_OUT:
+            continue
         for key, value in materialization.metadata.items():
             if not key.endswith("_seconds"):
                 continue
@@ -81,6 +98,6 @@ def _of_run(instance: dg.DagsterInstance, run_id: str) -> dict[str, float]:
             of = "" if key in _ONCE_A_READING else asset
             found[of, partition, key] = float(str(value.value))
     seconds = dict.fromkeys(_STAGES.values(), 0.0)
-    for (_, _, key), of_asset in found.items():
-        seconds[_STAGES[key]] += of_asset
+    for (asset, _, key), of_asset in found.items():
+        seconds[_EXPLAINING if asset in _EXPLAINING_ASSETS else _STAGES[key]] += of_asset
     return seconds

@@ -1,13 +1,12 @@
 """What starting takes: the command line, the imports, and a run with hardly anything to do."""
 
-import sys
 from collections import defaultdict
 from statistics import median
 from typing import Any
 
 from benchmarks import processes
 from benchmarks.contestants import ORACLE, differing_from_oracle
-from benchmarks.platforms import TUTORMAX, Platform
+from benchmarks.platforms import PRODUCT, TUTORMAX, Platform
 from benchmarks.results import result
 
 
@@ -24,12 +23,13 @@ def measure(platform: Platform, *, repeats: int) -> dict[str, Any]:
     import_definitions = (
         "from tutormax_assets.definitions import defs; defs().resolve_all_asset_specs()"
     )
+    python = str(PRODUCT / "python")
     run = [TUTORMAX, "run", "--date", platform.end.isoformat(), "--json", "--quiet"]
     commands = {
-        "python": [sys.executable, "-c", "pass"],
+        "python": [python, "-c", "pass"],
         "help": [TUTORMAX, "--help"],
-        "import": [sys.executable, "-c", "import tutormax_assets"],
-        "definitions": [sys.executable, "-c", import_definitions],
+        "import": [python, "-c", "import tutormax_assets"],
+        "definitions": [python, "-c", import_definitions],
         "run": run,
     }
     seconds: dict[str, list[float]] = defaultdict(list)

@@ -121,12 +121,14 @@ class WritingReport:
 
     Attributes:
         summary: Counts, and the error of each tutor who is not saved.
-        seconds: How long the writing took.
+        seconds: How long the writing of the metrics took.
+        reasons_seconds: How long the writing of the reasons took.
         failure: Why the table cannot be written, if it cannot.
     """
 
     summary: WritingSummary
     seconds: float
+    reasons_seconds: float
     failure: MetricsTableError | None = None
 
 
@@ -184,6 +186,7 @@ def _rows_of_shard(reasons: Partition | None, divided: Division, number: int | N
 def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
     """Bring the table's rows of a shard to those of its tiers, and the reasons to theirs."""
     started = perf_counter()
+    metrics_written = None
     tiers = task.tiers.scan().collect()
     batches: list[Batch] = []
     failure = None
@@ -207,6 +210,7 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
         ):
             _log_batch(context.log, task.reference_date, batch)
             batches.append(batch)
+        metrics_written = perf_counter()
         left_out = [one for batch in batches for one in batch.errors]
         saved = tiers.filter(~pl.col("tutor_id").is_in(left_out))
         rows_of_date = RowsOfDate(
@@ -231,7 +235,9 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
         }
         _log_left_out(context.log, said)
         summary = replace(summary, errors={**summary.errors, **said})
-    return WritingReport(summary, perf_counter() - started, failure)
+    ended = perf_counter()
+    metrics_written = metrics_written or ended
+    return WritingReport(summary, metrics_written - started, ended - metrics_written, failure)
 
 
 def _reasons_of(tiers: pl.DataFrame, reasons: Rows | None) -> pl.DataFrame:

@@ -249,6 +249,9 @@ def _metadata(
         "tutors_computed": f"{summary['successful']} of {summary['total_tutors']}",
         "dagster/partition_row_count": summary["total_metrics_saved"],
         "write_seconds": round(sum(report.seconds for report in reports.values()), 3),
+        "reasons_write_seconds": round(
+            sum(report.reasons_seconds for report in reports.values()), 3
+        ),
     }
 
 
