@@ -1,8 +1,8 @@
 """What the daily report says of a reference date, from what its run has stored and recorded."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
@@ -196,6 +196,28 @@ class DailyReport:
     problems: Sequence[str]
 
 
+@dataclass
+class _OfDates:
+    """Rows that are computed once of each date, however many reports of a run show it.
+
+    Attributes:
+        function: Computes them from ``TutorTiers`` with ``reference_date``.
+    """
+
+    function: Callable[[pl.LazyFrame], pl.LazyFrame]
+    known: dict[date, pl.DataFrame] = field(default_factory=dict)
+
+    def rows(
+        self, dates: Sequence[date], tiers: Callable[[Iterable[date]], pl.LazyFrame]
+    ) -> pl.DataFrame:
+        """The rows of some dates; ``tiers`` gives what they are computed from."""
+        new = [day for day in dates if day not in self.known]
+        found = self.function(tiers(new)).collect()
+        of_day = found.partition_by("reference_date", as_dict=True)
+        self.known |= {day: of_day.get((day,), found.clear()) for day in new}
+        return pl.concat([found.clear(), *(self.known[day] for day in dates)])
+
+
 @dataclass(frozen=True)
 class ReportSource:
     """Where a report comes from.
@@ -213,6 +235,8 @@ class ReportSource:
     timeouts: Timeouts
     policy: Policy
     instance: dg.DagsterInstance | None
+    _shares: _OfDates = field(default_factory=lambda: _OfDates(tier_shares), init=False)
+    _charted: _OfDates = field(default_factory=lambda: _OfDates(charted_values), init=False)
 
     def collect(
         self,
@@ -237,7 +261,9 @@ class ReportSource:
         windows = [window_name(days) for days in self.policy.windows]
         reasons = self._rows(TUTOR_TIER_REASONS, key)
         changes = self._changes(key)
-        shares = self._shares(reference_date).collect()
+        ago = range(DATES_SHOWN - 1, -1, -1)
+        shown = [reference_date - timedelta(days=number) for number in ago]
+        shares = self._shares.rows(shown, self._tiers_of)
         metadata = record.metadata.get(METRICS_TABLE, {})
         summary = metadata.get(_SUMMARY_METADATA)
         return DailyReport(
@@ -253,7 +279,7 @@ class ReportSource:
             _tier_counts(shares, windows),
             _distributions(tiers, windows),
             windows[0],
-            _charts(self._charted(reference_date), reference_date),
+            _charts(self._charted_values(reference_date), reference_date),
             sorted(record.checks, key=lambda one: (one.passed, one.severity != "ERROR")),
             self._set_aside(key),
             self._newest(key),
@@ -286,11 +312,7 @@ class ReportSource:
         none = TutorTiers.create_empty(lazy=True).with_columns(reference_date=pl.lit(date.min))
         return pl.concat(frames) if frames else none
 
-    def _shares(self, reference_date: date) -> pl.LazyFrame:
-        ago = range(DATES_SHOWN - 1, -1, -1)
-        return tier_shares(self._tiers_of(reference_date - timedelta(days=n) for n in ago))
-
-    def _charted(self, reference_date: date) -> pl.DataFrame:
+    def _charted_values(self, reference_date: date) -> pl.DataFrame:
         """Values of the shortest window, whose dates are so far apart that it does not overlap.
 
         The record keeps those of dates whose Parquet is gone.
@@ -298,7 +320,8 @@ class ReportSource:
         step = self.policy.windows[0]
         ago = range(WEEKS_CHARTED - 1, -1, -1)
         dates = [reference_date - timedelta(days=step * n) for n in ago]
-        stored = charted_values(self._tiers_of(dates).filter(window=window_name(step))).collect()
+        window = window_name(step)
+        stored = self._charted.rows(dates, lambda days: self._tiers_of(days).filter(window=window))
         if reference_date not in stored["reference_date"]:
             # A date without tutors has no row of any.
             nobody = {"reference_date": reference_date, "tutors": 0.0, "sessions_completed": 0.0}

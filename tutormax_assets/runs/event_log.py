@@ -8,7 +8,7 @@ of.
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,8 @@ from tutormax_assets.runs.private_dagster import (
 )
 
 _INDEX = "index"
+_BATCH_SIZE = "DAGSTER_EVENT_BATCH_SIZE"
+_EVENTS_OF_A_BATCH = "1000"
 _BUSY_TIMEOUT_SECONDS = 30
 
 
@@ -30,10 +32,11 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
     """The event log with one connection to each file that is in use.
 
     The files are in ``base_dir``, or else where Dagster has them in a home that names no storage.
-    What is recorded, where, and in which transactions is as with Dagster's own class, and processes
-    with either class read and write the same files. After a power failure, and only then, the last
-    events may be missing; a run without its end is then put on record as failed, like one whose
-    process was killed.
+    What is recorded and where is as with Dagster's own class, and processes with either class read
+    and write the same files. Events that Dagster has at once, such as those of all partitions of a
+    run, are recorded in one transaction. After a power failure, and only then, the last events may
+    be missing; a run without its end is then put on record as failed, like one whose process was
+    killed.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         self._of_yaml = inst_data
         self._folder = base_dir
         self._engines: dict[str, sa.Engine] = {}
+        # The transactions of a batch that is being recorded, by the file that they are in.
+        self._of_batch: dict[str, sa.Connection] = {}
         self._tables: set[str] = set()
         self._in_use = threading.RLock()
 
@@ -63,6 +68,8 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         folder = self._folder or str(Path(instance.root_directory, "history", "runs"))
         super().__init__(folder, self._of_yaml)
         super().register_instance(instance)
+        # Dagster hands over batches only where this variable says how large they may be.
+        os.environ.setdefault(_BATCH_SIZE, _EVENTS_OF_A_BATCH)
 
     @contextmanager
     def run_connection(self, run_id: str | None = None) -> Iterator[sa.Connection]:
@@ -70,6 +77,9 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         if run_id is None:
             raise ValueError("found no id of a run, expected one: each run has a file of its own")
         with self._in_use:
+            if run_id in self._of_batch:
+                yield self._of_batch[run_id]
+                return
             path = Path(self.path_for_shard(run_id))
             if run_id in self._engines and not path.exists():
                 # Another process has deleted the run.
@@ -92,15 +102,38 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
     @contextmanager
     def index_connection(self) -> Iterator[sa.Connection]:
         """A transaction in the file that all runs share."""
-        with self._in_use, self._engine(_INDEX).begin() as connection:
-            yield connection
+        with self._in_use:
+            if _INDEX in self._of_batch:
+                yield self._of_batch[_INDEX]
+                return
+            with self._engine(_INDEX).begin() as connection:
+                yield connection
+
+    def store_event_batch(self, events: Sequence[dg.EventLogEntry]) -> None:
+        """Record events of one run, all or none."""
+        with (
+            self._in_use,
+            self.run_connection(events[0].run_id) as of_run,
+            self.index_connection() as of_all,
+        ):
+            self._of_batch = {events[0].run_id: of_run, _INDEX: of_all}
+            try:
+                for event in events:
+                    super().store_event(event)
+            finally:
+                self._of_batch = {}
+        self._tell(events[0].run_id)
 
     def store_event(self, event: dg.EventLogEntry) -> None:
-        """Record an event, and have those who watch its run told."""
+        """Record an event."""
         super().store_event(event)
+        self._tell(event.run_id)
+
+    def _tell(self, run_id: str) -> None:
+        """Have those who watch a run told of its events."""
         # They wait for the file to change; what has changed is the journal beside it.
         with suppress(FileNotFoundError):
-            os.utime(self.path_for_shard(event.run_id))
+            os.utime(self.path_for_shard(run_id))
 
     def has_table(self, table_name: str) -> bool:
         """Whether the file that all runs share has a table."""

@@ -1,7 +1,7 @@
 """The event log whose connections stay open holds what Dagster's own would hold."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +11,7 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
+from tutormax_assets.runs.event_log import PooledSqliteEventLogStorage
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.private_dagster import SqliteEventLogStorage
 from tutormax_assets.settings import Settings
@@ -105,20 +106,59 @@ def connections() -> Iterator[list[str]]:
 def test_the_same_rows_are_stored(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     run_id = run(instance)
     events = instance.all_logs(run_id)
-    homes = {opened: tmp_path / "pooled", of_dagster: tmp_path / "dagster"}
-    for open_instance, home in homes.items():
-        with open_instance(home) as another:
-            for event in events:
-                another.event_log_storage.store_event(event)
+    ways: list[tuple[Any, str]] = [
+        (opened, "alone"),
+        (opened, "in a batch"),
+        (of_dagster, "by Dagster"),
+    ]
+    for open_instance, name in ways:
+        with open_instance(tmp_path / name) as another:
+            log = another.event_log_storage
+            if name == "in a batch":
+                log.store_event_batch(events[:5])
+                log.store_event_batch(events[5:])
+            else:
+                for event in events:
+                    log.store_event(event)
 
-    pooled, dagster = (stored(home) for home in homes.values())
-    assert pooled == dagster
+    pooled, batched, dagster = (stored(tmp_path / name) for _, name in ways)
+    assert pooled == batched == dagster
     assert {name for name, found in pooled.items() if found} >= {
         f"{run_id}.db event_logs",
         "index.db event_logs",
         "index.db asset_keys",
         "index.db asset_check_executions",
     }
+
+
+def test_a_batch_is_recorded_in_one_transaction_or_not_at_all(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    store = PooledSqliteEventLogStorage.store_event_batch
+
+    def count(self: PooledSqliteEventLogStorage, events: Sequence[dg.EventLogEntry]) -> None:
+        batches.append(len(events))
+        store(self, events)
+
+    monkeypatch.setattr(PooledSqliteEventLogStorage, "store_event_batch", count)
+    events = instance.all_logs(run(instance))
+    # Dagster hands over what a run is going to do.
+    assert batches == [2]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no room")
+
+    with opened(tmp_path / "another") as another:
+        another.event_log_storage.store_event(events[0])
+        before = stored(tmp_path / "another")
+        with monkeypatch.context() as patch:
+            patch.setattr(SqliteEventLogStorage, "store_asset_check_event", fail)
+            with pytest.raises(RuntimeError, match="no room"):
+                another.event_log_storage.store_event_batch(events[1:])
+        assert stored(tmp_path / "another") == before
+        another.event_log_storage.store_event_batch(events[1:])
+        assert len(another.all_logs(events[0].run_id)) == len(events)
 
 
 def test_either_class_reads_what_the_other_has_recorded(tmp_path: Path) -> None:

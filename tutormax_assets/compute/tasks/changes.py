@@ -85,25 +85,37 @@ def compute_changes(task: ChangesTask, context: TaskContext) -> ChangesReport:
     Raises:
         StorageError: The storage cannot be written.
     """
-    found = {}
-    for days, earlier in task.earlier.items():
-        try:
-            found[days] = _changes(task.computed, earlier, days, task.policy.windows)
+    try:
+        found = _changes(task, task.earlier)
+    except _GONE:
         # The run has no lock on an earlier date, whose files another run may delete meanwhile.
-        except (OSError, pl.exceptions.PolarsError) as error:
-            date_ = task.reference_date - timedelta(days=days)
-            context.log.warning(f"{task.reference_date} is not compared with {date_}: {error}")
+        found = {}
+        for days, earlier in task.earlier.items():
+            try:
+                found |= _changes(task, {days: earlier})
+            except _GONE as error:
+                day = task.reference_date - timedelta(days=days)
+                context.log.warning(f"{task.reference_date} is not compared with {day}: {error}")
     rows = pl.concat([TierChanges.create_empty(), *found.values()])
     return ChangesReport(store_parts(task.path, rows.lazy()), list(found), count_moves(rows))
 
 
-def _changes(
-    computed: ComputedDate, earlier: ComputedDate, days: int, windows: Sequence[int]
-) -> pl.DataFrame:
-    moved = _find_moves(computed, earlier)
-    splits = _splits(computed, earlier, moved, days=days, windows=windows)
-    found = tier_changes(moved.lazy(), splits, days=days)
-    return found.pipe(TierChanges.validate, eager=False).collect()
+_GONE = (OSError, pl.exceptions.PolarsError)
+
+
+def _changes(task: ChangesTask, earlier: Mapping[int, ComputedDate]) -> dict[int, pl.DataFrame]:
+    """``TierChanges`` against each of these dates, by how many days before they are."""
+    windows = task.policy.windows
+    moved = pl.collect_all(_moves(task.computed, one) for one in earlier.values())
+    found = pl.collect_all(
+        tier_changes(
+            rows.lazy(),
+            _splits(task.computed, one, rows, days=days, windows=windows),
+            days=days,
+        ).pipe(TierChanges.validate, eager=False)
+        for rows, (days, one) in zip(moved, earlier.items(), strict=True)
+    )
+    return dict(zip(earlier, found, strict=True))
 
 
 def count_moves(changes: pl.DataFrame) -> pl.DataFrame:
@@ -120,13 +132,13 @@ def count_moves(changes: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _find_moves(computed: ComputedDate, earlier: ComputedDate) -> pl.DataFrame:
+def _moves(computed: ComputedDate, earlier: ComputedDate) -> pl.LazyFrame:
     found = moves(computed.reasons.rows().scan(), earlier.reasons.rows().scan())
     move = pl.col("move")
     is_unknown = ((move == "new") & earlier.is_unknown()) | (
         (move == "gone") & computed.is_unknown()
     )
-    return found.filter(~is_unknown).collect(engine="streaming")
+    return found.filter(~is_unknown)
 
 
 def _splits(
