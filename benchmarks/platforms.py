@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,8 +20,10 @@ from tutormax_assets.database import embedded
 from tutormax_assets.database.connection import conninfo
 from tutormax_assets.database.tables import OWN_TABLES
 
-PRODUCT = Path(__file__).resolve().parents[1] / ".venv" / "bin"
-"""The product's own interpreter and command: libraries of the peers would be imported there."""
+_VENV = Path(__file__).resolve().parents[1] / ".venv"
+
+PRODUCT = _VENV / "bin" if _VENV.exists() else Path(sys.executable).parent
+"""The product's interpreter and command, beside which the driver finds no library of the peers."""
 
 TUTORMAX = str(PRODUCT / "tutormax")
 SOURCE_TABLES = ("tutors", "sessions", "student_feedback", "tutor_events")

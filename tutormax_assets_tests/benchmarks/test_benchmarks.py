@@ -18,6 +18,7 @@ from benchmarks.answers import TWIN
 from benchmarks.contestants import Measured
 from benchmarks.platforms import Platform, PlatformError, Size, generated
 from benchmarks.stages import StagesError, stages
+from tutormax_assets.database.tables import OWN_TABLES
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests import conftest
 
@@ -54,7 +55,9 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_one_date_is_measured_by_stage_and_against_each_peer(opened: Path, tmp_path: Path) -> None:
+def test_one_date_is_measured_by_stage_and_against_each_peer(
+    opened: Path, tmp_path: Path, measured_platform: Platform
+) -> None:
     file = tmp_path / "figures.json"
     arguments = ["--repeats", 1, "--peers", "sql,loop,floor", "--loop-tutors", 5]
     result = run("daily", "--home", opened, *arguments, "--json", file)
@@ -67,6 +70,7 @@ def test_one_date_is_measured_by_stage_and_against_each_peer(opened: Path, tmp_p
         "read",
         "compute",
         "persist",
+        "explain",
         "read_to_persisted",
         "run",
         "whole_process",
@@ -90,6 +94,15 @@ def test_one_date_is_measured_by_stage_and_against_each_peer(opened: Path, tmp_p
         "all": True,
     }
     assert "30 tutors" in result.output
+
+    tables = [sql.Identifier(name) for name in OWN_TABLES]
+    rows = sql.SQL(" UNION ALL ").join(sql.SQL("SELECT count(*) FROM {}").format(t) for t in tables)
+    day = measured_platform.end
+    with measured_platform.connect() as connection:
+        assert sum(number for (number,) in connection.execute(rows)) > 0
+        measured_platform.forget(day, day)
+        assert sum(number for (number,) in connection.execute(rows)) == 0
+    assert not list((opened / "storage").glob(f"*/{day}.*"))
 
 
 def test_a_command_whose_peer_differs_fails(

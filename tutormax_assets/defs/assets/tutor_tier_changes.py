@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -97,12 +98,16 @@ def tutor_tier_changes_asset(
             later = _later_tasks(
                 partition_store, dates.values(), windows, metrics_policy.policy, context.log
             )
-            writer = _Writer(context, database, run_options, partition_store, daily.timezone)
-            for key, report in compute.map(compute_changes, tasks, log=context.log):
-                writer.keep(tasks[key], report)
-            reports, errors = compute.gather(compute_changes, later, log=context.log)
-            for key, report in reports.items():
-                writer.keep_later(later[key], report)
+            with ThreadPoolExecutor(1, thread_name_prefix=TUTOR_TIER_CHANGES) as pool:
+                writer = _Writer(
+                    context, database, run_options, partition_store, daily.timezone, pool
+                )
+                for key, report in compute.map(compute_changes, tasks, log=context.log):
+                    writer.keep(tasks[key], report)
+                reports, errors = compute.gather(compute_changes, later, log=context.log)
+                for key, report in reports.items():
+                    writer.keep_later(later[key], report)
+                writer.wait()
             for key, error in errors.items():
                 context.log.warning(f"{key} is not compared anew: {error}")
         finally:
@@ -114,13 +119,18 @@ def tutor_tier_changes_asset(
 
 @dataclass
 class _Writer:
-    """Keeps what a run has found as Parquet, on record and in the table."""
+    """Keeps what a run has found as Parquet, on record and in the table.
+
+    The table's rows of a date are written while the next date is computed.
+    """
 
     context: dg.AssetExecutionContext
     database: PlatformDatabase
     run_options: RunOptions
     store: PartitionStore
     timezone: str
+    pool: ThreadPoolExecutor
+    writing: Future[None] | None = None
     not_written: dict[str, str] = field(default_factory=dict)
 
     def keep(self, task: ChangesTask, report: ChangesReport) -> None:
@@ -147,7 +157,17 @@ class _Writer:
         if count_rows(self.database.engine, instant).rows:
             self._write(key, rows)
 
+    def wait(self) -> None:
+        """Wait for the table; raises what went wrong with it."""
+        if self.writing is not None:
+            self.writing.result()
+
     def _write(self, key: str, rows: pl.DataFrame) -> None:
+        # One date at a time waits to be written, so that memory does not grow with the range.
+        self.wait()
+        self.writing = self.pool.submit(self._write_now, key, rows)
+
+    def _write_now(self, key: str, rows: pl.DataFrame) -> None:
         found = RowsOfDate(
             self.database.engine,
             midnight(date.fromisoformat(key), timezone=self.timezone),
