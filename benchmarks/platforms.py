@@ -23,7 +23,7 @@ from tutormax_assets.database.tables import OWN_TABLES
 _VENV = Path(__file__).resolve().parents[1] / ".venv"
 
 PRODUCT = _VENV / "bin" if _VENV.exists() else Path(sys.executable).parent
-"""The product's interpreter and command, beside which the driver finds no library of the peers."""
+"""The product's interpreter and command; ``make bench`` installs the peers elsewhere."""
 
 TUTORMAX = str(PRODUCT / "tutormax")
 SOURCE_TABLES = ("tutors", "sessions", "student_feedback", "tutor_events")
@@ -96,6 +96,9 @@ class Platform:
             for partition in asset.glob("????-??-??.*"):
                 if str(first) <= partition.stem <= str(last):
                     shutil.rmtree(partition) if partition.is_dir() else partition.unlink()
+        with self.connect() as connection:
+            # What one contestant has written is not written to disk in the time of the next one.
+            connection.execute("CHECKPOINT")
 
     def renew_twin(self) -> None:
         """Make the twin anew: an empty table with the columns, keys and indexes of the table."""

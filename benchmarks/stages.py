@@ -6,8 +6,8 @@ from pathlib import Path
 
 import dagster as dg
 
-# The stage that a number of seconds in the metadata of a materialization belongs to.
 _EXPLAINING = "explain"
+# The stage that a number of seconds in the metadata of a materialization belongs to.
 _STAGES = {
     "read_seconds": "read",
     "clean_seconds": "compute",

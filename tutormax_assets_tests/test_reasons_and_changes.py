@@ -16,6 +16,7 @@ from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.metrics_reading import TierSince, read_tiers_since
 from tutormax_assets.database.restore import restore_date
 from tutormax_assets.database.rows_of_date import of_held_tutors
+from tutormax_assets.schema import reasons_and_changes
 from tutormax_assets.schema.status import status, upgrade
 from tutormax_assets.settings import load_settings
 from tutormax_assets.storage.partition import delete_files
@@ -294,6 +295,20 @@ def test_a_trigger_takes_the_place_of_the_foreign_keys_of_0002(small_platform: P
     found = status(engine, timezone="UTC")
     assert (found.metrics, found.deviations) == ("current", ())
     assert [sa.inspect(engine).get_foreign_keys(table.name) for table in TABLES] == [[], []]
+    # The function names the schemas that the tables were in.
+    small_platform.execute("CREATE SCHEMA moved")
+    small_platform.execute("ALTER TABLE tutor_tier_reasons SET SCHEMA moved")
+    small_platform.execute("ALTER TABLE tutor_tier_changes SET SCHEMA moved")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL search_path = public, moved")
+        assert reasons_and_changes.missing(connection) == [
+            "trigger delete_rows_of_deleted_tutors of tutor_performance_metrics"
+        ]
+        reasons_and_changes.create(connection)
+        assert reasons_and_changes.missing(connection) == []
+    small_platform.execute("ALTER TABLE moved.tutor_tier_reasons SET SCHEMA public")
+    small_platform.execute("ALTER TABLE moved.tutor_tier_changes SET SCHEMA public")
+    upgrade(engine, timezone="UTC")
     small_platform.run(DAY)
     tutor = rows_of(small_platform, tables.tutor_tier_reasons, DAY)["tutor_id"][0]
     small_platform.execute(f"DELETE FROM tutors WHERE tutor_id = '{tutor}'")

@@ -39,8 +39,8 @@ FEATURE_NOT_SUPPORTED = "0A000"
 
 LOCK_NOT_AVAILABLE = "55P03"
 
-# Joined and not compared with an array: PostgreSQL 13 searches long arrays one by one. A tutor is
-# deleted with all rows, so that to hold one of a date is enough.
+# Joined and not compared with an array: PostgreSQL 13 searches long arrays one by one. Deleting a
+# tutor deletes all metrics of the tutor, so a lock on one row is enough to prevent it.
 _WITHOUT_METRICS_OF_DATE = sa.text("""
     WITH held AS MATERIALIZED (
         SELECT tutor_id
@@ -56,11 +56,15 @@ _WITHOUT_METRICS_OF_DATE = sa.text("""
 """)
 
 _HOLD_METRICS = sa.text("""
-    SELECT count(*) FROM (
+    SELECT count(*)
+    FROM unnest(CAST(:tutor_ids AS text[])) AS one (tutor_id)
+    CROSS JOIN LATERAL (
         SELECT
-        FROM unnest(CAST(:tutor_ids AS text[])) AS one (tutor_id)
-        JOIN tutor_performance_metrics AS metrics USING (tutor_id)
-        FOR KEY SHARE OF metrics
+        FROM tutor_performance_metrics AS metrics
+        WHERE metrics.tutor_id = one.tutor_id
+        ORDER BY metrics.calculation_date DESC
+        LIMIT 1
+        FOR KEY SHARE
     ) AS held
 """)
 
@@ -258,7 +262,8 @@ def of_held_tutors(
 
     Until the transaction ends nobody deletes these tutors: that would delete their metrics, which
     are locked as a foreign key would lock them. Afterwards a trigger on that table deletes the rows
-    of a tutor who goes. Of a tutor who has no metrics at all it learns nothing.
+    of a tutor who is deleted. It does not fire for a tutor without metrics: rows that are written
+    for one outlive the tutor.
 
     Args:
         connection: A transaction that is to write the rows.

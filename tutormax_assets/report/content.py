@@ -214,8 +214,9 @@ class _OfDates:
         new = [day for day in dates if day not in self.known]
         found = self.function(tiers(new)).collect()
         of_day = found.partition_by("reference_date", as_dict=True)
-        self.known |= {day: of_day.get((day,), found.clear()) for day in new}
-        return pl.concat([found.clear(), *(self.known[day] for day in dates)])
+        # A date that has no rows may not have been reached, and is tried again.
+        self.known |= {day: of_day[day,] for day in new if (day,) in of_day}
+        return pl.concat([found.clear(), *(self.known[day] for day in dates if day in self.known)])
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
     The files are in ``base_dir``, or else where Dagster has them in a home that names no storage.
     What is recorded and where is as with Dagster's own class, and processes with either class read
     and write the same files. Events that Dagster has at once, such as those of all partitions of a
-    run, are recorded in one transaction. After a power failure, and only then, the last events may
-    be missing; a run without its end is then put on record as failed, like one whose process was
-    killed.
+    run, are recorded in one transaction of each file. After a power failure the last events may be
+    missing, as may those that Dagster was gathering when its process was killed; a run without its
+    end is then put on record as failed.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
                 yield connection
 
     def store_event_batch(self, events: Sequence[dg.EventLogEntry]) -> None:
-        """Record events of one run, all or none."""
+        """Record events of one run, in one transaction of each of the two files."""
         with (
             self._in_use,
             self.run_connection(events[0].run_id) as of_run,

@@ -13,18 +13,33 @@ from tutormax_assets.database.tables import (
     tutor_tier_changes,
     tutor_tier_reasons,
     tutor_tier_since,
+    tutors,
 )
 
 _TABLES = (tutor_tier_reasons, tutor_tier_changes)
 
 _IS_THERE = sa.text("SELECT to_regclass(CAST(:name AS text)) IS NOT NULL")
 
+# Its function names the tables with their schemas, which may have been renamed since.
 _HAS_TRIGGER = sa.text("""
     SELECT EXISTS (
-        SELECT FROM pg_trigger
-        WHERE tgrelid = to_regclass(CAST(:metrics AS text)) AND tgname = :name AND tgenabled <> 'D'
+        SELECT FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
+        WHERE tgrelid = to_regclass(CAST(:metrics AS text))
+            AND tgname = :name
+            AND tgenabled IN ('O', 'A')
+            AND NOT EXISTS (
+                SELECT
+                FROM unnest(CAST(:tables AS text[])) AS named (name)
+                JOIN pg_class ON pg_class.oid = to_regclass(named.name)
+                JOIN pg_namespace ON pg_namespace.oid = relnamespace
+                WHERE position(format('%I.%I', nspname, relname) IN prosrc) = 0
+            )
     )
-""").bindparams(metrics=METRICS_TABLE, name=TRIGGER_OF_DELETED_TUTORS)
+""").bindparams(
+    metrics=METRICS_TABLE,
+    name=TRIGGER_OF_DELETED_TUTORS,
+    tables=[tutors.name, *(table.name for table in _TABLES)],
+)
 
 
 def missing(connection: sa.Connection) -> list[str]:

@@ -297,7 +297,7 @@ def _preview(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
 
 
 def _obstacles_of_creation(connection: sa.Connection) -> list[str]:
-    """What keeps the user from creating the tables of reasons and changes, where these are not."""
+    """What keeps the user from creating the tables of reasons and changes, or their trigger."""
     creates = reasons_and_changes.missing(connection)
     if not creates:
         return []

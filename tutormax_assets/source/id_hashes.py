@@ -7,10 +7,12 @@ in the same snapshot, of those rows only that something is wrong with.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import dataframely as dy
 import polars as pl
+from adbc_driver_postgresql import dbapi
 
-from tutormax_assets.source.queries import ids_query, unknown_tutors_query
-from tutormax_assets.source.streams import Table
+from tutormax_assets.source.queries import TUTOR_HASHES, ids_query, unknown_tutors_query
+from tutormax_assets.source.streams import Table, expect_unique, fetch_frame
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class IdHashes:
     """How to find the ids of rows that were read.
 
     Attributes:
-        tutors: ``hash`` and ``id`` of each tutor of the platform, and of none, whose id is empty.
+        tutors: ``hash`` and ``id`` of each tutor of the platform, and of the empty id, which
+            stands for no tutor.
         fetch: The ``hash`` and ``id`` that a query finds.
     """
 
@@ -70,3 +73,32 @@ class IdHashes:
 def _replace(hashes: pl.Series, ids: pl.DataFrame) -> pl.Series:
     ids = ids.unique("hash", keep="first")
     return hashes.replace_strict(ids["hash"], ids["id"], default=None, return_dtype=pl.String)
+
+
+class _Ids(dy.Schema):
+    hash = dy.Int64()
+    id = dy.String()
+
+
+def fetch_ids(cursor: dbapi.Cursor, query: str) -> pl.DataFrame:
+    """The ``hash`` and ``id`` that a query finds.
+
+    Raises:
+        SourceError: The columns are others.
+    """
+    return fetch_frame(cursor, query, _Ids)
+
+
+def tutor_hashes(cursor: dbapi.Cursor, bound: Callable[[str], str]) -> pl.DataFrame:
+    """The hashes and ids of those tutors whose rows are read.
+
+    Args:
+        cursor: Of a connection.
+        bound: Puts its values into a query.
+
+    Raises:
+        HashesNotUniqueError: Two of them have the same hash.
+    """
+    found = fetch_ids(cursor, bound(TUTOR_HASHES))
+    expect_unique("tutors", found["hash"])
+    return found

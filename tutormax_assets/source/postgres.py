@@ -38,7 +38,7 @@ from tutormax_assets.metrics.schemas import (
     SourceTutors,
 )
 from tutormax_assets.source.contract import FOUND_COLUMNS, NEEDED_COLUMNS, FoundColumn, breaches
-from tutormax_assets.source.id_hashes import IdHashes
+from tutormax_assets.source.id_hashes import IdHashes, fetch_ids, tutor_hashes
 from tutormax_assets.source.queries import (
     ENCODING,
     INSTANT,
@@ -48,7 +48,6 @@ from tutormax_assets.source.queries import (
     NUMERIC_SCORE,
     SCORE,
     SHARED,
-    TUTOR_HASHES,
     TUTORS,
     bind_values,
 )
@@ -59,7 +58,6 @@ from tutormax_assets.source.streams import (
     SourceTimeoutError,
     Streamed,
     Table,
-    expect_unique,
     fetch_frame,
 )
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
@@ -89,7 +87,7 @@ class Source:
 
 @dataclass(frozen=True)
 class PlatformRows:
-    """Rows of the platform.
+    """Rows of the platform. Whoever takes a part from its list frees the memory of its rows.
 
     Attributes:
         sessions: ``SourceSessions`` in parts, at least one; all rows of a session are in one part.
@@ -97,11 +95,11 @@ class PlatformRows:
         count: Number of rows of each table that was read.
         seconds: How long the reading took.
         hashes: Finds the ids of rows that have hashes of ids; None where they have the ids.
-        note: Why they have the ids although hashes would have done; empty where they would not.
+        note: Why ids were read although hashes were asked for; else empty.
     """
 
-    sessions: Sequence[pl.LazyFrame]
-    events: Sequence[pl.LazyFrame]
+    sessions: list[pl.LazyFrame]
+    events: list[pl.LazyFrame]
     count: Mapping[str, int]
     seconds: float
     hashes: IdHashes | None = None
@@ -194,21 +192,22 @@ class View:
             start=start,
             end=end,
         )
-        parts: dict[Table, Sequence[pl.LazyFrame]] = {
+        parts: dict[Table, list[pl.LazyFrame]] = {
             "sessions": [SourceSessions.create_empty().lazy()],
             "tutor_events": [SourceEvents.create_empty().lazy()],
         }
         count: dict[str, int] = {}
-        read_tables = partial(self._read, tables=tables, bound=bound)
-        tutors, note = None, ""
+        read: dict[Table, Streamed] | None = None
+        hashes, note = None, ""
         with self._reading() as cursor:
-            try:
-                if hashed:
-                    tutors = self._tutor_hashes(cursor)
-                read = read_tables(cursor, hashed=hashed)
-            except HashesNotUniqueError as error:
-                tutors, note = None, f"Ids are read in place of their hashes: {error}"
-                read = read_tables(cursor, hashed=False)
+            if hashed:
+                try:
+                    hashes = self._hashes(cursor, bound)
+                    read = self._read(cursor, tables, bound, hashed=True)
+                except HashesNotUniqueError as error:
+                    hashes, note = None, f"Ids are read in place of their hashes: {error}"
+            if read is None:
+                read = self._read(cursor, tables, bound, hashed=False)
         for table, (of_table, rows) in read.items():
             parts[table] = of_table
             count |= rows
@@ -217,16 +216,16 @@ class View:
             parts["tutor_events"],
             count,
             perf_counter() - began,
-            None if tutors is None else IdHashes(tutors, partial(self._ids, bound=bound)),
+            hashes,
             note,
         )
 
     def _read(
         self,
         cursor: dbapi.Cursor,
-        *,
         tables: Collection[Table],
         bound: Callable[[str], str],
+        *,
         hashed: bool,
     ) -> dict[Table, Streamed]:
         readers = {
@@ -236,21 +235,20 @@ class View:
         }
         return _at_once(self.source, cursor, readers, self.tutor_ids)
 
-    def _tutor_hashes(self, cursor: dbapi.Cursor) -> pl.DataFrame:
-        """The hashes and ids of the platform's tutors.
+    def _hashes(self, cursor: dbapi.Cursor, bound: Callable[[str], str]) -> IdHashes:
+        """How to find the ids of rows.
 
         Raises:
-            HashesNotUniqueError: Two of them have the same hash, or sessions or feedback may.
+            HashesNotUniqueError: Two tutors have the same hash, or sessions or feedback may.
         """
         if not self.ids_are_unique:
             raise HashesNotUniqueError("no index keeps those of sessions and feedback unique")
-        found = fetch_frame(cursor, bind_values(TUTOR_HASHES), _Ids)
-        expect_unique("tutors", found["hash"])
-        return found
 
-    def _ids(self, query: str, *, bound: Callable[[str], str]) -> pl.DataFrame:
-        with self._reading() as cursor:
-            return fetch_frame(cursor, bound(query), _Ids)
+        def fetch(query: str) -> pl.DataFrame:
+            with self._reading() as again:
+                return fetch_ids(again, bound(query))
+
+        return IdHashes(tutor_hashes(cursor, bound), fetch)
 
     def empty_tables(self, names: Iterable[str]) -> list[str]:
         """Those of the source tables that hold no row at all, whatever its date.
@@ -379,11 +377,6 @@ def unknown_tutors(source: Source, tutor_ids: Sequence[str]) -> list[str]:
         known = fetch_frame(cursor, bind_values(TUTORS), SourceTutors)
     # An empty id stands for none.
     return sorted(set(tutor_ids) - (set(known["tutor_id"]) - {""}))
-
-
-class _Ids(dy.Schema):
-    hash = dy.Int64()
-    id = dy.String()
 
 
 class _Newest(dy.Schema):

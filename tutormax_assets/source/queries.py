@@ -5,7 +5,8 @@ its time. So ids are bound to a transaction-local setting first, which the query
 bound by the client, since the server would read a setting anew for each row.
 
 The driver spends more on a text than on a number, so ids travel as 64-bit hashes, and those that
-are needed are looked up afterwards. A query has ``{name}`` and more in place of what differs.
+are needed are looked up afterwards. ``bind_values`` fills in ``{start}``, ``{end}``, ``{score}``
+and ``{only_tutors}``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,8 +36,12 @@ def hash_of(id_: str) -> str:
 
 # Sessions and events without a tutor have an empty id.
 TUTOR_HASHES = f"""
-SELECT DISTINCT {hash_of("tutor_id")} AS hash, tutor_id AS id
-FROM (SELECT coalesce(t.tutor_id::text, '') AS tutor_id FROM tutors AS t UNION SELECT '') AS ids
+SELECT {hash_of("tutor_id")} AS hash, tutor_id AS id
+FROM (
+    SELECT coalesce(t.tutor_id::text, '') AS tutor_id FROM tutors AS t WHERE true {{only_tutors}}
+    UNION
+    SELECT ''
+) AS ids
 """  # noqa: S608 - constants only
 
 
@@ -127,9 +132,11 @@ def feedback_query(*, hashed: bool) -> str:
 
 # Feedback has no column that tells when its session is. Where most of it is of other sessions the
 # server finds what is wanted; elsewhere that join costs more than it saves.
-OF_SESSIONS_READ = f"""
-WHERE f.session_id IN (SELECT t.session_id FROM sessions AS t WHERE {_OF_WINDOW} {{only_tutors}})
+_OF_SESSIONS_READ = f"""
+    f.session_id IN (SELECT t.session_id FROM sessions AS t WHERE {_OF_WINDOW} {{only_tutors}})
 """  # noqa: S608 - constants only
+
+OF_SESSIONS_READ = f"\nWHERE {_OF_SESSIONS_READ}"
 
 MOST_FEEDBACK_PER_SESSION = 2
 
@@ -164,7 +171,12 @@ WHERE {_OF_EVENTS}
 
 _LOOKED_UP = {
     "sessions": ("sessions AS t", "t.session_id", "t.session_id", _OF_WINDOW + " {only_tutors}"),
-    "student_feedback": ("student_feedback AS t", "t.session_id", "t.feedback_id", "true"),
+    "student_feedback": (
+        "student_feedback AS f",
+        "f.session_id",
+        "f.feedback_id",
+        _OF_SESSIONS_READ,
+    ),
     "tutor_events": ("tutor_events AS t", "t.event_id", "t.event_id", _OF_EVENTS),
 }
 
@@ -189,12 +201,13 @@ def unknown_tutors_query(table: str, hashes: Sequence[int]) -> str:
 
 
 def _look_up(rows: str, hashed: str, wanted: str, condition: str, hashes: Sequence[int]) -> str:
-    # Joined and not compared with an array: PostgreSQL 13 searches long arrays one by one.
-    listed = ", ".join(map(str, hashes))
+    # Joined and not compared with an array: PostgreSQL 13 searches long arrays one by one. To the
+    # parser, one literal is one node, however many numbers it has.
+    listed = ",".join(map(str, hashes))
     return f"""
 SELECT DISTINCT asked.hash, coalesce({wanted}::text, '') AS id
 FROM {rows}
-JOIN unnest(ARRAY[{listed}]::bigint[]) AS asked (hash) ON asked.hash = {_id(hashed, hashed=True)}
+JOIN unnest('{{{{{listed}}}}}'::bigint[]) AS asked (hash) ON asked.hash = {_id(hashed, hashed=True)}
 WHERE {condition}
 """  # noqa: S608 - numbers and constants only
 

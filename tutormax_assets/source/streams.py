@@ -62,19 +62,18 @@ class SourceTimeoutError(SourceError):
     affects_every_date = False
 
 
+_ID_COLUMNS = ("session_id", "tutor_id", "feedback_id", "feedback_tutor_id", "event_id")
+
+
 def _schema(frame: type[dy.Schema], table: str, *, hashed: bool) -> pl.Schema:
     """The columns of a source frame that come from a table, as its query gives them."""
     schema = pl.Schema(frame)
     return pl.Schema(
         {
-            name: pl.Int64() if hashed and name in ID_COLUMNS else schema[name]
+            name: pl.Int64() if hashed and name in _ID_COLUMNS else schema[name]
             for name in columns_read(frame, table)
         }
     )
-
-
-ID_COLUMNS = ("session_id", "tutor_id", "feedback_id", "feedback_tutor_id", "event_id")
-"""The columns of a source frame that hold ids, or hashes of them."""
 
 
 def _sessions_schema(*, hashed: bool) -> pl.Schema:
@@ -136,16 +135,19 @@ def read_sessions(cursor: dbapi.Cursor, *, bound: Callable[[str], str], hashed: 
 
 
 def _joined(sessions: pl.DataFrame, feedback: pl.DataFrame) -> list[pl.LazyFrame]:
-    """Sessions with their feedback, in parts."""
+    """Sessions with their feedback, in parts, none of which holds the rows of another."""
     count = number_of_parts(len(sessions))
-    part = pl.col("session_id").hash() % count
+    part = (pl.col("session_id").hash() % count).alias("part")
+    of_sessions, of_feedback = (
+        rows.with_columns(part).partition_by("part", as_dict=True, include_key=False)
+        for rows in (sessions, feedback)
+    )
     return [
-        sessions.lazy()
-        .filter(part == number)
-        .join(feedback.lazy().filter(part == number), on="session_id", how="left")
+        rows.lazy()
+        .join(of_feedback.get(key, feedback.clear()).lazy(), on="session_id", how="left")
         .with_columns((pl.col("flags") % 2 == 1).alias("started"), *_nullable_flags())
         .select(SourceSessions.column_names())
-        for number in range(count)
+        for key, rows in (of_sessions or {(0,): sessions}).items()
     ]
 
 
@@ -160,16 +162,19 @@ def expect_unique(table: str, hashes: pl.Series) -> None:
 
 
 def read_events(cursor: dbapi.Cursor, *, bound: Callable[[str], str], hashed: bool) -> Streamed:
-    """``SourceEvents`` in parts, and how many events that is; the arguments are likewise."""
-    rows = _read(cursor, bound(events_query(hashed=hashed)), _events_schema(hashed=hashed))
+    """``SourceEvents`` in parts, and how many events that is; arguments as of ``read_sessions``."""
     event_type = pl.when(pl.col("event_id").is_null()).then(pl.lit(LOGIN))
-    parts = [
-        part.lazy()
-        .with_columns(event_type.otherwise(pl.lit(MESSAGE_RESPONSE)).alias("event_type"))
-        .select(SourceEvents.column_names())
-        for part in rows.iter_slices(ROWS_OF_A_PART)
-    ]
-    return parts or [SourceEvents.create_empty().lazy()], {"tutor_events": len(rows)}
+    parts, rows = [], 0
+    for part in _in_parts(
+        cursor, bound(events_query(hashed=hashed)), _events_schema(hashed=hashed)
+    ):
+        rows += len(part)
+        parts.append(
+            part.lazy()
+            .with_columns(event_type.otherwise(pl.lit(MESSAGE_RESPONSE)).alias("event_type"))
+            .select(SourceEvents.column_names())
+        )
+    return parts, {"tutor_events": rows}
 
 
 READERS: Mapping[Table, Callable[..., Streamed]] = {
@@ -204,15 +209,24 @@ def _nullable_flags() -> Iterator[pl.Expr]:
 
 def _read(cursor: dbapi.Cursor, query: str, schema: pl.Schema) -> pl.DataFrame:
     """The rows of a query."""
+    return pl.concat(_in_parts(cursor, query, schema))
+
+
+def _in_parts(cursor: dbapi.Cursor, query: str, schema: pl.Schema) -> Iterator[pl.DataFrame]:
+    """The rows of a query in parts, at least one."""
     cursor.execute(query)
-    read = [pl.DataFrame(schema=schema)]
+    part = pl.DataFrame(schema=schema)
     try:
         for batch in batches(cursor.fetch_arrow()):
             expect_columns(batch, schema)
-            read.append(batch)
+            if len(part) >= ROWS_OF_A_PART:
+                yield part
+                part = batch
+            else:
+                part = part.vstack(batch)
     except ArrowStreamError as error:
         raise of_stream(error, is_lost=is_lost(cursor.connection)) from error
-    return pl.concat(read)
+    yield part
 
 
 def fetch_frame(cursor: dbapi.Cursor, query: str, schema: type[dy.Schema]) -> pl.DataFrame:

@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from tutormax_assets.database import tables
 from tutormax_assets.database.connection import describe
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors
-from tutormax_assets.source import postgres, queries, streams
+from tutormax_assets.source import id_hashes, postgres, queries, streams
 from tutormax_assets.source.postgres import Source, newest, open_view, unknown_tutors
 from tutormax_assets.source.streams import SourceError
 from tutormax_assets_tests.conftest import add
@@ -453,7 +453,7 @@ def test_ids_are_read_where_two_have_the_same_hash(
     )
     if table == "tutors":
         same = "SELECT 1::bigint AS hash, id FROM unnest(ARRAY['t', 'another']) AS id"
-        monkeypatch.setattr(postgres, "TUTOR_HASHES", same)
+        monkeypatch.setattr(id_hashes, "TUTOR_HASHES", same)
     else:
         monkeypatch.setattr(queries, "HASH", "length({})::bigint")
         monkeypatch.setattr(streams, "MOST_FEEDBACK_PER_SESSION", 1_000)

@@ -168,7 +168,7 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
             ids_are_unique=view.ids_are_unique,
         )
         good_events = partial(quality.good_events, timezone=request.timezone)
-        cleaning: Mapping[Table, tuple[Iterable[pl.LazyFrame], _Clean]] = {
+        cleaning: Mapping[Table, tuple[list[pl.LazyFrame], _Clean]] = {
             "sessions": (rows.sessions, good_sessions),
             "tutor_events": (rows.events, good_events),
         }
@@ -176,7 +176,7 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
             started = perf_counter()
             good, set_aside = _by_parts(*cleaning[table])
             if rows.hashes is not None:
-                good, set_aside = rows.hashes.resolve(table, good, set_aside)
+                good, set_aside = attempt(rows.hashes.resolve, table, good, set_aside)
             report.clean_seconds[table] = perf_counter() - started
             _store_table(task, table, good.lazy(), set_aside, report)
     return report
@@ -308,12 +308,12 @@ def _store_dates(
         yield reference_date, store_parts(path, of_day, shards=task.shards, first=task.first_shard)
 
 
-def _by_parts(parts: Iterable[pl.LazyFrame], clean: _Clean) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The good rows, and what was set aside."""
+def _by_parts(parts: list[pl.LazyFrame], clean: _Clean) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The good rows, and what was set aside; of the parts none is left."""
     good, set_aside = [], []
-    for part in parts:
+    while parts:
         # What is good and what is set aside would each join the part anew.
-        of_part = pl.collect_all(clean(part.collect().lazy()))
+        of_part = pl.collect_all(clean(parts.pop().collect().lazy()))
         good.append(of_part[0])
         set_aside.append(of_part[1])
     return pl.concat(good), pl.concat(set_aside)

@@ -102,12 +102,14 @@ def tutor_tier_changes_asset(
                 writer = _Writer(
                     context, database, run_options, partition_store, daily.timezone, pool
                 )
-                for key, report in compute.map(compute_changes, tasks, log=context.log):
-                    writer.keep(tasks[key], report)
-                reports, errors = compute.gather(compute_changes, later, log=context.log)
-                for key, report in reports.items():
-                    writer.keep_later(later[key], report)
-                writer.wait()
+                try:
+                    for key, report in compute.map(compute_changes, tasks, log=context.log):
+                        writer.keep(tasks[key], report)
+                    reports, errors = compute.gather(compute_changes, later, log=context.log)
+                    for key, report in reports.items():
+                        writer.keep_later(later[key], report)
+                finally:
+                    writer.wait()
             for key, error in errors.items():
                 context.log.warning(f"{key} is not compared anew: {error}")
         finally:
