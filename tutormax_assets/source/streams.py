@@ -135,19 +135,16 @@ def read_sessions(cursor: dbapi.Cursor, *, bound: Callable[[str], str], hashed: 
 
 
 def _joined(sessions: pl.DataFrame, feedback: pl.DataFrame) -> list[pl.LazyFrame]:
-    """Sessions with their feedback, in parts, none of which holds the rows of another."""
+    """Sessions with their feedback, in parts."""
     count = number_of_parts(len(sessions))
-    part = (pl.col("session_id").hash() % count).alias("part")
-    of_sessions, of_feedback = (
-        rows.with_columns(part).partition_by("part", as_dict=True, include_key=False)
-        for rows in (sessions, feedback)
-    )
+    part = (pl.col("session_id").hash() % count).cast(pl.UInt8).alias("part")
+    of_sessions, of_feedback = (rows.with_columns(part).lazy() for rows in (sessions, feedback))
     return [
-        rows.lazy()
-        .join(of_feedback.get(key, feedback.clear()).lazy(), on="session_id", how="left")
+        of_sessions.filter(part=number)
+        .join(of_feedback.filter(part=number).drop("part"), on="session_id", how="left")
         .with_columns((pl.col("flags") % 2 == 1).alias("started"), *_nullable_flags())
         .select(SourceSessions.column_names())
-        for key, rows in (of_sessions or {(0,): sessions}).items()
+        for number in range(count)
     ]
 
 
