@@ -130,7 +130,7 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         self._tell(event.run_id)
 
     def _tell(self, run_id: str) -> None:
-        """Have those who watch a run told of its events."""
+        """Notify those who watch a run of its new events."""
         # They wait for the file to change; what has changed is the journal beside it.
         with suppress(FileNotFoundError):
             os.utime(self.path_for_shard(run_id))

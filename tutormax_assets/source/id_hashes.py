@@ -60,7 +60,7 @@ class IdHashes:
         found = _replace(hashes, self.tutors)
         if not found.null_count():
             return found
-        # Where no foreign key sees to it, a table may name tutors whom the platform does not have.
+        # Without a foreign key, a table may name tutors who are not in the platform's tutors.
         unknown = hashes.filter(found.is_null()).unique().to_list()
         others = self.fetch(unknown_tutors_query(table, unknown))
         return _replace(hashes, pl.concat([self.tutors, others]))

@@ -176,8 +176,8 @@ class View:
             start: First instant.
             end: First instant after them.
             tutor_range: Only rows of these tutors.
-            hashed: Whether hashes of ids will do. The ids are read all the same where nothing sees
-                to it that they are unique, or where two of them have the same hash.
+            hashed: Whether hashes of ids will do. The ids are read all the same where no index
+                keeps them unique, or where two of them have the same hash.
 
         Raises:
             SourceError: The platform cannot be read. Its cause tells whether to try again.
@@ -211,14 +211,8 @@ class View:
         for table, (of_table, rows) in read.items():
             parts[table] = of_table
             count |= rows
-        return PlatformRows(
-            parts["sessions"],
-            parts["tutor_events"],
-            count,
-            perf_counter() - began,
-            hashes,
-            note,
-        )
+        seconds = perf_counter() - began
+        return PlatformRows(parts["sessions"], parts["tutor_events"], count, seconds, hashes, note)
 
     def _read(
         self,
