@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 import sqlalchemy as sa
+from upath import UPath
 
 from chaos import oracle
 from chaos.ground import END, Ground, database, ground, ground_on, query, silent_log
@@ -18,6 +19,7 @@ from tutormax_assets.database.tables import METRICS_TABLE, sessions, student_fee
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets.settings import load_settings
+from tutormax_assets.storage.partition import scan_partition
 
 TUTORS = 40
 SHARES: Sequence[float | None] = (None, 0.001, 0.01, 0.05, 0.2, 0.5, 1.0)
@@ -174,7 +176,7 @@ def _break(engine: sa.Engine, share: float | None, choice: random.Random) -> int
 def _compare(here: Ground, report: Report, expected: oracle.Answer) -> list[str]:
     wrong = []
     parts = [
-        pl.read_parquet(here.storage / asset / f"{END}.parquet")
+        scan_partition(UPath(here.storage) / asset / f"{END}.parquet").collect()
         for asset in ("sessions_set_aside", "tutor_events_set_aside")
     ]
     rows = pl.concat(parts).select("source_table", "row_key", "column", "reason").rows()

@@ -19,6 +19,7 @@ import dagster as dg
 import polars as pl
 import psycopg
 import sqlalchemy as sa
+from upath import UPath
 
 from chaos.ground import END, ROOT, Ground, execute, ground, ground_on, query
 from chaos.report import Report, percentile
@@ -26,6 +27,7 @@ from chaos.writers import APPLICATION_NAME, FIRST_NUMBER, Customers, Transaction
 from tutormax_assets.database.connection import conninfo
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.sample import platform as sample_platform
+from tutormax_assets.storage.partition import scan_partition
 
 SAMPLE_SECONDS = 0.02
 WINDOW_DAYS = 90
@@ -325,8 +327,8 @@ def _compare_counts(here: Ground, report: Report, steady: pl.Series, *, dates: i
             day - timedelta(days=WINDOW_DAYS), day, closed="left"
         )
         expected = visible[snapshot].filter(in_window)
-        path = here.storage / "sessions_snapshot" / f"{key}.parquet"
-        found = pl.read_parquet(path, columns=expected.columns).filter(of_steady)
+        path = UPath(here.storage) / "sessions_snapshot" / f"{key}.parquet"
+        found = scan_partition(path).select(expected.columns).filter(of_steady).collect()
         more = _more(found, expected)
         of_customers = pl.col("session_number") >= FIRST_NUMBER
         report.count("rows expected", len(expected))

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from tutormax_assets.api.movement import Movement, WindowChange
 from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS
-from tutormax_assets.compute.tasks.windows import metrics_asset_name
+from tutormax_assets.compute.tasks.windows import metrics_asset_name, window_metrics
 from tutormax_assets.database.connection import Timeouts, engine_of
 from tutormax_assets.database.faults import reason
 from tutormax_assets.database.metrics_reading import TierSince, read_tiers_since
@@ -31,7 +31,7 @@ from tutormax_assets.metrics.reasons import (
     distance_to_worse,
     tier_reasons,
 )
-from tutormax_assets.metrics.window import engagement_parts, window_metrics
+from tutormax_assets.metrics.window import engagement_parts
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.settings import Settings
 from tutormax_assets.storage.store import PartitionStore
@@ -321,7 +321,7 @@ def _is_of(
     again = tier_reasons(
         window_metrics(
             roster, sessions, events, reference_date=reference_date, windows=lengths, policy=policy
-        ),
+        ).lazy(),
         policy=policy,
     ).collect()
     return again.sort("window").equals(reasons.select(again.columns).sort("window"))

@@ -7,12 +7,12 @@ from typing import Any
 
 import polars as pl
 
+from tutormax_assets.compute.tasks.windows import window_metrics
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.errors import UsageError
 from tutormax_assets.metrics.comparison import tier_flaps, tier_matrix, tier_movers
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.tiers import performance_tiers
-from tutormax_assets.metrics.window import window_metrics
 from tutormax_assets.settings import Settings
 from tutormax_assets.storage.store import PartitionStore
 
@@ -123,7 +123,7 @@ def _tiers(store: PartitionStore, day: date, policy: Policy) -> pl.LazyFrame:
     windows = window_metrics(
         roster, sessions, events, reference_date=day, windows=policy.windows, policy=policy
     )
-    return performance_tiers(windows, policy=policy)
+    return performance_tiers(windows.lazy(), policy=policy)
 
 
 def _comparison(

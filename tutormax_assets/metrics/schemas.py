@@ -302,6 +302,16 @@ class WindowSums(WindowMetrics, FlaggedSums):
     )
 
 
+class OfDates(dy.Schema):
+    """Rows of several reference dates."""
+
+    reference_date = dy.Date(primary_key=True, description="The day after the last one.")
+
+
+class WindowSumsOfDates(WindowSums, OfDates):
+    """``WindowSums`` of several reference dates."""
+
+
 class WindowEdge(dy.Schema):
     """The first or the last days of a window, of a tutor."""
 
@@ -321,6 +331,10 @@ class WindowEdge(dy.Schema):
 
 class EdgeSums(WindowEdge, FlaggedSums):
     """The sums of a tutor's rows at an edge of the windows."""
+
+
+class EdgeSumsOfDates(EdgeSums, OfDates):
+    """``EdgeSums`` of several reference dates."""
 
 
 SUMS = ("no_shows", *FlaggedSums.column_names())

@@ -1,19 +1,23 @@
 """The metrics of a window, each defined once, from sums that a tutor's rows add up to.
 
-The starts of the windows, and of their edges, divide the days before a reference date into
-segments. What a tutor's rows of a segment add up to is computed once, and a window is the sum of
-its segments.
+The starts and ends of all windows divide the days into segments. What a tutor's rows of a segment
+add up to is computed once; then each window of each reference date is the difference of two sums
+over segments. They are whole numbers, so that a date comes out the same alone or among others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
-from functools import partial
-from itertools import pairwise
 
+import dataframely as dy
 import polars as pl
 
 from tutormax_assets.metrics.policy import Policy, window_name
-from tutormax_assets.metrics.schemas import LOGIN, EdgeSums, WindowMetrics, WindowSums
+from tutormax_assets.metrics.schemas import (
+    LOGIN,
+    EdgeSumsOfDates,
+    WindowMetrics,
+    WindowSumsOfDates,
+)
 
 # Sums are taken over whole multiples of these, so that they are exact and the order of the rows
 # does not show: a float holds every whole number up to 2**53.
@@ -31,96 +35,93 @@ def within_window(column: str, *, reference_date: date, days: int) -> pl.Expr:
     return pl.col(column).is_between(start, reference_date, closed="left")
 
 
-def window_metrics(
-    roster: pl.LazyFrame,
+def borders(
+    reference_dates: Iterable[date], windows: Sequence[int], edges: Sequence[int] = ()
+) -> list[date]:
+    """The days on which a window or an edge begins or ends, ascending; there segments meet.
+
+    Args:
+        reference_dates: The days after the last one of each window.
+        windows: Lengths of the windows in days.
+        edges: Lengths of the edges in days.
+    """
+    spans = [*_windows(windows).values(), *_edges(windows, edges).values()]
+    days = {day for span in spans for day in span}
+    return sorted({one - timedelta(days=day) for one in reference_dates for day in days})
+
+
+def segment_sums(
     sessions: pl.LazyFrame,
     events: pl.LazyFrame,
     /,
     *,
-    reference_date: date,
-    windows: Sequence[int],
+    borders: Sequence[date],
     policy: Policy,
-) -> pl.LazyFrame:
-    """The metrics of every tutor of the roster over the days before the reference date.
-
-    However many windows there are, sessions and events are gone through once.
+) -> tuple[pl.LazyFrame, pl.LazyFrame]:
+    """What a tutor's sessions, and a tutor's events, of each segment add up to.
 
     Args:
-        roster: ``TutorRoster``.
-        sessions: ``SessionsSnapshot``; rows outside the windows and of other tutors do not count.
+        sessions: ``SessionsSnapshot``; rows that are in no segment do not count.
         events: ``TutorEventsSnapshot``, likewise.
-        reference_date: The day after the last one of each window.
-        windows: Lengths of the windows in days, the shortest first.
-        policy: Weights, limits and scale.
+        borders: What ``borders`` returns.
+        policy: As for ``session_sums``.
 
     Returns:
-        ``WindowSums``, one row per window and tutor of the roster, the shortest window first and
-        each of them sorted by tutor. Rates and means are rounded to two decimals, half to even.
+        ``session_sums`` and ``event_sums`` by ``tutor_id`` and ``segment``.
     """
-    found, _ = windows_and_edges(
-        roster, sessions, events, reference_date=reference_date, windows=windows, policy=policy
+    by = ["tutor_id", "segment"]
+    return (
+        session_sums(_in_segments(sessions, "scheduled_date", borders), policy=policy, by=by),
+        event_sums(_in_segments(events, "event_date", borders), by=by),
     )
-    return found
 
 
 def windows_and_edges(
-    roster: pl.LazyFrame,
-    sessions: pl.LazyFrame,
-    events: pl.LazyFrame,
+    roster: pl.Series,
+    of_sessions: pl.DataFrame,
+    of_events: pl.DataFrame,
     /,
     *,
-    reference_date: date,
+    reference_dates: Sequence[date],
     windows: Sequence[int],
     policy: Policy,
     edges: Sequence[int] = (),
-) -> tuple[pl.LazyFrame, pl.LazyFrame]:
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The metrics of windows, and what the rows at the edges of the windows add up to.
 
-    To collect both together goes through sessions and events once.
-
     Args:
-        roster: As for ``window_metrics``.
-        sessions: Likewise.
-        events: Likewise.
-        reference_date: Likewise.
-        windows: Likewise.
-        policy: Likewise.
+        roster: The ids of the tutors of each date.
+        of_sessions: What ``segment_sums`` returns for the borders of all of these dates.
+        of_events: Likewise.
+        reference_dates: The days after the last one of each window.
+        windows: Lengths of the windows in days, the shortest first.
+        policy: Weights, limits and scale.
         edges: Lengths of the edges in days.
 
     Returns:
-        What ``window_metrics`` returns, and ``EdgeSums``: one row for each tutor and edge that has
-        a row of the tutor.
+        ``WindowSumsOfDates``, one row per date, window and tutor of the roster in this order, the
+        shortest window first and tutors sorted; rates and means are rounded to two decimals, half
+        to even. And ``EdgeSumsOfDates``, date by date, one row for each tutor and edge that has a
+        session, a login or a response time of the tutor.
     """
-    of_windows, spans = {window_name(days): (0, days) for days in windows}, _edges(windows, edges)
-    ends = sorted({*windows, *(day for span in spans.values() for day in span if day > 0)})
-    in_segments = partial(_in_segments, reference_date=reference_date, ends=ends)
-    by = ["tutor_id", "segment"]
-    of_sessions = session_sums(in_segments(sessions, "scheduled_date"), policy=policy, by=by)
-    of_events = event_sums(in_segments(events, "event_date"), by=by)
-    names = pl.LazyFrame({"days": windows, "window": [window_name(days) for days in windows]})
-    key = ["tutor_id", "window"]
-    found = (
-        roster.select("tutor_id")
-        .join(names, how="cross")
-        .join(_span_sums(of_sessions, of_windows, ends, "window"), on=key, how="left")
-        .join(_span_sums(of_events, of_windows, ends, "window"), on=key, how="left")
-        .with_columns(pl.col(_SUMS).fill_null(0))
-        .with_columns(**metrics(policy))
-        .pipe(round_rates)
-        .sort("days", "tutor_id")
-        .select(pl.col(name).cast(dtype) for name, dtype in pl.Schema(WindowSums).items())
-    )
-    at_edges = _span_sums(of_sessions, spans, ends, "edge").join(
-        _span_sums(of_events, spans, ends, "edge"),
-        on=["tutor_id", "edge"],
-        how="full",
-        coalesce=True,
-    )
-    return found, (
-        at_edges.with_columns(pl.exclude("tutor_id", "edge").fill_null(0))
-        .sort("tutor_id", "edge")
-        .select(pl.col(name).cast(dtype) for name, dtype in pl.Schema(EdgeSums).items())
-    )
+    days = borders(reference_dates, windows, edges)
+    # Sums that are too large to be exact are not told apart by differences: of a date by itself,
+    # no window is one.
+    are_exact = _are_exact(of_sessions, of_events)
+    found = []
+    for dates in [reference_dates] if are_exact else [[one] for one in reference_dates]:
+        known = [day for day in days if day <= max(dates)]
+        since = _SumsSinceBorders(
+            roster, of_sessions, of_events, known, later=len(days) - len(known)
+        )
+        found += [
+            (
+                _of_windows(since, one, _windows(windows), policy),
+                _of_edges(since, one, _edges(windows, edges)),
+            )
+            for one in dates
+        ]
+    return pl.concat(sums for sums, _ in found), pl.concat(sums for _, sums in found)
 
 
 def last_edge(days: int) -> str:
@@ -131,6 +132,11 @@ def last_edge(days: int) -> str:
 def first_edge(window: int, days: int) -> str:
     """The name of the first days of a window."""
     return f"{window_name(window)}_first_{days}"
+
+
+def _windows(windows: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Windows by name: how many days before a reference date each ends and begins."""
+    return {window_name(days): (0, days) for days in windows}
 
 
 def _edges(windows: Sequence[int], edges: Sequence[int]) -> dict[str, tuple[int, int]]:
@@ -228,48 +234,117 @@ def engagement_parts(policy: Policy) -> dict[str, pl.Expr]:
     }
 
 
-_SUMS = [
-    "completed",
-    "no_shows",
-    *(name for name in WindowSums.column_names() if name not in WindowMetrics.column_names()),
-]
 _RATES = [name for name, dtype in pl.Schema(WindowMetrics).items() if dtype == pl.Float64]
 
 
-def _in_segments(
-    rows: pl.LazyFrame, column: str, /, *, reference_date: date, ends: Sequence[int]
-) -> pl.LazyFrame:
-    """The rows of the longest window; a segment is named by how many of the ends come before it.
+def _cast_to(schema: type[dy.Schema]) -> list[pl.Expr]:
+    return [pl.col(name).cast(dtype) for name, dtype in pl.Schema(schema).items()]
+
+
+def _in_segments(rows: pl.LazyFrame, column: str, borders: Sequence[date]) -> pl.LazyFrame:
+    """The rows between the first border and the last, with the number of their ``segment``.
+
+    The last segment, which ends at the last border, has the number 0.
 
     Args:
         rows: With the local date in ``column``.
         column: Its name.
-        reference_date: The day after the last one.
-        ends: Days before the reference date at which a segment ends and the next one begins,
-            ascending.
+        borders: The days on which segments begin, and the day after the last one; ascending.
     """
-    is_before = (pl.col(column) < reference_date - timedelta(days=days) for days in ends)
+    begun = pl.lit(pl.Series(borders, dtype=pl.Date)).search_sorted(pl.col(column), side="right")
     return rows.filter(
-        within_window(column, reference_date=reference_date, days=ends[-1])
-    ).with_columns(pl.sum_horizontal(is_before).cast(pl.UInt8).alias("segment"))
+        pl.col(column).is_between(borders[0], borders[-1], closed="left")
+    ).with_columns((len(borders) - 1 - begun).cast(pl.UInt32).alias("segment"))
 
 
-def _span_sums(
-    sums: pl.LazyFrame, spans: Mapping[str, tuple[int, int]], ends: Sequence[int], name: str
-) -> pl.LazyFrame:
-    """The sums of each span of days, by its ``name``, from those of the segments."""
-    segments = pl.LazyFrame(
-        [
-            (segment, span)
-            for span, (first, last) in spans.items()
-            for segment, (begin, end) in enumerate(pairwise([0, *ends]))
-            if first <= begin and end <= last
-        ],
-        schema={"segment": pl.UInt8, name: pl.String},
-        orient="row",
+def _are_exact(*of_segments: pl.DataFrame) -> bool:
+    """Whether what each tutor's rows add up to, all of them together, is exact."""
+    totals = (sums.group_by("tutor_id").agg(pl.col(pl.Float64).sum()) for sums in of_segments)
+    largest = (sums.select(pl.col(pl.Float64).max()).row(0) for sums in totals)
+    return all(one is None or one < _WHOLE_FROM for sums in largest for one in sums)
+
+
+class _SumsSinceBorders:
+    """What each tutor's rows add up to from each border on, up to the last border."""
+
+    def __init__(
+        self,
+        roster: pl.Series,
+        of_sessions: pl.DataFrame,
+        of_events: pl.DataFrame,
+        borders: Sequence[date],
+        *,
+        later: int,
+    ) -> None:
+        """Add up segments, the last one first.
+
+        Args:
+            roster: The ids of the tutors of each date.
+            of_sessions: Sums of segments.
+            of_events: Likewise.
+            borders: Where they meet, up to the last reference date.
+            later: How many segments there are after that.
+        """
+        ids = (of_sessions["tutor_id"], of_events["tutor_id"])
+        self._tutors = pl.concat([roster, *ids]).unique().sort()
+        self._in_roster = self._tutors.is_in(roster.implode())
+        self._number_of = {border: number for number, border in enumerate(reversed(borders))}
+        in_order = pl.DataFrame({"tutor_id": self._tutors}).with_row_index("tutor")
+        tutors, segments = len(in_order), len(borders) - 1
+        each = pl.select(pl.int_range(tutors * segments, dtype=pl.UInt32).alias("place"))
+        for sums in (of_sessions, of_events):
+            placed = sums.filter(pl.col("segment") >= later).join(in_order, on="tutor_id")
+            each = each.join(
+                placed.select(
+                    ((pl.col("segment") - later) * tutors + pl.col("tutor")).alias("place"),
+                    pl.exclude("tutor_id", "segment", "tutor"),
+                ),
+                on="place",
+                how="left",
+                maintain_order="left",
+            )
+        each = each.drop("place").fill_null(0)
+        self._sums = [each.clear(tutors).fill_null(0)]
+        for number in range(segments):
+            self._sums.append(self._sums[-1] + each.slice(number * tutors, tutors))
+
+    def span(self, reference_date: date, days: tuple[int, int]) -> pl.DataFrame:
+        """The sums of a span of days by ``tutor_id``, sorted.
+
+        Args:
+            reference_date: The day that is counted from, a border.
+            days: How many days before it the span ends and begins, both borders.
+        """
+        end, start = (self._number_of[reference_date - timedelta(days=day)] for day in days)
+        sums = self._sums[start] - self._sums[end] if end else self._sums[start]
+        return sums.with_columns(tutor_id=self._tutors)
+
+    def of_roster(self, sums: pl.DataFrame) -> pl.DataFrame:
+        """A span without the tutors who are not in the roster."""
+        return sums if self._in_roster.all() else sums.filter(self._in_roster)
+
+
+def _of_windows(
+    since: _SumsSinceBorders, one: date, windows: Mapping[str, tuple[int, int]], policy: Policy
+) -> pl.DataFrame:
+    sums = pl.concat(
+        since.of_roster(since.span(one, days)).with_columns(window=pl.lit(name))
+        for name, days in windows.items()
     )
-    of_spans = sums.join(segments, on="segment").group_by("tutor_id", name)
-    return of_spans.agg(pl.exclude("segment").sum())
+    found = round_rates(sums.with_columns(**metrics(policy))).with_columns(reference_date=one)
+    return found.select(_cast_to(WindowSumsOfDates))
+
+
+def _of_edges(
+    since: _SumsSinceBorders, one: date, edges: Mapping[str, tuple[int, int]]
+) -> pl.DataFrame:
+    has_row = pl.any_horizontal(pl.col("sessions", "logins", "responses") > 0)
+    none = EdgeSumsOfDates.create_empty()
+    found = [
+        since.span(one, days).filter(has_row).with_columns(edge=pl.lit(name), reference_date=one)
+        for name, days in edges.items()
+    ]
+    return pl.concat([none, *(sums.select(_cast_to(EdgeSumsOfDates)) for sums in found)])
 
 
 def _exact_sum(column: str, decimals: int) -> pl.Expr:
@@ -284,7 +359,7 @@ def _share(part: str, whole: str) -> pl.Expr:
     return pl.when(pl.col(whole) > 0).then(100.0 * pl.col(part) / pl.col(whole))
 
 
-def round_rates(metrics: pl.LazyFrame) -> pl.LazyFrame:
+def round_rates(metrics: pl.DataFrame) -> pl.DataFrame:
     """The metrics with their rates and means rounded, as they are shown and judged."""
     # Rounding repeats what it rounds: in the same step the plan would grow many times over.
     return metrics.with_columns(round_hundredths(pl.col(_RATES)))

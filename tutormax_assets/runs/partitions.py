@@ -12,7 +12,12 @@ from upath import UPath
 
 from tutormax_assets.database.date_locks import date_lock
 from tutormax_assets.storage.files import StorageError, entries
-from tutormax_assets.storage.partition import delete_files, is_listed
+from tutormax_assets.storage.partition import (
+    delete_files,
+    is_folder_of_partition,
+    is_listed,
+    stored_files,
+)
 from tutormax_assets.storage.store import partition_path
 
 _PAGE = ".html"
@@ -44,6 +49,7 @@ def partitions_before(
     found = []
     try:
         for asset_key in sorted({*asset_keys, *_window_assets(base_path)}):
+            folders = set()
             for entry in entries(UPath(base_path).joinpath(*asset_key.path)):
                 key = entry.stem
                 if not _is_date(key) or key >= before.isoformat():
@@ -52,14 +58,14 @@ def partitions_before(
                     with suppress(FileNotFoundError):  # Another cleanup was faster.
                         size = entry.stat().st_size
                         found.append(PartitionFolder(asset_key, key, entry, size))
-                    continue
-                if entry.suffix != ".parquet":
-                    continue
+                elif is_folder_of_partition(entry):
+                    folders.add(key)
+            for key in folders:
                 path = partition_path(base_path, asset_key.to_user_string(), key)
                 if asset_key not in asset_keys and not is_listed(path):
                     continue
                 with suppress(FileNotFoundError):  # Another cleanup was faster.
-                    size = sum(part.stat().st_size for part in entries(path))
+                    size = sum(map(_size, stored_files(path)))
                     found.append(PartitionFolder(asset_key, key, path, size))
     # What a filesystem raises depends on which one it is.
     except Exception as error:
@@ -67,7 +73,7 @@ def partitions_before(
             f"The Parquet partitions at {base_path} cannot be listed: {error}."
             " TUTORMAX_STORAGE says where they are; check that it is reachable."
         ) from error
-    return sorted(found, key=lambda partition: partition.partition_key)
+    return sorted(found, key=lambda partition: (partition.partition_key, partition.asset_key))
 
 
 def delete_partition(engine: sa.Engine, partition: PartitionFolder) -> bool:
@@ -101,6 +107,12 @@ def _window_assets(base_path: str) -> list[dg.AssetKey]:
     """The folders that are named as the assets of windows are."""
     found = (entry.name for entry in entries(UPath(base_path)))
     return [dg.AssetKey(name) for name in found if re.fullmatch(r"metrics_\d+day", name)]
+
+
+def _size(file: UPath) -> int:
+    """What a file takes; of one that several partitions share, the share of one."""
+    found = file.stat()
+    return int(found.st_size) // max(getattr(found, "st_nlink", 1), 1)
 
 
 def _is_date(text: str) -> bool:

@@ -4,6 +4,7 @@ Rows of people are for their owner: new folders have mode 0700 and new files 060
 with the set-group-ID bit, as ``make_private_folder`` gives it, its group can read them as well.
 """
 
+import errno
 import grp
 import io
 import os
@@ -68,21 +69,52 @@ def make_private_folder(base_path: str, *, group: str | None) -> None:
         ) from error
 
 
-def write_parquet(path: UPath, rows: pl.LazyFrame) -> StoredFile:
+def write_parquet(
+    path: UPath, rows: pl.LazyFrame, *, row_group_size: int | None = None
+) -> StoredFile:
     """Compute and store a file so that a reader sees the old one or the new one, never a part.
 
     Rows are written as they are computed. Who writes has the path to itself.
+
+    Args:
+        path: Where the file comes to be.
+        rows: Its rows.
+        row_group_size: How many of them are read at once at least; as many as Polars chooses when
+            None.
     """
     if not isinstance(path, Path):
         # An object store shows an object once it was put whole.
         with TemporaryDirectory() as folder:
             local = Path(folder) / path.name
-            rows.sink_parquet(local, compression=_COMPRESSION, engine="streaming")
+            _sink(rows, local, row_group_size)
             path.fs.put_file(str(local), path.path)
             return _stored_file(local)
     with _replacing(path) as temporary:
-        rows.sink_parquet(temporary, compression=_COMPRESSION, engine="streaming")
+        _sink(rows, temporary, row_group_size)
     return _stored_file(path)
+
+
+def _sink(rows: pl.LazyFrame, path: Path, row_group_size: int | None = None) -> None:
+    rows.sink_parquet(
+        path, compression=_COMPRESSION, row_group_size=row_group_size, engine="streaming"
+    )
+
+
+def link_file(file: Path, link: Path) -> bool:
+    """Give a file another name, unless the filesystem has no hard links or has no more of them.
+
+    Returns:
+        Whether it has the name.
+    """
+    _make_folder(link.parent)
+    try:
+        link.hardlink_to(file)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return False
+    _sync(link.parent)
+    return True
 
 
 def write_text(path: UPath, text: str) -> None:
@@ -142,7 +174,7 @@ def write_parquet_parts(
         for name in names:
             part = parts / name
             if not part.exists():
-                rows.clear().sink_parquet(part, compression=_COMPRESSION)
+                _sink(rows.clear(), part)
             stored.append(_stored_file(part))
             if isinstance(folder, Path):
                 _restrict(part, like=folder)
@@ -155,6 +187,8 @@ def write_parquet_parts(
     return stored
 
 
+# Where links are not known, not allowed, too many, or of another filesystem.
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _COMPRESSION: Literal["zstd"] = "zstd"
 _SHARED_FOLDER = 0o2750
 _NUMBER = "number of the part"

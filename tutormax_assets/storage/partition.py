@@ -1,7 +1,12 @@
 """A stored partition: a folder of Parquet files, one for each shard of tutors.
 
-Which files it has says its listing beside the folder, which is written last and atomically: a
-reader sees the old partition or the new one, and a shard that was stored twice counts once.
+A listing beside the folder names its files. It is written last and atomically: a reader sees the
+old partition or the new one, and a shard that was stored twice counts once.
+
+A run of several dates stores their rows in one file, to which each date has a hard link; the
+listing says which rows are the date's. The filesystem counts the links, so a partition is deleted
+without a look at others. Links are in a second folder, ``<partition>.shared``, so that whoever
+reads all files of the first one does not take the rows of many dates for those of one.
 """
 
 import io
@@ -9,6 +14,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from time import perf_counter
 from typing import IO, NamedTuple
@@ -21,7 +27,9 @@ from upath import UPath
 from tutormax_assets.storage.files import (
     StorageError,
     entries,
+    link_file,
     read_text,
+    write_parquet,
     write_parquet_parts,
     write_text,
 )
@@ -29,17 +37,20 @@ from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 
 
 class Part(BaseModel, frozen=True):
-    """The file of a shard.
+    """The rows of a shard, which are those of a file or some of them.
 
     Attributes:
-        name: Its name in the partition's folder.
-        rows: How many rows it holds.
-        size_bytes: Its size.
+        name: The file's name in the partition's folder, or in that of its links.
+        rows: How many rows there are.
+        size_bytes: What they take of the file.
+        offset: The first of these rows in a file that dates share; None where all rows of the file
+            are meant.
     """
 
     name: str
     rows: int
     size_bytes: int
+    offset: int | None = None
 
 
 class _Listing(BaseModel):
@@ -53,25 +64,63 @@ class Rows:
     """Where rows with a ``tutor_id`` are.
 
     Attributes:
-        files: Parquet files.
-        count: Number of rows that the files hold.
+        path: The folder of the partition.
+        parts: The files, and which of their rows are meant.
         tutor_ids: Only rows of these tutors are meant; all when empty.
     """
 
-    files: tuple[UPath, ...]
-    count: int
+    path: UPath
+    parts: tuple[Part, ...]
     tutor_ids: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[UPath, ...]:
+        """The files."""
+        return tuple(_file(self.path, part) for part in self.parts)
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The names of the files, which only links to the same files share."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def count(self) -> int:
+        """Number of rows in the parts, those of other tutors included."""
+        return sum(part.rows for part in self.parts)
 
     def scan(self) -> pl.LazyFrame:
         """The rows."""
-        if all(isinstance(file, Path) for file in self.files):
-            rows = pl.scan_parquet([str(file) for file in self.files], glob=False)
-        else:
-            contents: list[IO[bytes]] = [io.BytesIO(file.read_bytes()) for file in self.files]
-            rows = pl.scan_parquet(contents)
+        whole = [part for part in self.parts if part.offset is None]
+        frames = [self._scan(whole)] if whole or not self.parts else []
+        frames += [
+            self._scan([part]).slice(part.offset, part.rows)
+            for part in self.parts
+            if part.offset is not None
+        ]
+        rows = pl.concat(frames) if len(frames) > 1 else frames[0]
         if not self.tutor_ids:
             return rows
         return rows.filter(pl.col("tutor_id").is_in(self.tutor_ids))
+
+    def _scan(self, parts: Sequence[Part]) -> pl.LazyFrame:
+        files = [_file(self.path, part) for part in parts]
+        if all(isinstance(file, Path) for file in files):
+            return pl.scan_parquet([str(file) for file in files], glob=False)
+        contents: list[IO[bytes]] = [io.BytesIO(file.read_bytes()) for file in files]
+        return pl.scan_parquet(contents)
+
+
+def rows_of_all(dates: Sequence[Rows]) -> Rows:
+    """The rows of neighbouring dates that are in the same files, each once."""
+    parts = []
+    for of_file in zip(*(rows.parts for rows in dates), strict=True):
+        first = of_file[0]
+        if first.offset is not None:
+            offset = min(part.offset or 0 for part in of_file)
+            end = max((part.offset or 0) + part.rows for part in of_file)
+            first = first.model_copy(update={"offset": offset, "rows": end - offset})
+        parts.append(first)
+    return replace(dates[0], parts=tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -99,8 +148,7 @@ class Partition:
         parts = self.parts if number is None else self.parts[number : number + 1]
         if self.tutor_ids:
             parts = tuple(parts[of] for of in sorted(self.shards.numbers_of(self.tutor_ids)))
-        files = tuple(self.path / part.name for part in parts)
-        return Rows(files, sum(part.rows for part in parts), self.tutor_ids)
+        return Rows(self.path, parts, self.tutor_ids)
 
     def with_seconds(self, seconds: float) -> "Partition":
         """The partition, whose storing took so much longer."""
@@ -202,12 +250,9 @@ def store_parts(
         StorageError: The storage cannot be written.
     """
     started = perf_counter()
-    numbers = range(first, first + len(shards))
-    names = [f"{number:04}-{uuid4().hex[:12]}.parquet" for number in numbers]
+    names = [_new_name(first + number) for number in range(len(shards))]
     try:
-        if isinstance(path, Path) and path.is_file():
-            # A partition that is one file, as other tools and versions write it, is replaced.
-            path.unlink()
+        _make_way(path)
         files = write_parquet_parts(path, rows, shards.number(), names)
     # Polars passes on what the system says as an error of its own.
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -217,6 +262,112 @@ def store_parts(
         for name, file in zip(names, files, strict=True)
     )
     return StoredParts(parts, first, perf_counter() - started)
+
+
+def store_slices(
+    paths: Mapping[date, UPath],
+    rows: pl.DataFrame,
+    slices: Mapping[date, tuple[int, int]],
+    *,
+    shard: int = 0,
+) -> dict[date, StoredParts]:
+    """Store rows of a shard once for several dates, as new files that are to be listed.
+
+    Where the storage has no hard links, each date has a file of its own.
+
+    Args:
+        paths: Folders of the partitions, by reference date.
+        rows: The rows of all dates.
+        slices: Of each date, at which of the rows its own begin, and how many they are.
+        shard: The number that the shard has in the partitions.
+
+    Raises:
+        StorageError: The storage cannot be written.
+    """
+    started = perf_counter()
+    stored: dict[date, Part] = {}
+    most = max((count for _, count in slices.values()), default=0)
+    links = _Links(rows, shard, most) if len(paths) > 1 else None
+    for day, path in paths.items():
+        offset, count = slices[day]
+        try:
+            _make_way(path)
+            part = links and links.part(path, offset, count)
+            stored[day] = part or _store_apart(path, rows.slice(offset, count), shard)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise _cannot_be_written(path, error) from error
+    seconds = (perf_counter() - started) / max(len(paths), 1)
+    return {day: StoredParts((part,), shard, seconds) for day, part in stored.items()}
+
+
+@dataclass
+class _Links:
+    """A file of rows, which is written into the first folder and linked to by the others."""
+
+    rows: pl.DataFrame
+    shard: int
+    rows_of_a_date: int
+    file: UPath | None = None
+    size_bytes: int = 0
+
+    def part(self, path: UPath, offset: int, count: int) -> Part | None:
+        """Some of the rows as a part of a partition, unless its storage has no hard links."""
+        if not isinstance(path, Path):
+            return None
+        if self.file is None:
+            self.file = _folder_of_links(path) / _new_name(self.shard)
+            # Who reads a date reads few rows of others.
+            size = max(min(self.rows_of_a_date, _MOST_OF_A_ROW_GROUP), 1)
+            written = write_parquet(self.file, self.rows.lazy(), row_group_size=size)
+            self.size_bytes = written.size_bytes
+        elif not link_file(self.file, _folder_of_links(path) / self.file.name):
+            return None
+        share = self.size_bytes * count // max(len(self.rows), 1)
+        return Part(name=self.file.name, rows=count, size_bytes=share, offset=offset)
+
+
+def slices_of(
+    dates: pl.Series, spans: Mapping[date, tuple[date, date]]
+) -> dict[date, tuple[int, int]]:
+    """At which of some rows the span of a reference date begins, and how many rows it has.
+
+    Args:
+        dates: The date of each row, ascending.
+        spans: By reference date, the first day of each span and the day after its last one.
+    """
+    places = {
+        name: [dates.search_sorted(day, side="left") for day in span]
+        for name, span in spans.items()
+    }
+    return {name: (first, end - first) for name, (first, end) in places.items()}
+
+
+def _store_apart(path: UPath, rows: pl.DataFrame, shard: int) -> Part:
+    name = _new_name(shard)
+    size_bytes = write_parquet(path / name, rows.lazy()).size_bytes
+    return Part(name=name, rows=len(rows), size_bytes=size_bytes)
+
+
+_SHARED = ".shared"
+_MOST_OF_A_ROW_GROUP = 250_000
+
+
+def _new_name(shard: int) -> str:
+    return f"{shard:04}-{uuid4().hex[:12]}.parquet"
+
+
+def _file(path: UPath, part: Part) -> UPath:
+    return (path if part.offset is None else _folder_of_links(path)) / part.name
+
+
+def _folder_of_links(path: UPath) -> UPath:
+    return path.with_suffix(_SHARED)
+
+
+def _make_way(path: UPath) -> None:
+    """Delete a partition that is one file, as other tools and versions write it."""
+    if isinstance(path, Path) and path.is_file():
+        path.unlink()
 
 
 def scan_partition(path: UPath) -> pl.LazyFrame:
@@ -299,9 +450,8 @@ def list_partition(partition: Partition) -> None:
     Raises:
         StorageError: The storage cannot be written, or not all files are there.
     """
-    missing = {part.name for part in partition.parts} - {
-        entry.name for entry in entries(partition.path)
-    }
+    path = partition.path
+    missing = set(partition.rows().files) - {*stored_files(path)}
     if missing:
         raise StorageError(
             f"{partition.path} lacks {len(missing)} of {len(partition.parts)} files that were"
@@ -313,7 +463,7 @@ def list_partition(partition: Partition) -> None:
     )
     try:
         write_text(_listing_path(partition.path), listing.model_dump_json())
-        _delete_unlisted(partition.path, [part.name for part in partition.parts])
+        _delete_unlisted(partition.path, partition.parts)
     except OSError as error:
         raise _cannot_be_written(partition.path, error) from error
 
@@ -322,10 +472,18 @@ def delete_files(path: UPath) -> None:
     """Delete a partition; one that is gone already is fine."""
     _listing_path(path).unlink(missing_ok=True)
     _delete_unlisted(path, ())
-    with suppress(FileNotFoundError):
-        # An object store has no folders, unless it plays them.
-        if path.exists():
-            path.rmdir()
+    _delete_folder(path)
+
+
+def is_folder_of_partition(path: UPath) -> bool:
+    """Whether a path is named as one of the folders of a partition."""
+    return path.suffix in (".parquet", _SHARED)
+
+
+def stored_files(path: UPath) -> list[UPath]:
+    """What lies in the folders of a partition, whether it is listed or not."""
+    folders = [path, _folder_of_links(path)] if isinstance(path, Path) else [path]
+    return [file for folder in folders for file in entries(folder)]
 
 
 def is_listed(path: UPath) -> bool:
@@ -337,15 +495,25 @@ def is_listed(path: UPath) -> bool:
     return True
 
 
-def _delete_unlisted(path: UPath, names: Iterable[str]) -> None:
+def _delete_unlisted(path: UPath, parts: Sequence[Part]) -> None:
     """Delete what the listing does not know: older files, and what somebody left behind."""
-    for entry in entries(path):
-        if entry.name in names:
+    listed = {_file(path, part) for part in parts}
+    for entry in stored_files(path):
+        if entry in listed:
             continue
         if isinstance(entry, Path) and entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
+    if isinstance(path, Path) and all(part.offset is None for part in parts):
+        _delete_folder(_folder_of_links(path))
+
+
+def _delete_folder(path: UPath) -> None:
+    with suppress(FileNotFoundError):
+        # An object store has no folders, unless it plays them.
+        if path.exists():
+            path.rmdir()
 
 
 def _cannot_be_written(path: UPath, error: Exception) -> StorageError:

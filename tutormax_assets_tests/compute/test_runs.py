@@ -37,6 +37,7 @@ from tutormax_assets.storage.partition import (
     open_partition,
     partition_of,
     store_parts,
+    stored_files,
 )
 from tutormax_assets.storage.shards import ALL_IN_ONE
 from tutormax_assets_tests.compute.clusters import PATIENCE, ROOT, DaskCluster, until
@@ -61,14 +62,14 @@ POISON = """
 import os, signal
 import tutormax_assets.compute.tasks.windows as windows
 
-compute = windows.windows_and_edges
+compute = windows.compute_windows_and_edges
 
 def poisoned(roster, *arguments, **options):
     if {!r} in roster.collect()["tutor_id"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return compute(roster, *arguments, **options)
 
-windows.windows_and_edges = poisoned
+windows.compute_windows_and_edges = poisoned
 """
 """Lets each worker die of a tutor."""
 
@@ -156,11 +157,11 @@ def test_a_worker_that_is_killed_in_a_run_costs_time_and_nothing_else(
     cluster: DaskCluster, platform: Platform, expected: Stored, table: pl.DataFrame
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in platform.storage.glob("*/*.json")}
-    folder = platform.storage / "sessions_snapshot" / f"{DAYS[1]}.parquet"
-    files = set(folder.iterdir())
+    path = UPath(platform.storage) / "sessions_snapshot" / f"{DAYS[1]}.parquet"
+    files = set(stored_files(path))
 
     def kill_one() -> None:
-        until(lambda: set(folder.iterdir()) - files, what="the first shard")
+        until(lambda: set(stored_files(path)) - files, what="the first shard")
         cluster.workers[0].send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tutormax_assets.compute.tasks.windows import compute_windows_and_edges, window_metrics
 from tutormax_assets.metrics.changes import moves, sum_splits, tier_changes
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import tier_reasons
 from tutormax_assets.metrics.schemas import SUMS, EdgeSums, TierChanges, WindowSums
-from tutormax_assets.metrics.window import window_metrics, windows_and_edges
 from tutormax_assets_tests.metrics.rows import D, Row, events, roster, sessions
 
 POLICY = Policy()
@@ -36,7 +36,7 @@ def reasons(rows: Sequence[Row], *tutors: str, at: date = D) -> pl.LazyFrame:
         windows=[WINDOW],
         policy=POLICY,
     )
-    return tier_reasons(metrics, policy=POLICY).collect().lazy()
+    return tier_reasons(metrics.lazy(), policy=POLICY).collect().lazy()
 
 
 def sums(
@@ -47,18 +47,18 @@ def sums(
     tutors: Sequence[str] = ("t1",),
 ) -> tuple[pl.LazyFrame, pl.LazyFrame]:
     """What the window of a date, and its edges, add up to."""
-    found, edges = windows_and_edges(
+    found, edges = compute_windows_and_edges(
         roster(*tutors),
         sessions(*rows),
         events(*logins),
-        reference_date=at,
+        reference_dates=[at],
         windows=[WINDOW],
         policy=POLICY,
         edges=(1, 7),
     )
     return (
-        found.pipe(WindowSums.validate, eager=False).collect().lazy(),
-        edges.pipe(EdgeSums.validate, eager=False).collect().lazy(),
+        WindowSums.validate(found.drop("reference_date")).lazy(),
+        EdgeSums.validate(edges.drop("reference_date")).lazy(),
     )
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tutormax_assets.compute.tasks.windows import window_metrics
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import good_events, good_sessions, good_tutors
 from tutormax_assets.metrics.schemas import SourceEvents, SourceSessions, SourceTutors, TutorTiers
 from tutormax_assets.metrics.tiers import performance_tiers
-from tutormax_assets.metrics.window import window_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DATES = [date(2025, 11, 7), date(2025, 11, 6), date(2025, 10, 1)]
@@ -73,7 +73,7 @@ def both() -> pl.DataFrame:
                 reference_date=day,
                 windows=policy.windows,
                 policy=policy,
-            ),
+            ).lazy(),
             policy=policy,
         ).with_columns(pl.lit(day).alias("date"))
         for day in DATES

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from tutormax_assets.compute.tasks.windows import window_metrics
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import good_events, good_sessions, good_tutors
 from tutormax_assets.metrics.schemas import (
@@ -31,7 +32,6 @@ from tutormax_assets.metrics.schemas import (
     WindowMetrics,
 )
 from tutormax_assets.metrics.tiers import performance_tiers
-from tutormax_assets.metrics.window import window_metrics
 from tutormax_assets_tests.metrics.rows import Row, frame
 
 WINDOWS = (7, 30, 90)
@@ -127,7 +127,7 @@ def computed(
         reference_date=platform.reference_date,
         windows=windows,
         policy=platform.policy,
-    ).collect()
+    )
     return Computed(
         roster=roster,
         sessions=sessions,

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tutormax_assets.compute.tasks.windows import window_metrics
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import (
     Distance,
@@ -22,7 +23,6 @@ from tutormax_assets.metrics.reasons import (
 )
 from tutormax_assets.metrics.schemas import TIERS, TierReasons, TutorTiers
 from tutormax_assets.metrics.tiers import performance_tiers, tier_of
-from tutormax_assets.metrics.window import window_metrics
 from tutormax_assets_tests.metrics.rows import D, Row, events, roster, sessions
 
 POLICY = Policy()
@@ -50,7 +50,11 @@ def reasons_of(*rows: Row, policy: Policy = POLICY) -> dict[str, Any]:
     metrics = window_metrics(
         roster("t1"), sessions(*rows), events(), reference_date=D, windows=[30], policy=policy
     )
-    found = tier_reasons(metrics, policy=policy).pipe(TierReasons.validate, eager=False).collect()
+    found = (
+        tier_reasons(metrics.lazy(), policy=policy)
+        .pipe(TierReasons.validate, eager=False)
+        .collect()
+    )
     return found.row(0, named=True)
 
 
@@ -202,9 +206,9 @@ def test_reasons_agree_with_the_tiers(rows: list[Row]) -> None:
     metrics = window_metrics(
         roster("t1"), sessions(*rows), events(), reference_date=D, windows=[7, 30], policy=POLICY
     )
-    reasons = tier_reasons(metrics, policy=POLICY).collect()
+    reasons = tier_reasons(metrics.lazy(), policy=POLICY).collect()
     shared = [name for name in TutorTiers.column_names() if name in reasons.columns]
-    tiers = performance_tiers(metrics, policy=POLICY).collect()
+    tiers = performance_tiers(metrics.lazy(), policy=POLICY).collect()
     assert reasons.select(shared).equals(tiers.select(shared))
     for flag in ("green", "red"):
         flags = [name for name in reasons.columns if name.endswith("_flag")]

@@ -11,16 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from tutormax_assets.compute.tasks.windows import compute_windows_and_edges, window_metrics
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import good_events
 from tutormax_assets.metrics.schemas import WindowMetrics
-from tutormax_assets.metrics.window import (
-    event_sums,
-    round_hundredths,
-    session_sums,
-    window_metrics,
-    within_window,
-)
+from tutormax_assets.metrics.window import event_sums, round_hundredths, session_sums, within_window
 from tutormax_assets_tests.metrics.rows import (
     DAY_BEFORE,
     D,
@@ -49,7 +44,7 @@ def metrics_of(
         reference_date=D,
         windows=[days],
         policy=policy,
-    ).collect()
+    )
     return WindowMetrics.validate(found).row(0, named=True)
 
 
@@ -282,7 +277,7 @@ def test_absurd_response_times_are_never_fatal(literal: str) -> None:
     )
     found = window_metrics(
         roster("t1"), sessions(), good, reference_date=D, windows=[7], policy=DEFAULT
-    ).collect()
+    )
 
     WindowMetrics.validate(found)
 
@@ -357,7 +352,7 @@ def test_every_tutor_of_the_roster_has_a_row_and_nobody_else() -> None:
         reference_date=D,
         windows=[7],
         policy=DEFAULT,
-    ).collect()
+    )
 
     columns = ["tutor_id", "sessions_completed", "response_time_avg_minutes"]
     assert found.select(columns).rows() == [("t1", 0, None), ("t2", 2, None), ("t3", 0, 1.0)]
@@ -366,7 +361,7 @@ def test_every_tutor_of_the_roster_has_a_row_and_nobody_else() -> None:
 def test_an_empty_roster_has_no_metrics() -> None:
     found = window_metrics(
         roster(), sessions({}), events({}), reference_date=D, windows=[7], policy=DEFAULT
-    ).collect()
+    )
 
     assert WindowMetrics.validate(found).is_empty()
 
@@ -404,6 +399,66 @@ def test_sums_are_exact_so_that_the_order_of_the_rows_does_not_show() -> None:
 
     assert score_sums == {sum(round(value * 1e9) for value in values)}
     assert minutes_sums == {sum(round(value * 1e6) for value in values)}
+
+
+DATES = [D - timedelta(days=ago) for ago in (40, 3, 1, 0)]
+DAYS_AGO = st.integers(-2, 140)
+
+
+@DETERMINISTIC
+@given(
+    of_sessions=st.lists(
+        st.fixed_dictionaries(
+            {
+                "tutor_id": st.sampled_from(["t1", "t2", "t9"]),
+                "scheduled_date": DAYS_AGO.map(lambda ago: D - timedelta(days=ago)),
+                "overall_rating": st.none() | st.integers(1, 5),
+                "no_show": st.none() | st.booleans(),
+                "engagement_score": st.none() | st.floats(0, 10),
+            }
+        ),
+        max_size=30,
+    ),
+    of_events=st.lists(
+        st.fixed_dictionaries(
+            {
+                "tutor_id": st.sampled_from(["t1", "t3"]),
+                "event_date": DAYS_AGO.map(lambda ago: D - timedelta(days=ago)),
+                # From 2**53 on, in units of 1e-6, a sum is not exact.
+                "response_time_minutes": st.none()
+                | st.floats(0, 1e6)
+                | st.sampled_from([1e300, 1e10]),
+            }
+        ),
+        max_size=10,
+    ),
+)
+def test_a_date_is_the_same_alone_or_among_others(
+    of_sessions: list[Row], of_events: list[Row]
+) -> None:
+    def computed(dates: list[date]) -> tuple[pl.DataFrame, pl.DataFrame]:
+        return compute_windows_and_edges(
+            roster("t3", "t1", "t2"),
+            sessions(*of_sessions),
+            events(*of_events),
+            reference_dates=dates,
+            windows=[7, 30, 90],
+            policy=DEFAULT,
+            edges=[1, 7],
+        )
+
+    alone = [computed([one]) for one in DATES]
+    together = computed(DATES)
+
+    for place in (0, 1):
+        apart = pl.concat(found[place] for found in alone)
+        assert_frame_equal(together[place], apart, check_exact=True, check_row_order=False)
+    assert together[0].select("reference_date", "window", "tutor_id").rows() == [
+        (one, f"{days}day", tutor)
+        for one in DATES
+        for days in (7, 30, 90)
+        for tutor in ("t1", "t2", "t3")
+    ]
 
 
 # Rounding

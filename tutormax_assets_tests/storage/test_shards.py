@@ -212,7 +212,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: str, tutor_id: str) -> None:
     if step == "platform_snapshot":
         instead(tasks.snapshots, "store_parts", lambda path, rows: rows)
     elif step == "window_metrics":
-        instead(tasks.windows, "windows_and_edges", lambda roster, *_: roster)
+        instead(tasks.windows, "compute_windows_and_edges", lambda roster, *_: roster)
     else:
         instead(tasks.tiers, "performance_tiers", lambda metrics: metrics)
 

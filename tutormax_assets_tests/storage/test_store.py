@@ -5,6 +5,7 @@ import grp
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,12 +23,16 @@ from tutormax_assets.storage.files import (
     write_parquet,
 )
 from tutormax_assets.storage.partition import (
+    delete_files,
     division,
     list_partition,
     open_partition,
     partition_of,
+    rows_of_all,
     scan_partition,
     store_parts,
+    store_slices,
+    stored_files,
 )
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 from tutormax_assets.storage.store import PartitionStore, partition_path
@@ -117,6 +122,87 @@ def test_a_partition_takes_the_place_of_a_file(tmp_path: Path) -> None:
     store(path, frame({"a": 2}))
 
     assert_frame_equal(scan_partition(path).collect(), frame({"a": 2}))
+
+
+DAYS = [date(2025, 11, day) for day in (6, 7, 8)]
+TOGETHER = frame({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5})
+
+
+def keep_together(base_path: str, asset: str = KEY) -> PartitionStore:
+    """Keep partitions of which each has three rows and the next one begins a row later."""
+    kept = PartitionStore(base_path)
+    paths = {day: kept.path(asset, str(day)) for day in DAYS}
+    stored = store_slices(paths, TOGETHER, {day: (n, 3) for n, day in enumerate(DAYS)})
+    kept.keep({str(day): partition_of(paths[day], ALL_IN_ONE, [stored[day]]) for day in DAYS})
+    return kept
+
+
+def test_dates_that_are_stored_together_share_a_file_and_each_has_its_rows(base_path: str) -> None:
+    kept = keep_together(base_path)
+    partitions = [kept.partition(KEY, str(day)) for day in DAYS]
+
+    for number, partition in enumerate(partitions):
+        assert_frame_equal(partition.rows().scan().collect(), TOGETHER.slice(number, 3))
+        assert partition.rows().count == 3
+        assert sum(part.size_bytes for part in partition.parts) > 0
+    files = [file for partition in partitions for file in partition.rows().files]
+    if base_path.startswith("memory"):
+        assert [part.offset for partition in partitions for part in partition.parts] == [None] * 3
+        return
+    assert {file.stat().st_ino for file in files} == {files[0].stat().st_ino}
+    # Who reads all files of a folder must not take the rows of all dates for those of one.
+    assert not any(partition.path.exists() for partition in partitions)
+    whole = rows_of_all([partition.rows() for partition in partitions])
+    assert_frame_equal(whole.scan().collect(), TOGETHER)
+
+
+def test_a_date_leaves_those_that_share_its_file_as_they_are(base_path: str) -> None:
+    kept = keep_together(base_path)
+    first, second, third = (str(day) for day in DAYS)
+    before = stored(base_path, third)
+
+    compute(base_path, {first: {"x": 7}})
+    compute(base_path, {second: {"b": 8}}, tutor_ids=["b"])
+
+    assert stored(base_path, first) == frame({"x": 7}).to_dicts()
+    assert stored(base_path, second) == frame({"b": 8, "c": 3, "d": 4}).to_dicts()
+    assert stored(base_path, third) == before
+    delete_files(kept.path(KEY, first))
+    assert stored(base_path, third) == before
+    delete_files(kept.path(KEY, third))
+    assert stored(base_path, second) == frame({"b": 8, "c": 3, "d": 4}).to_dicts()
+    left = [path for path in UPath(base_path).joinpath(KEY).rglob("*") if path.is_file()]
+    assert len(left) == 2
+
+
+def test_links_that_are_not_listed_are_deleted(tmp_path: Path) -> None:
+    kept = keep_together(str(tmp_path))
+    path = kept.path(KEY, str(DAYS[1]))
+    store_slices(
+        {day: kept.path(KEY, str(day)) for day in DAYS}, TOGETHER, dict.fromkeys(DAYS, (0, 1))
+    )
+    assert len(stored_files(path)) == 2
+
+    kept.keep({str(DAYS[1]): kept.partition(KEY, str(DAYS[1]))})
+
+    assert len(stored_files(path)) == 1
+    assert_frame_equal(scan_partition(path).collect(), TOGETHER.slice(1, 3))
+
+
+def test_without_hard_links_each_date_has_its_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+
+    kept = keep_together(str(tmp_path))
+
+    for number, day in enumerate(DAYS):
+        partition = kept.partition(KEY, str(day))
+        assert_frame_equal(partition.rows().scan().collect(), TOGETHER.slice(number, 3))
+        assert (partition.parts[0].offset is None) == (number > 0)
 
 
 def test_a_damaged_listing_says_what_to_do(tmp_path: Path) -> None:

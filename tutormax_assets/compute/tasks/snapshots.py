@@ -1,9 +1,9 @@
 """Reading the platform: what is good and what is set aside, sliced by reference date."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from functools import partial
 from time import perf_counter
 
@@ -21,7 +21,14 @@ from tutormax_assets.metrics.window import within_window
 from tutormax_assets.source.postgres import SnapshotGoneError
 from tutormax_assets.source.streams import Table
 from tutormax_assets.source.view import SharedView, View, open_shared_view
-from tutormax_assets.storage.partition import Partition, StoredParts, partition_of, store_parts
+from tutormax_assets.storage.partition import (
+    Partition,
+    StoredParts,
+    partition_of,
+    slices_of,
+    store_parts,
+    store_slices,
+)
 from tutormax_assets.storage.shards import Shards, TutorRange
 from tutormax_assets.storage.spool import spool_folder
 
@@ -178,25 +185,24 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
             if rows.hashes is not None:
                 good, set_aside = attempt(rows.hashes.resolve, table, good, set_aside)
             report.clean_seconds[table] = perf_counter() - started
-            _store_table(task, table, good.lazy(), set_aside, report)
+            _store_table(task, table, good, set_aside, report)
     return report
 
 
 def _store_table(
     task: SnapshotTask,
     table: Table,
-    good: pl.LazyFrame,
+    good: pl.DataFrame,
     set_aside: pl.DataFrame,
     report: SnapshotReport,
 ) -> None:
     """Store what is good of a table and what was set aside, sliced by reference date."""
     request = task.plan.request
-    for asset, frame, column in (
+    for asset, rows, column in (
         (snapshot_asset(table), good, DATE_COLUMNS[table]),
-        (set_aside_asset(table), set_aside.lazy(), "date"),
+        (set_aside_asset(table), set_aside, "date"),
     ):
-        of_dates = _store_dates(task, frame, column, request.paths.get(asset, {}))
-        report.stored[asset] = {date_stored: [parts] for date_stored, parts in of_dates}
+        report.stored[asset] = _store_dates(task, rows, column, request.paths.get(asset, {}))
     report.reasons[table] = {None: count_reasons(set_aside)}
     for reference_date in request.paths.get(snapshot_asset(table), {}):
         of_date = set_aside.filter(
@@ -299,13 +305,27 @@ DATE_COLUMNS: Mapping[Table, str] = {"sessions": "scheduled_date", "tutor_events
 
 
 def _store_dates(
-    task: SnapshotTask, rows: pl.LazyFrame, column: str, paths: Mapping[date, UPath]
-) -> Iterator[tuple[date, StoredParts]]:
-    for reference_date, path in paths.items():
-        of_day = rows.filter(
-            within_window(column, reference_date=reference_date, days=task.plan.request.window_days)
+    task: SnapshotTask, rows: pl.DataFrame, column: str, paths: Mapping[date, UPath]
+) -> dict[date, list[StoredParts]]:
+    """Store the window of each date: of one date as the rows come, of several sorted and once."""
+    days = task.plan.request.window_days
+    if len(paths) == 1:
+        [(reference_date, path)] = paths.items()
+        of_date = rows.lazy().filter(
+            within_window(column, reference_date=reference_date, days=days)
         )
-        yield reference_date, store_parts(path, of_day, shards=task.shards, first=task.first_shard)
+        parts = store_parts(path, of_date, shards=task.shards, first=task.first_shard)
+        return {reference_date: [parts]}
+    spans = {one: (one - timedelta(days=days), one) for one in paths}
+    stored: dict[date, list[StoredParts]] = {one: [] for one in paths}
+    for number in range(len(task.shards)):
+        of_shard = rows.filter(task.shards.number() == number) if task.shards.bounds else rows
+        by_date = of_shard.sort(column)
+        slices = slices_of(by_date[column], spans)
+        of_dates = store_slices(paths, by_date, slices, shard=task.first_shard + number)
+        for reference_date, parts in of_dates.items():
+            stored[reference_date].append(parts)
+    return stored
 
 
 def _by_parts(parts: list[pl.LazyFrame], clean: _Clean) -> tuple[pl.DataFrame, pl.DataFrame]:

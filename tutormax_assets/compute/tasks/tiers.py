@@ -149,7 +149,7 @@ def compute_tiers(task: TiersTask, context: TaskContext) -> TiersReport:
     scans = [rows.scan() for rows in task.metrics]
     needed = WindowSums if TUTOR_TIER_REASONS in task.paths else WindowMetrics
     for rows, scan in zip(task.metrics, scans, strict=True):
-        expect_columns(scan, needed.column_names(), path=rows.files[0].parent)
+        expect_columns(scan, needed.column_names(), path=rows.path)
     metrics = pl.concat(scans)
     functions: Mapping[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
         TUTOR_TIERS: partial(performance_tiers, policy=task.policy),

@@ -1,9 +1,10 @@
-"""The metrics of all windows of a shard, in one pass over its snapshots."""
+"""The metrics of all windows of a shard, in one pass over the snapshots of several dates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from time import perf_counter
+from typing import Any
 
 import polars as pl
 from upath import UPath
@@ -12,8 +13,8 @@ from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.faults import reason
 from tutormax_assets.metrics.policy import Policy, window_name
-from tutormax_assets.metrics.schemas import EdgeSums, WindowSums
-from tutormax_assets.metrics.window import windows_and_edges
+from tutormax_assets.metrics.schemas import EdgeSums, EdgeSumsOfDates, WindowSums, WindowSumsOfDates
+from tutormax_assets.metrics.window import borders, segment_sums, windows_and_edges
 from tutormax_assets.storage.partition import (
     Division,
     Partition,
@@ -21,7 +22,9 @@ from tutormax_assets.storage.partition import (
     StoredParts,
     division,
     partition_of,
-    store_parts,
+    rows_of_all,
+    slices_of,
+    store_slices,
 )
 from tutormax_assets.storage.shards import shard_name
 
@@ -30,43 +33,32 @@ WINDOW_EDGES = "window_edges"
 EDGE_DAYS = (1, 7)
 """Lengths of the edges of windows: those of the dates that a reference date is compared with."""
 
-# A date with few tutors does not keep all cores busy; one with many takes the memory of many.
-_TUTORS_AT_ONCE = 40_000
-
-
-@dataclass(frozen=True)
-class WindowsOfShard:
-    """A shard of a reference date.
-
-    Attributes:
-        reference_date: The day after the last one of each window.
-        roster: ``TutorRoster``.
-        sessions: ``SessionsSnapshot``.
-        events: ``TutorEventsSnapshot``.
-        shard: Its number.
-        paths: The partitions to store, by asset.
-    """
-
-    reference_date: date
-    roster: Rows
-    sessions: Rows
-    events: Rows
-    shard: int
-    paths: Mapping[str, UPath]
+# Of several dates that were read together rows are gone through once; this bounds the memory.
+_TUTORS_AT_ONCE = 80_000
 
 
 @dataclass(frozen=True)
 class WindowsTask:
-    """Shards to compute at once.
+    """A shard of one or several reference dates, whose rows are in the same files.
 
     Attributes:
-        shards: The shards.
+        reference_dates: The days after the last one of each window.
+        roster: ``TutorRoster`` of each date.
+        sessions: ``SessionsSnapshot`` of all of the dates.
+        events: ``TutorEventsSnapshot``, likewise.
+        shard: Its number.
+        paths: The partitions to store, by asset, of each date.
         windows: Lengths in days of the windows to store, the shortest first.
         with_edges: Whether what the edges of all windows add up to is stored, too.
         policy: Thresholds and weights.
     """
 
-    shards: Sequence[WindowsOfShard]
+    reference_dates: Sequence[date]
+    roster: Rows
+    sessions: Rows
+    events: Rows
+    shard: int
+    paths: Mapping[str, Sequence[UPath]]
     windows: Sequence[int]
     with_edges: bool
     policy: Policy
@@ -80,13 +72,11 @@ class WindowsPlan:
         paths: The partitions to store, by asset and date.
         divisions: The shards of each date that can be computed, and those that cannot.
         tasks: By the names of their shards.
-        dates: Of each task, the dates that its shards are of.
     """
 
     paths: Mapping[str, Mapping[str, UPath]]
     divisions: Mapping[str, Division]
     tasks: Mapping[str, WindowsTask]
-    dates: Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -94,11 +84,11 @@ class WindowsReport:
     """What was stored.
 
     Attributes:
-        stored: Of each shard, by asset.
-        compute_seconds: How long the computing of a shard took on average.
+        stored: By asset and reference date.
+        compute_seconds: How long the computing of a date took on average.
     """
 
-    stored: list[dict[str, StoredParts]]
+    stored: Mapping[str, Mapping[date, StoredParts]]
     compute_seconds: float
 
 
@@ -123,7 +113,7 @@ def plan_windows(
     paths: Mapping[str, Mapping[str, UPath]],
     policy: Policy,
 ) -> WindowsPlan:
-    """Divide reference dates into tasks: a shard each, or whole dates of few tutors.
+    """Divide reference dates into tasks: a shard each, of dates that were read together.
 
     Args:
         rosters: ``TutorRoster`` by reference date in ISO form.
@@ -135,32 +125,25 @@ def plan_windows(
     divisions = {
         key: division([roster, sessions[key], events[key]]) for key, roster in rosters.items()
     }
-    shards = {
-        shard_name(key, number): (
-            key,
-            WindowsOfShard(
-                date.fromisoformat(key),
-                rosters[key].rows(number),
-                sessions[key].rows(number),
-                events[key].rows(number),
-                number or 0,
-                {asset: of_asset[key] for asset, of_asset in paths.items()},
-            ),
-        )
-        for key, divided in divisions.items()
-        for number in divided.numbers
-    }
-    groups = {_group_name(names): [shards[name] for name in names] for names in _groups(shards)}
     windows = [days for days in policy.windows if metrics_asset_name(days) in paths]
-    return WindowsPlan(
-        paths,
-        divisions,
-        {
-            name: WindowsTask([one for _, one in group], windows, WINDOW_EDGES in paths, policy)
-            for name, group in groups.items()
-        },
-        {name: [key for key, _ in group] for name, group in groups.items()},
-    )
+    tasks: dict[str, WindowsTask] = {}
+    for number, keys in _groups(divisions, rosters, sessions, events):
+        roster, of_sessions, of_events = (
+            rows_of_all([partitions[key].rows(number) for key in keys])
+            for partitions in (rosters, sessions, events)
+        )
+        tasks[_group_name(keys, number)] = WindowsTask(
+            [date.fromisoformat(key) for key in keys],
+            roster,
+            of_sessions,
+            of_events,
+            number or 0,
+            {asset: [of_asset[key] for key in keys] for asset, of_asset in paths.items()},
+            windows,
+            WINDOW_EDGES in paths,
+            policy,
+        )
+    return WindowsPlan(paths, divisions, tasks)
 
 
 def collect_windows(
@@ -180,13 +163,15 @@ def collect_windows(
     seconds = dict.fromkeys(plan.divisions, 0.0)
     failed = {key: dict(divided.failed) for key, divided in plan.divisions.items()}
     for name, report in reports.items():
-        for key, of_shard in zip(plan.dates[name], report.stored, strict=True):
-            seconds[key] += report.compute_seconds
-            for asset, parts in of_shard.items():
-                stored.setdefault((asset, key), []).append(parts)
+        for one in plan.tasks[name].reference_dates:
+            seconds[str(one)] += report.compute_seconds
+        for asset, of_dates in report.stored.items():
+            for one, parts in of_dates.items():
+                stored.setdefault((asset, str(one)), []).append(parts)
     for name, error in errors.items():
-        for key, shard in zip(plan.dates[name], plan.tasks[name].shards, strict=True):
-            failed[key][shard.shard] = reason(error)
+        task = plan.tasks[name]
+        for one in task.reference_dates:
+            failed[str(one)][task.shard] = reason(error)
     if errors and any(len(failed[key]) == len(of.shards) for key, of in plan.divisions.items()):
         raise ShardsError(errors, of=len(plan.tasks)) from next(iter(errors.values()))
     partitions = {
@@ -206,50 +191,98 @@ def collect_windows(
 
 
 def compute_windows(task: WindowsTask, context: TaskContext) -> WindowsReport:
-    """Go through the snapshots of each shard once for all windows.
+    """Go through the snapshots of a shard once for all windows of all dates.
 
     Raises:
         StorageError: The storage cannot be written.
     """
     started = perf_counter()
-    lazy = [frame for shard in task.shards for frame in _frames(shard, task)]
-    frames = pl.collect_all(lazy, engine="streaming")
-    seconds = (perf_counter() - started) / len(task.shards)
-    each = len(lazy) // len(task.shards)
-    stored = [
-        dict(_store(shard, task, frames[each * place : each * (place + 1)]))
-        for place, shard in enumerate(task.shards)
-    ]
-    return WindowsReport(stored, seconds)
-
-
-def _frames(shard: WindowsOfShard, task: WindowsTask) -> Iterator[pl.LazyFrame]:
-    """The windows of a shard, and what their edges add up to if that is wanted."""
-    windows, edges = windows_and_edges(
-        shard.roster.scan(),
-        shard.sessions.scan(),
-        shard.events.scan(),
-        reference_date=shard.reference_date,
+    windows, edges = compute_windows_and_edges(
+        task.roster.scan(),
+        task.sessions.scan(),
+        task.events.scan(),
+        reference_dates=task.reference_dates,
         windows=task.policy.windows if task.with_edges else task.windows,
         policy=task.policy,
         edges=EDGE_DAYS if task.with_edges else (),
     )
-    yield windows.pipe(WindowSums.validate, eager=False)
+    rows = dict(_by_asset(WindowSumsOfDates.validate(windows), task.windows))
     if task.with_edges:
-        yield edges.pipe(EdgeSums.validate, eager=False)
-
-
-def _store(
-    shard: WindowsOfShard, task: WindowsTask, frames: Sequence[pl.DataFrame]
-) -> Iterator[tuple[str, StoredParts]]:
-    windows, *edges = (frame.lazy() for frame in frames)
-    rows = {
-        metrics_asset_name(days): windows.filter(window=window_name(days)) for days in task.windows
+        rows[WINDOW_EDGES] = EdgeSumsOfDates.validate(edges)
+    seconds = (perf_counter() - started) / len(task.reference_dates)
+    spans = {one: (one, one + timedelta(days=1)) for one in task.reference_dates}
+    stored = {
+        asset: store_slices(
+            dict(zip(task.reference_dates, task.paths[asset], strict=True)),
+            of_asset.drop("reference_date"),
+            slices_of(of_asset["reference_date"], spans),
+            shard=task.shard,
+        )
+        for asset, of_asset in rows.items()
     }
-    for of_edges in edges:
-        rows[WINDOW_EDGES] = of_edges
-    for asset, of_asset in rows.items():
-        yield asset, store_parts(shard.paths[asset], of_asset, first=shard.shard)
+    return WindowsReport(stored, seconds)
+
+
+def compute_windows_and_edges(
+    roster: pl.LazyFrame,
+    sessions: pl.LazyFrame,
+    events: pl.LazyFrame,
+    /,
+    *,
+    reference_dates: Sequence[date],
+    windows: Sequence[int],
+    policy: Policy,
+    edges: Sequence[int] = (),
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The metrics of windows, and what the rows at the edges of the windows add up to.
+
+    However many dates and windows there are, sessions and events are gone through once.
+
+    Args:
+        roster: ``TutorRoster`` of each date.
+        sessions: ``SessionsSnapshot``; rows outside the windows and of other tutors do not count.
+        events: ``TutorEventsSnapshot``, likewise.
+        reference_dates: The days after the last one of each window.
+        windows: Lengths of the windows in days, the shortest first.
+        policy: Weights, limits and scale.
+        edges: Lengths of the edges in days.
+
+    Returns:
+        ``WindowSumsOfDates`` and ``EdgeSumsOfDates``, as ``windows_and_edges`` returns them.
+    """
+    days = borders(reference_dates, windows, edges)
+    sums = segment_sums(sessions, events, borders=days, policy=policy)
+    tutors, *of_segments = pl.collect_all([roster.select("tutor_id"), *sums], engine="streaming")
+    return windows_and_edges(
+        tutors["tutor_id"],
+        *of_segments,
+        reference_dates=reference_dates,
+        windows=windows,
+        policy=policy,
+        edges=edges,
+    )
+
+
+def window_metrics(
+    roster: pl.LazyFrame,
+    sessions: pl.LazyFrame,
+    events: pl.LazyFrame,
+    /,
+    *,
+    reference_date: date,
+    windows: Sequence[int],
+    policy: Policy,
+) -> pl.DataFrame:
+    """``WindowSums`` of a reference date, as ``compute_windows_and_edges`` computes them."""
+    found, _ = compute_windows_and_edges(
+        roster, sessions, events, reference_dates=[reference_date], windows=windows, policy=policy
+    )
+    return found.drop("reference_date")
+
+
+def _by_asset(windows: pl.DataFrame, lengths: Sequence[int]) -> Iterator[tuple[str, pl.DataFrame]]:
+    for days in lengths:
+        yield metrics_asset_name(days), windows.filter(window=window_name(days))
 
 
 def metrics_asset_name(days: int) -> str:
@@ -257,22 +290,23 @@ def metrics_asset_name(days: int) -> str:
     return f"metrics_{days}day"
 
 
-def _group_name(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+def _group_name(keys: Sequence[str], number: int | None) -> str:
+    return shard_name(keys[0] if len(keys) == 1 else f"{keys[0]} to {keys[-1]}", number)
 
 
-def _groups(shards: Mapping[str, tuple[str, WindowsOfShard]]) -> Iterator[list[str]]:
-    """The names of shards that are computed at once: one, or whole dates of few tutors."""
-    group: list[str] = []
-    tutors = 0
-    for name, (key, shard) in shards.items():
-        if name != key:
-            yield [name]
-            continue
-        if group and tutors + shard.roster.count > _TUTORS_AT_ONCE:
-            yield group
-            group, tutors = [], 0
-        group.append(name)
-        tutors += shard.roster.count
-    if group:
-        yield group
+def _groups(
+    divisions: Mapping[str, Division], *partitions: Mapping[str, Partition]
+) -> Iterator[tuple[int | None, list[str]]]:
+    """Shards, and the dates for which each can be computed at once."""
+    by_files: dict[tuple[Any, ...], list[str]] = {}
+    rosters, *_ = partitions
+    for key, divided in divisions.items():
+        for number in divided.numbers:
+            of_date = [by_date[key].rows(number) for by_date in partitions]
+            names = tuple(rows.file_names for rows in of_date)
+            by_files.setdefault((number, *names), []).append(key)
+    for (number, *_), keys in by_files.items():
+        tutors = rosters[keys[0]].rows(number).count
+        at_once = max(_TUTORS_AT_ONCE // max(tutors, 1), 1)
+        for first in range(0, len(keys), at_once):
+            yield number, keys[first : first + at_once]

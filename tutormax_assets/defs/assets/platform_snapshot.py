@@ -45,7 +45,7 @@ from tutormax_assets.metrics.schemas import (
 )
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.view import View, open_view
-from tutormax_assets.storage.partition import store_parts
+from tutormax_assets.storage.partition import StoredParts, store_parts, store_slices
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 from tutormax_assets.storage.store import PartitionStore
 
@@ -198,22 +198,35 @@ def _store_tutors(
     request: SnapshotRequest, found: _PlatformRead, store: PartitionStore
 ) -> SnapshotReport:
     """Store the tutors that the run computes and those that it leaves out."""
-    rosters = request.paths.get("tutor_roster", {})
+    stored: dict[str, dict[date, list[StoredParts]]] = {}
+    if rosters := request.paths.get("tutor_roster"):
+        stored["tutor_roster"] = _store_roster(rosters, found.roster, found.shards)
     others = request.paths.get("tutors_left_out", {})
-    stored = {
-        "tutor_roster": {
-            reference_date: [store_parts(path, found.roster.lazy(), shards=found.shards)]
-            for reference_date, path in rosters.items()
-        },
-        "tutors_left_out": {
+    if others and not store.tutor_ids:
+        left_out = choose_others(found.tutors, found.roster["tutor_id"])
+        stored["tutors_left_out"] = _store_roster(others, left_out, found.shards)
+    elif others:
+        stored["tutors_left_out"] = {
             reference_date: [store_parts(path, left_out.lazy(), shards=found.shards)]
             for reference_date, path in others.items()
             for left_out in [
                 _left_out(store, found.tutors, found.roster, reference_date.isoformat())
             ]
-        },
-    }
+        }
     return SnapshotReport(stored=stored)
+
+
+def _store_roster(
+    paths: Mapping[date, UPath], tutors: pl.DataFrame, shards: Shards
+) -> dict[date, list[StoredParts]]:
+    """Store tutors once for all dates."""
+    stored: dict[date, list[StoredParts]] = {reference_date: [] for reference_date in paths}
+    for number in range(len(shards)):
+        of_shard = tutors.filter(shards.number() == number) if shards.bounds else tutors
+        slices = dict.fromkeys(paths, (0, len(of_shard)))
+        for reference_date, parts in store_slices(paths, of_shard, slices, shard=number).items():
+            stored[reference_date].append(parts)
+    return stored
 
 
 def _roster(
@@ -245,12 +258,11 @@ def _roster(
 def _left_out(
     store: PartitionStore, tutors: pl.DataFrame, roster: pl.DataFrame, key: str
 ) -> pl.DataFrame:
-    """The platform's tutors who are not in a date's roster once it holds that of the run."""
+    """The platform's tutors who are not in a date's roster once it holds that of a filtered run."""
     computed = roster["tutor_id"]
-    if store.tutor_ids:
-        with suppress(FileNotFoundError):
-            stored = store.whole_partition("tutor_roster", key).rows().scan()
-            computed = pl.concat([computed, stored.select("tutor_id").collect().to_series()])
+    with suppress(FileNotFoundError):
+        stored = store.whole_partition("tutor_roster", key).rows().scan()
+        computed = pl.concat([computed, stored.select("tutor_id").collect().to_series()])
     return choose_others(tutors, computed)
 
 

@@ -15,9 +15,9 @@ from tutormax_assets.compute.tasks.changes import (
     ComputedDate,
     compute_changes,
 )
+from tutormax_assets.compute.tasks.windows import compute_windows_and_edges
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import tier_reasons
-from tutormax_assets.metrics.window import windows_and_edges
 from tutormax_assets.settings import Settings
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.partition import Partition, partition_of, store_parts
@@ -46,15 +46,16 @@ def computed(
     waiting: tuple[str, ...] = (),
 ) -> ComputedDate:
     """What is stored of a date, of which some tutors may be left out."""
-    sums, edges = windows_and_edges(
+    found = compute_windows_and_edges(
         roster(*tutors),
         sessions(*rows),
         events(),
-        reference_date=day,
+        reference_dates=[day],
         windows=POLICY.windows,
         policy=POLICY,
         edges=(1, 7),
     )
+    sums, edges = (frame.drop("reference_date").lazy() for frame in found)
     path = UPath(folder / str(day))
     return ComputedDate(
         stored(path / "reasons", tier_reasons(sums, policy=POLICY), failed=failed),

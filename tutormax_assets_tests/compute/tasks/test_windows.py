@@ -1,5 +1,6 @@
 """The tasks of the windows of several dates, and what is collected of them."""
 
+from datetime import date
 from pathlib import Path
 
 import polars as pl
@@ -16,7 +17,7 @@ from tutormax_assets.compute.tasks.windows import (
 )
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.schemas import WindowMetrics
-from tutormax_assets.storage.partition import Partition, partition_of, store_parts
+from tutormax_assets.storage.partition import Partition, partition_of, store_parts, store_slices
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 
 SMALL, LARGE = "2025-11-06", "2025-11-07"
@@ -47,39 +48,61 @@ def plan_of(tmp_path: Path, dates: dict[str, Shards]) -> WindowsPlan:
 
 def report_of(plan: WindowsPlan, name: str) -> WindowsReport:
     empty = WindowMetrics.create_empty().lazy()
+    task = plan.tasks[name]
     return WindowsReport(
-        [
-            {
-                asset: store_parts(path, empty, first=shard.shard)
-                for asset, path in shard.paths.items()
+        {
+            asset: {
+                day: store_parts(path, empty, first=task.shard)
+                for day, path in zip(task.reference_dates, paths, strict=True)
             }
-            for shard in plan.tasks[name].shards
-        ],
+            for asset, paths in task.paths.items()
+        },
         compute_seconds=0.5,
     )
 
 
-def test_dates_of_few_tutors_are_one_task_and_shards_are_one_each(
+def test_dates_whose_rows_are_in_the_same_files_are_one_task_and_others_are_one_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {f"2025-11-0{day}": ALL_IN_ONE for day in range(1, 5)}
+    days = [date(2025, 11, day) for day in range(1, 5)]
+    together = {
+        asset: stored_together(tmp_path, asset, days) for asset in ("roster", "sessions", "events")
+    }
+    apart = {
+        asset: partitions(tmp_path, asset, {LARGE: BY_DATE[LARGE], SMALL: ALL_IN_ONE})
+        for asset in together
+    }
     monkeypatch.setattr(windows, "_TUTORS_AT_ONCE", 6)
 
-    plan = plan_of(tmp_path, {**small, LARGE: BY_DATE[LARGE]})
+    plan = plan_windows(
+        *({**together[asset], **apart[asset]} for asset in together),
+        paths={asset: dict.fromkeys(map(str, [*days, SMALL, LARGE]), UPath()) for asset in ASSETS},
+        policy=Policy(),
+    )
 
-    assert plan.dates == {
+    assert {
+        name: [str(day) for day in task.reference_dates] for name, task in plan.tasks.items()
+    } == {
         "2025-11-01 to 2025-11-03": ["2025-11-01", "2025-11-02", "2025-11-03"],
         "2025-11-04": ["2025-11-04"],
         f"{LARGE} shard 0": [LARGE],
         f"{LARGE} shard 1": [LARGE],
+        SMALL: [SMALL],
     }
-    assert {
-        shard.reference_date.day for shard in plan.tasks["2025-11-01 to 2025-11-03"].shards
-    } == {
-        1,
-        2,
-        3,
-    }
+    task = plan.tasks["2025-11-01 to 2025-11-03"]
+    assert task.roster.scan().collect()["tutor_id"].to_list() == ["a", "b"]
+    assert task.sessions.scan().collect()["tutor_id"].to_list() == list("abcde")
+
+
+def stored_together(tmp_path: Path, asset: str, days: list[date]) -> dict[str, Partition]:
+    """Partitions in one file, in which the rows of neighbouring dates overlap."""
+    rows = pl.DataFrame({"tutor_id": list("abcdef")})
+    paths = {day: UPath(tmp_path / asset / str(day)) for day in days}
+    slices = {day: (0 if asset == "roster" else place, 2) for place, day in enumerate(days)}
+    if asset == "sessions":
+        slices = {day: (place, 3) for place, day in enumerate(days)}
+    stored = store_slices(paths, rows, slices)
+    return {str(day): partition_of(path, ALL_IN_ONE, [stored[day]]) for day, path in paths.items()}
 
 
 def test_what_was_computed_is_a_partition_for_each_window_and_date(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from tutormax_assets.compute.tasks.windows import compute_windows_and_edges
 from tutormax_assets.defs.checks import ERROR, WARN
 from tutormax_assets.defs.checks.tutor_tier_changes import splits_add_up
 from tutormax_assets.defs.checks.tutor_tiers import (
@@ -17,7 +18,6 @@ from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import tier_reasons
 from tutormax_assets.metrics.schemas import SUMS
 from tutormax_assets.metrics.tiers import performance_tiers
-from tutormax_assets.metrics.window import windows_and_edges
 from tutormax_assets_tests.metrics.rows import D, events, roster, sessions
 
 POLICY = Policy()
@@ -26,15 +26,16 @@ RATED = [{"scheduled_date": D - timedelta(days=ago), "overall_rating": 5} for ag
 
 def windows(rows: list[dict[str, Any]], *, days_ago: int = 0) -> tuple[pl.LazyFrame, pl.LazyFrame]:
     """What the windows of a date, and their edges, add up to."""
-    return windows_and_edges(
+    found, edges = compute_windows_and_edges(
         roster("t1", "t2"),
         sessions(*rows),
         events(),
-        reference_date=D - timedelta(days=days_ago),
+        reference_dates=[D - timedelta(days=days_ago)],
         windows=[7],
         policy=POLICY,
         edges=(1,),
     )
+    return found.drop("reference_date").lazy(), edges.drop("reference_date").lazy()
 
 
 def reasons(rows: list[dict[str, Any]], *, days_ago: int = 0) -> pl.DataFrame:
