@@ -349,6 +349,10 @@ class TutorTiers(WindowMetrics):
     performance_tier = dy.Enum(TIERS, description="Tier that follows from the flags.")
 
 
+class TutorTiersOfDates(TutorTiers, OfDates):
+    """``TutorTiers`` of several reference dates."""
+
+
 class TierReasons(dy.Schema):
     """One row per tutor of the roster and window: why the tier, and how sure it is.
 
@@ -440,6 +444,10 @@ class TierReasons(dy.Schema):
     learning_objectives_met_pct_certainty = dy.Enum(
         CERTAINTIES, nullable=True, description="certain or within_noise; null without a flag."
     )
+
+
+class TierReasonsOfDates(TierReasons, OfDates):
+    """``TierReasons`` of several reference dates."""
 
 
 class TierChanges(dy.Schema):

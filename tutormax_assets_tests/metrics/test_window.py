@@ -405,7 +405,7 @@ DATES = [D - timedelta(days=ago) for ago in (40, 3, 1, 0)]
 DAYS_AGO = st.integers(-2, 140)
 
 
-@DETERMINISTIC
+@settings(DETERMINISTIC, max_examples=25)
 @given(
     of_sessions=st.lists(
         st.fixed_dictionaries(
@@ -452,7 +452,14 @@ def test_a_date_is_the_same_alone_or_among_others(
 
     for place in (0, 1):
         apart = pl.concat(found[place] for found in alone)
-        assert_frame_equal(together[place], apart, check_exact=True, check_row_order=False)
+        # The sum of numbers that are not exact depends on their order.
+        assert_frame_equal(
+            together[place],
+            apart,
+            check_exact=all((row["response_time_minutes"] or 0) <= 1e6 for row in of_events),
+            rel_tol=1e-12,
+            check_row_order=False,
+        )
     assert together[0].select("reference_date", "window", "tutor_id").rows() == [
         (one, f"{days}day", tutor)
         for one in DATES

@@ -1,22 +1,30 @@
-"""Flags and tiers of a shard, and why they are so."""
+"""Flags and tiers of a shard, and why they are so, of several dates at once."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 
 import dataframely as dy
 import polars as pl
 from upath import UPath
 
-from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.context import TaskContext
-from tutormax_assets.database.faults import reason
+from tutormax_assets.compute.tasks.dates import (
+    OfDates,
+    batches_of_dates,
+    collect_partitions,
+    store_dates,
+    task_name,
+)
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.reasons import tier_reasons
 from tutormax_assets.metrics.schemas import (
     TIERS,
     TierReasons,
+    TierReasonsOfDates,
     TutorTiers,
+    TutorTiersOfDates,
     WindowMetrics,
     WindowSums,
 )
@@ -25,13 +33,9 @@ from tutormax_assets.storage.partition import (
     Division,
     Partition,
     Rows,
-    StoredParts,
     division,
     expect_columns,
-    partition_of,
-    store_parts,
 )
-from tutormax_assets.storage.shards import shard_name
 
 TUTOR_TIERS, TUTOR_TIER_REASONS = "tutor_tiers", "tutor_tier_reasons"
 
@@ -41,34 +45,50 @@ SCHEMAS: Mapping[str, type[dy.Schema]] = {TUTOR_TIERS: TutorTiers, TUTOR_TIER_RE
 
 @dataclass(frozen=True)
 class TiersTask:
-    """A shard of a reference date.
+    """A shard of one or several reference dates.
 
     Attributes:
-        metrics: ``WindowSums`` of each window, the shortest one first.
+        reference_dates: The dates.
+        metrics: Of each date, ``WindowSums`` of each window, the shortest one first.
         shard: Its number.
-        paths: The partitions to store, by asset.
+        paths: The partitions to store, by asset, of each date.
         policy: Thresholds, and how many flags make a tier.
     """
 
-    metrics: Sequence[Rows]
+    reference_dates: Sequence[date]
+    metrics: Sequence[Sequence[Rows]]
     shard: int
-    paths: Mapping[str, UPath]
+    paths: Mapping[str, Sequence[UPath]]
     policy: Policy
 
 
 @dataclass(frozen=True)
 class TiersPlan:
-    """What is to be done for a reference date.
+    """What is to be done for the reference dates of a run.
 
     Attributes:
-        paths: The partitions to store, by asset.
-        division: The shards that have metrics, and those that an earlier step could not compute.
-        tasks: By the name of the shard.
+        paths: The partitions to store, by asset and date.
+        divisions: The shards of each date that have metrics, and those that an earlier step could
+            not compute.
+        tasks: By the names of their shards.
     """
 
-    paths: Mapping[str, UPath]
-    division: Division
+    paths: Mapping[str, Mapping[str, UPath]]
+    divisions: Mapping[str, Division]
     tasks: Mapping[str, TiersTask]
+
+
+@dataclass(frozen=True)
+class TiersCounts:
+    """How many tutors of a reference date there are.
+
+    Attributes:
+        tiers: By window and tier.
+        thin: With thin evidence, by window.
+    """
+
+    tiers: Mapping[str, Mapping[str, int]]
+    thin: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -76,68 +96,89 @@ class TiersReport:
     """What was stored.
 
     Attributes:
-        stored: The file of each asset.
-        counts: Number of tutors by window and tier.
-        thin: Number of tutors with thin evidence by window.
+        stored: By asset and reference date.
+        counts: Of each date.
     """
 
-    stored: Mapping[str, StoredParts]
-    counts: dict[str, dict[str, int]]
-    thin: dict[str, int]
+    stored: OfDates
+    counts: Mapping[date, TiersCounts]
+
+
+@dataclass(frozen=True)
+class TiersOfDates:
+    """What was computed.
+
+    Attributes:
+        partitions: By asset and date.
+        counts: By date, those of each shard.
+    """
+
+    partitions: Mapping[str, Mapping[str, Partition]]
+    counts: Mapping[str, Sequence[TiersCounts]]
 
 
 def plan_tiers(
-    partition_key: str,
-    metrics: Sequence[Partition],
+    metrics: Sequence[Mapping[str, Partition]],
     *,
-    paths: Mapping[str, UPath],
+    paths: Mapping[str, Mapping[str, UPath]],
     policy: Policy,
 ) -> TiersPlan:
-    """Divide a reference date into tasks.
+    """Divide reference dates into tasks: a shard each, of several dates with few tutors.
 
     Args:
-        partition_key: The reference date in ISO form.
-        metrics: ``WindowSums`` of each window, the shortest one first.
-        paths: The partitions to store, by asset.
+        metrics: ``WindowSums`` of each window, the shortest one first, by date in ISO form.
+        paths: The partitions to store, by asset and date.
         policy: Thresholds, and how many flags make a tier.
     """
-    divided = division(metrics)
+    divisions = {key: division([of_window[key] for of_window in metrics]) for key in metrics[0]}
     tasks = {
-        shard_name(partition_key, number): TiersTask(
-            [partition.rows(number) for partition in metrics], number or 0, paths, policy
+        task_name(keys, number): TiersTask(
+            [date.fromisoformat(key) for key in keys],
+            [[of_window[key].rows(number) for of_window in metrics] for key in keys],
+            number or 0,
+            {asset: [of_asset[key] for key in keys] for asset, of_asset in paths.items()},
+            policy,
         )
-        for number in divided.numbers
+        for number, keys in _groups(divisions, metrics[0])
     }
-    return TiersPlan(paths, divided, tasks)
+    return TiersPlan(paths, divisions, tasks)
+
+
+def _groups(
+    divisions: Mapping[str, Division], metrics: Mapping[str, Partition]
+) -> Iterator[tuple[int | None, list[str]]]:
+    """Shards, and the dates for which each is computed at once."""
+    tutors: dict[int | None, dict[str, int]] = {}
+    for key, divided in divisions.items():
+        for number in divided.numbers:
+            tutors.setdefault(number, {})[key] = metrics[key].rows(number).count
+    for number, of_dates in tutors.items():
+        for keys in batches_of_dates(of_dates):
+            yield number, keys
 
 
 def collect_tiers(
     plan: TiersPlan, reports: Mapping[str, TiersReport], errors: Mapping[str, BaseException]
-) -> dict[str, Partition]:
-    """The partitions of a reference date by asset, with the shards that failed named in them.
+) -> TiersOfDates:
+    """The partitions of the reference dates, with the shards that failed named in them.
 
     Args:
         plan: What was to be done.
-        reports: Of the shards that were computed, by name.
+        reports: Of the tasks that were computed, by name.
         errors: Why others were not, by name.
 
     Raises:
-        ShardsError: No shard was computed.
+        ShardsError: No shard of a date was computed.
     """
-    failed = dict(plan.division.failed)
-    failed |= {plan.tasks[name].shard: reason(error) for name, error in errors.items()}
-    if errors and len(failed) == len(plan.division.shards):
-        raise ShardsError(errors, of=len(plan.tasks)) from next(iter(errors.values()))
-    return {
-        asset: partition_of(
-            path,
-            plan.division.shards,
-            [report.stored[asset] for report in reports.values()],
-            failed=failed,
-            no_rows=SCHEMAS[asset].create_empty(),
-        )
-        for asset, path in plan.paths.items()
-    }
+    stored = [report.stored for report in reports.values()]
+    partitions = collect_partitions(
+        plan.paths, plan.divisions, plan.tasks, stored, errors, schemas=SCHEMAS
+    )
+    counts: dict[str, list[TiersCounts]] = {key: [] for key in plan.divisions}
+    for report in reports.values():
+        for one, of_date in report.counts.items():
+            counts[str(one)].append(of_date)
+    return TiersOfDates(partitions, counts)
 
 
 def compute_tiers(task: TiersTask, context: TaskContext) -> TiersReport:
@@ -146,30 +187,47 @@ def compute_tiers(task: TiersTask, context: TaskContext) -> TiersReport:
     Raises:
         StorageError: The storage cannot be written, or an earlier version has computed the metrics.
     """
-    scans = [rows.scan() for rows in task.metrics]
-    needed = WindowSums if TUTOR_TIER_REASONS in task.paths else WindowMetrics
-    for rows, scan in zip(task.metrics, scans, strict=True):
-        expect_columns(scan, needed.column_names(), path=rows.path)
-    metrics = pl.concat(scans)
+    metrics = _read_metrics(task)
     functions: Mapping[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
         TUTOR_TIERS: partial(performance_tiers, policy=task.policy),
         TUTOR_TIER_REASONS: partial(tier_reasons, policy=task.policy),
     }
-    frames = pl.collect_all(
-        [
-            functions[asset](metrics)
-            .sort("tutor_id", maintain_order=True)
-            .pipe(SCHEMAS[asset].validate, eager=False)
-            for asset in task.paths
-        ]
-    )
-    found = dict(zip(task.paths, frames, strict=True))
+    frames = pl.collect_all([functions[asset](metrics.lazy()) for asset in task.paths])
+    found = {
+        asset: _OF_DATES[asset].validate(rows.with_columns(metrics["reference_date"]))
+        for asset, rows in zip(task.paths, frames, strict=True)
+    }
     stored = {
-        asset: store_parts(task.paths[asset], rows.lazy(), first=task.shard)
+        asset: store_dates(rows, task.reference_dates, task.paths[asset], shard=task.shard)
         for asset, rows in found.items()
     }
-    of_any = next(iter(found.values()))
-    return TiersReport(stored, tier_counts(of_any), thin_counts(found.get(TUTOR_TIER_REASONS)))
+    of_any, reasons = next(iter(found.values())), found.get(TUTOR_TIER_REASONS)
+    counts = {
+        one: TiersCounts(
+            tier_counts(of_any.filter(reference_date=one)),
+            thin_counts(None if reasons is None else reasons.filter(reference_date=one)),
+        )
+        for one in task.reference_dates
+    }
+    return TiersReport(stored, counts)
+
+
+def _read_metrics(task: TiersTask) -> pl.DataFrame:
+    """The metrics of all windows by date and tutor, the shortest window first."""
+    needed = WindowSums if TUTOR_TIER_REASONS in task.paths else WindowMetrics
+    scans = []
+    for one, of_date in zip(task.reference_dates, task.metrics, strict=True):
+        for rows in of_date:
+            scan = rows.scan()
+            expect_columns(scan, needed.column_names(), path=rows.path)
+            scans.append(scan.with_columns(reference_date=one))
+    return pl.concat(scans).collect().sort("reference_date", "tutor_id", maintain_order=True)
+
+
+_OF_DATES: Mapping[str, type[dy.Schema]] = {
+    TUTOR_TIERS: TutorTiersOfDates,
+    TUTOR_TIER_REASONS: TierReasonsOfDates,
+}
 
 
 def sum_of_counts(

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from time import perf_counter
 from typing import Any
 
 import polars as pl
 from upath import UPath
 
-from tutormax_assets.compute import ShardsError
 from tutormax_assets.compute.context import TaskContext
-from tutormax_assets.database.faults import reason
+from tutormax_assets.compute.tasks.dates import (
+    OfDates,
+    batches_of_dates,
+    collect_partitions,
+    store_dates,
+    task_name,
+)
 from tutormax_assets.metrics.policy import Policy, window_name
 from tutormax_assets.metrics.schemas import EdgeSums, EdgeSumsOfDates, WindowSums, WindowSumsOfDates
 from tutormax_assets.metrics.window import borders, segment_sums, windows_and_edges
@@ -19,22 +24,14 @@ from tutormax_assets.storage.partition import (
     Division,
     Partition,
     Rows,
-    StoredParts,
     division,
-    partition_of,
     rows_of_all,
-    slices_of,
-    store_slices,
 )
-from tutormax_assets.storage.shards import shard_name
 
 WINDOW_EDGES = "window_edges"
 
 EDGE_DAYS = (1, 7)
 """Lengths of the edges of windows: those of the dates that a reference date is compared with."""
-
-# Of several dates that were read together rows are gone through once; this bounds the memory.
-_TUTORS_AT_ONCE = 80_000
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class WindowsReport:
         compute_seconds: How long the computing of a date took on average.
     """
 
-    stored: Mapping[str, Mapping[date, StoredParts]]
+    stored: OfDates
     compute_seconds: float
 
 
@@ -132,7 +129,7 @@ def plan_windows(
             rows_of_all([partitions[key].rows(number) for key in keys])
             for partitions in (rosters, sessions, events)
         )
-        tasks[_group_name(keys, number)] = WindowsTask(
+        tasks[task_name(keys, number)] = WindowsTask(
             [date.fromisoformat(key) for key in keys],
             roster,
             of_sessions,
@@ -159,34 +156,15 @@ def collect_windows(
     Raises:
         ShardsError: No shard of a date was computed.
     """
-    stored: dict[tuple[str, str], list[StoredParts]] = {}
     seconds = dict.fromkeys(plan.divisions, 0.0)
-    failed = {key: dict(divided.failed) for key, divided in plan.divisions.items()}
     for name, report in reports.items():
         for one in plan.tasks[name].reference_dates:
             seconds[str(one)] += report.compute_seconds
-        for asset, of_dates in report.stored.items():
-            for one, parts in of_dates.items():
-                stored.setdefault((asset, str(one)), []).append(parts)
-    for name, error in errors.items():
-        task = plan.tasks[name]
-        for one in task.reference_dates:
-            failed[str(one)][task.shard] = reason(error)
-    if errors and any(len(failed[key]) == len(of.shards) for key, of in plan.divisions.items()):
-        raise ShardsError(errors, of=len(plan.tasks)) from next(iter(errors.values()))
-    partitions = {
-        asset: {
-            key: partition_of(
-                path,
-                plan.divisions[key].shards,
-                stored.get((asset, key), []),
-                failed=failed[key],
-                no_rows=(EdgeSums if asset == WINDOW_EDGES else WindowSums).create_empty(),
-            )
-            for key, path in of_asset.items()
-        }
-        for asset, of_asset in plan.paths.items()
-    }
+    schemas = {asset: EdgeSums if asset == WINDOW_EDGES else WindowSums for asset in plan.paths}
+    stored = [report.stored for report in reports.values()]
+    partitions = collect_partitions(
+        plan.paths, plan.divisions, plan.tasks, stored, errors, schemas=schemas
+    )
     return WindowsOfDates(partitions, seconds)
 
 
@@ -210,14 +188,8 @@ def compute_windows(task: WindowsTask, context: TaskContext) -> WindowsReport:
     if task.with_edges:
         rows[WINDOW_EDGES] = EdgeSumsOfDates.validate(edges)
     seconds = (perf_counter() - started) / len(task.reference_dates)
-    spans = {one: (one, one + timedelta(days=1)) for one in task.reference_dates}
     stored = {
-        asset: store_slices(
-            dict(zip(task.reference_dates, task.paths[asset], strict=True)),
-            of_asset.drop("reference_date"),
-            slices_of(of_asset["reference_date"], spans),
-            shard=task.shard,
-        )
+        asset: store_dates(of_asset, task.reference_dates, task.paths[asset], shard=task.shard)
         for asset, of_asset in rows.items()
     }
     return WindowsReport(stored, seconds)
@@ -290,10 +262,6 @@ def metrics_asset_name(days: int) -> str:
     return f"metrics_{days}day"
 
 
-def _group_name(keys: Sequence[str], number: int | None) -> str:
-    return shard_name(keys[0] if len(keys) == 1 else f"{keys[0]} to {keys[-1]}", number)
-
-
 def _groups(
     divisions: Mapping[str, Division], *partitions: Mapping[str, Partition]
 ) -> Iterator[tuple[int | None, list[str]]]:
@@ -306,7 +274,6 @@ def _groups(
             names = tuple(rows.file_names for rows in of_date)
             by_files.setdefault((number, *names), []).append(key)
     for (number, *_), keys in by_files.items():
-        tutors = rosters[keys[0]].rows(number).count
-        at_once = max(_TUTORS_AT_ONCE // max(tutors, 1), 1)
-        for first in range(0, len(keys), at_once):
-            yield number, keys[first : first + at_once]
+        tutors = {key: rosters[key].rows(number).count for key in keys}
+        for batch in batches_of_dates(tutors):
+            yield number, batch

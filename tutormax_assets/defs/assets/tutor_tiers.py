@@ -12,7 +12,7 @@ from tutormax_assets.compute.tasks.tiers import (
     SCHEMAS,
     TUTOR_TIER_REASONS,
     TUTOR_TIERS,
-    TiersReport,
+    TiersCounts,
     collect_tiers,
     compute_tiers,
     plan_tiers,
@@ -27,7 +27,6 @@ from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.policy import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from tutormax_assets.metrics.reasons import DENOMINATORS
 from tutormax_assets.metrics.schemas import TIERS, WindowSums
-from tutormax_assets.storage.partition import Partition
 from tutormax_assets.storage.store import PartitionStore
 
 
@@ -58,24 +57,24 @@ def tutor_tiers_assets(
             partition_store.partitions(metrics_asset_name(days), context.partition_keys)
             for days in windows
         ]
-        found: dict[str, dict[str, Partition]] = {asset: {} for asset in selected}
-        for key in context.partition_keys:
-            plan = plan_tiers(
-                key,
-                [of_window[key] for of_window in metrics],
-                paths={asset: partition_store.path(asset, key) for asset in selected},
-                policy=metrics_policy.policy,
-            )
-            reports, errors = compute.gather(compute_tiers, plan.tasks, log=context.log)
-            for asset, partition in collect_tiers(plan, reports, errors).items():
-                found[asset][key] = partition
+        keys = context.partition_keys
+        plan = plan_tiers(
+            metrics,
+            paths={
+                asset: {key: partition_store.path(asset, key) for key in keys} for asset in selected
+            },
+            policy=metrics_policy.policy,
+        )
+        reports, errors = compute.gather(compute_tiers, plan.tasks, log=context.log)
+        found = collect_tiers(plan, reports, errors)
+        for asset in selected:
+            for key in keys:
                 metadata = _METADATA[asset](
-                    list(reports.values()), partition_store.rows_of_others(asset, key)
+                    found.counts[key], partition_store.rows_of_others(asset, key)
                 )
                 metadata["policy_digest"] = dg.MetadataValue.text(metrics_policy.policy.digest)
                 context.add_asset_metadata(metadata, asset_key=asset, partition_key=key)
-        for asset, partitions in found.items():
-            keep_partitions(context, partition_store, asset, partitions)
+            keep_partitions(context, partition_store, asset, found.partitions[asset])
             yield dg.MaterializeResult(asset_key=asset)
 
     return tutor_tiers
@@ -84,8 +83,8 @@ def tutor_tiers_assets(
 _Metadata = dict[str, dg.MetadataValue[Any]]
 
 
-def _tiers_metadata(reports: Sequence[TiersReport], others: pl.LazyFrame | None) -> _Metadata:
-    counts = [report.counts for report in reports]
+def _tiers_metadata(shards: Sequence[TiersCounts], others: pl.LazyFrame | None) -> _Metadata:
+    counts = [of_shard.tiers for of_shard in shards]
     if others is not None:
         counts.append(tier_counts(others.collect()))
     total = sum_of_counts(counts)
@@ -95,10 +94,10 @@ def _tiers_metadata(reports: Sequence[TiersReport], others: pl.LazyFrame | None)
     }
 
 
-def _reasons_metadata(reports: Sequence[TiersReport], others: pl.LazyFrame | None) -> _Metadata:
+def _reasons_metadata(shards: Sequence[TiersCounts], others: pl.LazyFrame | None) -> _Metadata:
     thin = Counter[str]()
-    for report in reports:
-        thin.update(report.thin)
+    for of_shard in shards:
+        thin.update(of_shard.thin)
     if others is not None:
         thin.update(thin_counts(others.collect()))
     return {
@@ -106,7 +105,7 @@ def _reasons_metadata(reports: Sequence[TiersReport], others: pl.LazyFrame | Non
     }
 
 
-_METADATA: Mapping[str, Callable[[Sequence[TiersReport], pl.LazyFrame | None], _Metadata]] = {
+_METADATA: Mapping[str, Callable[[Sequence[TiersCounts], pl.LazyFrame | None], _Metadata]] = {
     TUTOR_TIERS: _tiers_metadata,
     TUTOR_TIER_REASONS: _reasons_metadata,
 }

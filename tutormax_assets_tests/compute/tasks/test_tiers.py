@@ -1,5 +1,6 @@
 """The tasks of a reference date's tiers, and what is collected of them."""
 
+from datetime import date
 from pathlib import Path
 
 import polars as pl
@@ -7,8 +8,10 @@ import pytest
 from upath import UPath
 
 from tutormax_assets.compute import ShardsError
+from tutormax_assets.compute.tasks import dates
 from tutormax_assets.compute.tasks.tiers import (
     TUTOR_TIERS,
+    TiersCounts,
     TiersReport,
     collect_tiers,
     plan_tiers,
@@ -31,7 +34,8 @@ def metrics(tmp_path: Path, window: str, *, failed: dict[int, str] | None = None
 
 def report(path: UPath, shard: int) -> TiersReport:
     stored = store_parts(path, TutorTiers.create_empty().lazy(), first=shard)
-    return TiersReport({TUTOR_TIERS: stored}, {}, {})
+    day = date.fromisoformat(DAY)
+    return TiersReport({TUTOR_TIERS: {day: stored}}, {day: TiersCounts({}, {})})
 
 
 def test_a_shard_that_an_earlier_step_could_not_compute_has_no_task(tmp_path: Path) -> None:
@@ -39,16 +43,43 @@ def test_a_shard_that_an_earlier_step_could_not_compute_has_no_task(tmp_path: Pa
     path = UPath(tmp_path / "tiers")
 
     plan = plan_tiers(
-        DAY, [failed, metrics(tmp_path, "30day")], paths={TUTOR_TIERS: path}, policy=Policy()
+        [{DAY: failed}, {DAY: metrics(tmp_path, "30day")}],
+        paths={TUTOR_TIERS: {DAY: path}},
+        policy=Policy(),
     )
 
     assert {name: task.shard for name, task in plan.tasks.items()} == {
         f"{DAY} shard 0": 0,
         f"{DAY} shard 2": 2,
     }
-    assert all(len(task.metrics) == 2 for task in plan.tasks.values())
+    assert all(len(of_date) == 2 for task in plan.tasks.values() for of_date in task.metrics)
     reports = {name: report(path, task.shard) for name, task in plan.tasks.items()}
-    assert collect_tiers(plan, reports, {})[TUTOR_TIERS].failed == {1: "poisoned"}
+    found = collect_tiers(plan, reports, {})
+    assert found.partitions[TUTOR_TIERS][DAY].failed == {1: "poisoned"}
+    assert len(found.counts[DAY]) == 2
+
+
+def test_dates_of_few_tutors_are_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = UPath(tmp_path / "7day")
+    one = partition_of(
+        path, Shards(()), [store_parts(path, pl.LazyFrame({"tutor_id": ["a", "b"]}))]
+    )
+    days = [f"2025-11-0{day}" for day in range(1, 6)]
+    monkeypatch.setattr(dates, "_TUTORS_AT_ONCE", 4)
+
+    plan = plan_tiers(
+        [dict.fromkeys(days, one)],
+        paths={TUTOR_TIERS: {day: UPath(tmp_path / day) for day in days}},
+        policy=Policy(),
+    )
+
+    assert {
+        name: [str(day) for day in task.reference_dates] for name, task in plan.tasks.items()
+    } == {
+        "2025-11-01 to 2025-11-02": days[:2],
+        "2025-11-03 to 2025-11-04": days[2:4],
+        "2025-11-05": days[4:],
+    }
 
 
 def test_partitions_that_are_divided_differently_are_one_task(tmp_path: Path) -> None:
@@ -56,9 +87,8 @@ def test_partitions_that_are_divided_differently_are_one_task(tmp_path: Path) ->
     whole = partition_of(path, Shards(()), [store_parts(path, pl.LazyFrame({"tutor_id": ["a"]}))])
 
     plan = plan_tiers(
-        DAY,
-        [metrics(tmp_path, "7day"), whole],
-        paths={TUTOR_TIERS: UPath(tmp_path / "tiers")},
+        [{DAY: metrics(tmp_path, "7day")}, {DAY: whole}],
+        paths={TUTOR_TIERS: {DAY: UPath(tmp_path / "tiers")}},
         policy=Policy(),
     )
 
@@ -68,12 +98,14 @@ def test_partitions_that_are_divided_differently_are_one_task(tmp_path: Path) ->
 
 def test_shards_that_fail_are_named_unless_none_is_left(tmp_path: Path) -> None:
     path = UPath(tmp_path / "tiers")
-    plan = plan_tiers(DAY, [metrics(tmp_path, "7day")], paths={TUTOR_TIERS: path}, policy=Policy())
+    plan = plan_tiers(
+        [{DAY: metrics(tmp_path, "7day")}], paths={TUTOR_TIERS: {DAY: path}}, policy=Policy()
+    )
     first, *others = plan.tasks
     reports = {first: report(path, 0)}
     errors: dict[str, BaseException] = {name: ValueError(f"no {name}") for name in others}
 
-    partition = collect_tiers(plan, reports, errors)[TUTOR_TIERS]
+    partition = collect_tiers(plan, reports, errors).partitions[TUTOR_TIERS][DAY]
 
     assert partition.failed == {1: f"no {DAY} shard 1", 2: f"no {DAY} shard 2"}
     assert len(partition.parts) == 3

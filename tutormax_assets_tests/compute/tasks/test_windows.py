@@ -8,7 +8,7 @@ import pytest
 from upath import UPath
 
 from tutormax_assets.compute import ShardsError
-from tutormax_assets.compute.tasks import windows
+from tutormax_assets.compute.tasks import dates
 from tutormax_assets.compute.tasks.windows import (
     WindowsPlan,
     WindowsReport,
@@ -72,7 +72,7 @@ def test_dates_whose_rows_are_in_the_same_files_are_one_task_and_others_are_one_
         asset: partitions(tmp_path, asset, {LARGE: BY_DATE[LARGE], SMALL: ALL_IN_ONE})
         for asset in together
     }
-    monkeypatch.setattr(windows, "_TUTORS_AT_ONCE", 6)
+    monkeypatch.setattr(dates, "_TUTORS_AT_ONCE", 6)
 
     plan = plan_windows(
         *({**together[asset], **apart[asset]} for asset in together),

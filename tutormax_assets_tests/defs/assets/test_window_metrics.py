@@ -11,7 +11,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from tutormax_assets.compute.shard_map import Compute
-from tutormax_assets.compute.tasks import windows
+from tutormax_assets.compute.tasks import dates
 from tutormax_assets.defs.assets.window_metrics import window_metrics_assets
 from tutormax_assets.defs.resources import MetricsPolicy
 from tutormax_assets.metrics.policy import Policy
@@ -114,7 +114,7 @@ def test_how_many_dates_are_computed_at_once_does_not_show(
 ) -> None:
     materialize(base_path, [DAYS[0]])
     alone = stored(base_path, 90, DAYS[0])
-    monkeypatch.setattr(windows, "_TUTORS_AT_ONCE", tutors_at_once)
+    monkeypatch.setattr(dates, "_TUTORS_AT_ONCE", tutors_at_once)
 
     materialize(base_path, DAYS)
 
