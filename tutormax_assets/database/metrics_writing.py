@@ -89,7 +89,7 @@ _UNIQUE_VIOLATION = "23505"
 
 # One connection keeps one core of the server busy, and two the indexes' last pages: a third one
 # gained nothing. It takes some thousands of rows to be worth its connecting.
-_WRITERS = 2
+WRITERS = 2
 
 _ROWS_FOR_WRITERS = 5_000
 
@@ -137,6 +137,7 @@ def write_metrics(
     timeouts: Timeouts,
     is_wanted: sa.Select[bool] | None = None,
     record: RevisionRecord | None = None,
+    writers: int = WRITERS,
 ) -> Iterator[Batch]:
     """Bring the table's rows of one date and these tutors to the given values, batch by batch.
 
@@ -154,6 +155,7 @@ def write_metrics(
         timeouts: How long a statement may take, and wait for another session's lock.
         is_wanted: Asked in each transaction whether the run that wants the rows goes on.
         record: Keeps the values that are replaced; they are lost when None.
+        writers: How many batches are written at once at most, each by a connection of its own.
 
     Yields:
         One ``Batch`` after each batch, in their order, those included in which the writing ends
@@ -166,7 +168,7 @@ def write_metrics(
     stored = _look(engine, tiers, calculation_date, timeouts)
     rows = _with_moved(tiers, stored)
     moved = rows.filter("is_moved")
-    writers = _WRITERS if len(moved) >= _ROWS_FOR_WRITERS else 1
+    writers = writers if len(moved) >= _ROWS_FOR_WRITERS else 1
     batches = _batches(rows, size=_even(moved["tutor_id"].n_unique(), batch_size, writers))
     writing = _Writing(
         engine=engine,

@@ -30,7 +30,7 @@ from tutormax_assets.database.metrics_reading import (
 )
 
 # One connection keeps one core of the server busy, and it takes many rows to be worth another one.
-_WRITERS = 2
+WRITERS = 2
 _ROWS_FOR_WRITERS = 20_000
 
 _DATE = "calculation_date"
@@ -88,6 +88,7 @@ class RowsOfDate:
         timeouts: How long a statement may take, and wait for another session's lock.
         retrying: Calls the writing again when its failure may pass.
         is_wanted: Asked in each transaction whether the run that wants the rows goes on.
+        writers: How many connections write at once at most.
     """
 
     engine: sa.Engine
@@ -95,6 +96,7 @@ class RowsOfDate:
     timeouts: Timeouts
     retrying: tenacity.Retrying
     is_wanted: sa.Select[bool] | None = None
+    writers: int = WRITERS
 
     def write(
         self, table: sa.Table, rows: pl.DataFrame, *, tutor_ids: Sequence[str] | None = None
@@ -156,9 +158,9 @@ class RowsOfDate:
         of_date = table.c[_DATE] == self.calculation_date
         if tutor_ids is not None:
             of_date &= _is_one_of(table, tutor_ids)
-        if len(rows) < _ROWS_FOR_WRITERS:
+        if self.writers == 1 or len(rows) < _ROWS_FOR_WRITERS:
             return [(rows, of_date)]
-        first = rows["tutor_id"].sort()[len(rows) // _WRITERS]
+        first = rows["tutor_id"].sort()[len(rows) // WRITERS]
         # Cut between tutors, in an order that both sides have whatever the database's encoding.
         bytes_ = sa.func.convert_to(table.c.tutor_id, "UTF8")
         return [

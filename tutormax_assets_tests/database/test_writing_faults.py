@@ -652,18 +652,25 @@ def test_a_run_that_is_broken_off_says_who_is_saved_and_who_is_not(
     assert records(small_platform, but=before) == (set(), {"2025-11-07"})
 
 
-def test_dates_that_were_saved_before_are_on_record(small_platform: Platform) -> None:
+@pytest.mark.parametrize(
+    ("refused", "saved"), [("2025-11-07", "2025-11-06"), ("2025-11-06", "2025-11-07")]
+)
+def test_dates_that_were_saved_before_or_meanwhile_are_on_record(
+    small_platform: Platform, refused: str, saved: str
+) -> None:
     before = run_ids(small_platform)
     provoke(
         small_platform.engine,
-        "IF n > 2 THEN RAISE 'provoked' USING ERRCODE = '53100'; END IF;",
+        f"IF NEW.calculation_date = '{refused} 00:00+00' THEN"
+        " RAISE 'provoked' USING ERRCODE = '53100'; END IF;",
+        each="ROW",
     )
     summaries = small_platform.run("2025-11-06", "2025-11-07", batch_size=15)
 
     assert [summary.all_saved for summary in summaries] == [False, False]
     stored = small_platform.metrics()["calculation_date"].dt.date()
-    assert stored.unique().to_list() == [date(2025, 11, 6)]
-    assert records(small_platform, but=before) == ({"2025-11-06"}, set())
+    assert stored.unique().to_list() == [date.fromisoformat(saved)]
+    assert records(small_platform, but=before) == ({saved}, set())
 
 
 def test_culprits_are_in_the_summary_and_in_the_log(small_platform: Platform) -> None:

@@ -14,7 +14,7 @@ from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.date_locks import is_held
 from tutormax_assets.database.faults import retrying
 from tutormax_assets.database.metrics_reading import MetricsTableError
-from tutormax_assets.database.metrics_writing import Batch, write_metrics
+from tutormax_assets.database.metrics_writing import WRITERS, Batch, write_metrics
 from tutormax_assets.database.revisions import RevisionRecord
 from tutormax_assets.database.rows_of_date import RowsOfDate
 from tutormax_assets.database.tables import tutor_tier_reasons
@@ -42,6 +42,7 @@ class WritingTask:
             the run, and another one have written newer rows.
         reasons: ``TierReasons``; None if they are not stored.
         record: Keeps the values that are replaced; they are lost when None.
+        writers: How many connections write at once at most.
     """
 
     tiers: Rows
@@ -53,6 +54,7 @@ class WritingTask:
     holder: int | None = None
     reasons: Rows | None = None
     record: RevisionRecord | None = None
+    writers: int = WRITERS
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def plan_writing(
     retry_delay_seconds: float,
     holder: int | None,
     record: RevisionRecord | None = None,
+    writers: int = WRITERS,
 ) -> WritingPlan:
     """Divide a reference date into tasks.
 
@@ -156,6 +159,7 @@ def plan_writing(
         retry_delay_seconds: Seconds before the first retry.
         holder: Who has the date for the run, as ``DateLocks.holder`` says.
         record: Keeps the values that are replaced; they are lost when None.
+        writers: How many connections write a shard at once at most.
     """
     reference_date = date.fromisoformat(partition_key)
     divided = division([tiers])
@@ -170,6 +174,7 @@ def plan_writing(
             holder,
             _rows_of_shard(reasons, divided, number),
             record,
+            writers,
         )
         for number in divided.numbers
     }
@@ -207,6 +212,7 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
             timeouts=context.database.timeouts,
             is_wanted=is_wanted,
             record=task.record,
+            writers=task.writers,
         ):
             _log_batch(context.log, task.reference_date, batch)
             batches.append(batch)
@@ -219,6 +225,7 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
             context.database.timeouts,
             attempts,
             is_wanted,
+            task.writers,
         )
         without_reasons = rows_of_date.write(
             tutor_tier_reasons,

@@ -1,9 +1,13 @@
 """The PostgreSQL table that dashboards, managers and churn models read."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import date
+from itertools import islice
+from typing import Any, NamedTuple
 
 import dagster as dg
 
@@ -22,6 +26,7 @@ from tutormax_assets.compute.tasks.writing import (
 )
 from tutormax_assets.database.date_locks import DateLocks
 from tutormax_assets.database.metrics_reading import DateCounts, MetricsTableError, count_rows
+from tutormax_assets.database.metrics_writing import WRITERS
 from tutormax_assets.database.revisions import RevisionRecord
 from tutormax_assets.database.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.dates import midnight
@@ -89,28 +94,38 @@ def tutor_performance_metrics_asset(
             archive_path, files_group, context.run.run_id, metrics_policy.policy.digest
         )
         partitions = partition_store.partitions(TUTOR_TIERS, context.partition_keys)
-        for key, reference_date in reference_dates(context).items():
-            holder = date_locks.holder if compute.is_elsewhere else None
-            reasons = _reasons(partition_store, key)
-            plan = plan_writing(
+        # Of several dates two are written at once; workers write the shards of a date at once.
+        at_once = 1 if compute.is_elsewhere or len(partitions) == 1 else WRITERS
+        plans = (
+            _PlanOfDate(
                 key,
-                partitions[key],
-                reasons,
-                timezone=daily.timezone,
-                batch_size=run_options.batch_size,
-                max_retries=run_options.max_retries,
-                retry_delay_seconds=run_options.retry_delay_seconds,
-                holder=holder,
-                record=record,
+                reference_date,
+                plan_writing(
+                    key,
+                    partitions[key],
+                    _reasons(partition_store, key),
+                    timezone=daily.timezone,
+                    batch_size=run_options.batch_size,
+                    max_retries=run_options.max_retries,
+                    retry_delay_seconds=run_options.retry_delay_seconds,
+                    holder=date_locks.holder if compute.is_elsewhere else None,
+                    record=record,
+                    writers=WRITERS // at_once,
+                ),
             )
-            reports, error = _write(compute, plan, log=context.log)
+            for key, reference_date in reference_dates(context).items()
+        )
+        broken_off: Exception | None = None
+        for (key, reference_date, plan), reports, error in _write_dates(
+            compute, plans, at_once=at_once, log=context.log
+        ):
             not_written = _summaries_of_failed(partition_store, key, plan.division)
             not_written += skip_unwritten(plan, reports, str(error))
             metadata = _metadata(reports, not_written)
             if error is not None:
                 saved.broken_off[key] = metadata
-                yield from saved.without_output()
-                raise error
+                broken_off = broken_off or error
+                continue
             if run_options.tutor_ids:
                 instant = midnight(reference_date, timezone=daily.timezone)
                 counts = run_options.retrying(context.log)(count_rows, database.engine, instant)
@@ -118,6 +133,9 @@ def tutor_performance_metrics_asset(
                 metadata |= _of_the_date(counts, metadata, others=others)
             is_partial = bool(run_options.tutor_ids) and not _is_materialized(context, key)
             saved.add(key, plan.division, metadata, is_partial=is_partial)
+        if broken_off is not None:
+            yield from saved.without_output()
+            raise broken_off
         yield from saved.events(context)
 
     return tutor_performance_metrics
@@ -221,6 +239,39 @@ def _reasons(store: PartitionStore, key: str) -> Partition | None:
     except FileNotFoundError:
         # The tiers were computed without their reasons.
         return None
+
+
+class _PlanOfDate(NamedTuple):
+    key: str
+    reference_date: date
+    plan: WritingPlan
+
+
+class _Written(NamedTuple):
+    of: _PlanOfDate
+    reports: Mapping[str, WritingReport]
+    error: Exception | None
+
+
+def _write_dates(
+    compute: Compute, plans: Iterator[_PlanOfDate], *, at_once: int, log: logging.Logger
+) -> Iterator[_Written]:
+    """Write dates, some at once, and give what became of them in their order.
+
+    After one that is broken off no other is begun.
+    """
+
+    def write(one: _PlanOfDate) -> _Written:
+        return _Written(one, *_write(compute, one.plan, log=log))
+
+    with ThreadPoolExecutor(at_once, thread_name_prefix=METRICS_TABLE) as pool:
+        under_way = deque(pool.submit(write, one) for one in islice(plans, at_once))
+        while under_way:
+            written = under_way.popleft().result()
+            if written.error is not None:
+                plans = iter(())
+            under_way.extend(pool.submit(write, one) for one in islice(plans, 1))
+            yield written
 
 
 def _write(
