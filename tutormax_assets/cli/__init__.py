@@ -4,6 +4,7 @@ Only Typer and Rich are imported here and at the top of the command modules, so 
 answers at once.
 """
 
+import os
 import sys
 from functools import partial
 from typing import Annotated
@@ -74,6 +75,8 @@ app.add_typer(db.app, name="db")
 
 def main() -> None:
     """What the program ``tutormax`` does: the command that its arguments name."""
+    # NumPy starts a thread for each core when it is imported, and nothing here needs them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if sys.argv[1:2] in (["run"], ["backfill"]):
         # Ctypes, too, is imported for these only.
         from tutormax_assets.cli.supervision import in_a_child

@@ -408,14 +408,21 @@ class _FoundColumns(dy.Schema):
 
 @contextmanager
 def _snapshot(
-    source: Source, *, tutor_ids: Sequence[str] = (), shared: str | None = None
+    source: Source,
+    *,
+    tutor_ids: Sequence[str] = (),
+    shared: str | None = None,
+    beside: dbapi.Connection | None = None,
 ) -> Iterator[dbapi.Cursor]:
-    """A transaction that reads; of the given tutors, and in a snapshot that another one shares."""
+    """A transaction that reads; of the given tutors, and in a snapshot that another one shares.
+
+    One beside another connection does not read the server's types anew.
+    """
     limits = transaction_limits(source.timeouts)
     set_all = ", ".join(f"set_config('{name}', ${n}, true)" for n, name in enumerate(limits, 1))
     with (
         _told(source),
-        dbapi.connect(conninfo(source.url)) as connection,
+        beside.adbc_clone() if beside else dbapi.connect(conninfo(source.url)) as connection,
         connection.cursor() as cursor,
     ):
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -504,7 +511,8 @@ def _at_once(
     opened: Future[dbapi.Cursor] = Future()
 
     def read_there() -> Streamed | None:
-        with _snapshot(source, tutor_ids=tutor_ids, shared=shared) as other:
+        beside = cursor.connection
+        with _snapshot(source, tutor_ids=tutor_ids, shared=shared, beside=beside) as other:
             if not opened.set_running_or_notify_cancel():
                 return None
             opened.set_result(other)
