@@ -339,7 +339,7 @@ def _of_edges(
     since: _SumsSinceBorders, one: date, edges: Mapping[str, tuple[int, int]]
 ) -> pl.DataFrame:
     has_row = pl.any_horizontal(pl.col("sessions", "logins", "responses") > 0)
-    none = EdgeSumsOfDates.create_empty()
+    none = pl.DataFrame(schema=pl.Schema(EdgeSumsOfDates))
     found = [
         since.span(one, days).filter(has_row).with_columns(edge=pl.lit(name), reference_date=one)
         for name, days in edges.items()

@@ -123,6 +123,26 @@ def rows_of_all(dates: Sequence[Rows]) -> Rows:
     return replace(dates[0], parts=tuple(parts))
 
 
+def read_dates(dates: Mapping[str, Rows]) -> dict[str, pl.DataFrame]:
+    """The rows of dates by key; files that dates share are read once."""
+    by_files: dict[tuple[str, ...], list[str]] = {}
+    for key, rows in dates.items():
+        by_files.setdefault(rows.file_names, []).append(key)
+    found = {}
+    for keys in by_files.values():
+        if len(keys) == 1:
+            found[keys[0]] = dates[keys[0]].scan().collect()
+            continue
+        of_all = rows_of_all([dates[key] for key in keys])
+        files = pl.collect_all(replace(of_all, parts=(part,)).scan() for part in of_all.parts)
+        for key in keys:
+            found[key] = pl.concat(
+                file.slice((part.offset or 0) - (whole.offset or 0), part.rows)
+                for file, part, whole in zip(files, dates[key].parts, of_all.parts, strict=True)
+            )
+    return {key: found[key] for key in dates}
+
+
 @dataclass(frozen=True)
 class Partition:
     """A partition.
@@ -213,7 +233,7 @@ def partition_of(
     stored: Iterable[StoredParts],
     *,
     failed: Mapping[int, str] | None = None,
-    no_rows: pl.DataFrame | None = None,
+    schema: pl.Schema | None = None,
 ) -> Partition:
     """A partition of the files of its shards.
 
@@ -222,14 +242,16 @@ def partition_of(
         shards: How its tutors are divided.
         stored: The files.
         failed: Why other shards have none, by number.
-        no_rows: What is stored of those.
+        schema: The columns of the files that are stored of those, without rows.
 
     Raises:
         StorageError: The storage cannot be written.
     """
     failed = failed or {}
-    empty = pl.DataFrame() if no_rows is None else no_rows
-    stored = [*stored, *(store_parts(path, empty.lazy(), first=number) for number in failed)]
+    stored = [
+        *stored,
+        *(store_parts(path, pl.LazyFrame(schema=schema), first=number) for number in failed),
+    ]
     parts = tuple(part for one in sorted(stored, key=lambda one: one.first) for part in one.parts)
     seconds = sum(one.seconds for one in stored)
     return Partition(path, shards, parts, failed=failed, seconds=seconds)

@@ -28,6 +28,7 @@ from tutormax_assets.storage.partition import (
     list_partition,
     open_partition,
     partition_of,
+    read_dates,
     rows_of_all,
     scan_partition,
     store_parts,
@@ -156,6 +157,29 @@ def test_dates_that_are_stored_together_share_a_file_and_each_has_its_rows(base_
     assert_frame_equal(whole.scan().collect(), TOGETHER)
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_dates_that_are_read_together_have_the_rows_of_each(
+    base_path: str, is_sharded: bool
+) -> None:
+    kept = keep_together(base_path)
+    apart = partition_path(base_path, KEY, "2025-11-09")
+    store(apart, TOGETHER, shards=Shards(("c",)) if is_sharded else ALL_IN_ONE)
+    partitions = {str(day): kept.partition(KEY, str(day)) for day in DAYS}
+    if is_sharded:
+        # Each shard has a place of its own in its file.
+        partitions = {
+            day: replace(one, parts=(*one.parts, *one.parts), shards=Shards(("c",)))
+            for day, one in partitions.items()
+        }
+    partitions["2025-11-09"] = open_partition(apart)
+
+    found = read_dates({day: one.rows() for day, one in partitions.items()})
+
+    assert list(found) == [*map(str, DAYS), "2025-11-09"]
+    for day, one in partitions.items():
+        assert_frame_equal(found[day], one.rows().scan().collect())
+
+
 def test_a_date_leaves_those_that_share_its_file_as_they_are(base_path: str) -> None:
     kept = keep_together(base_path)
     first, second, third = (str(day) for day in DAYS)
@@ -273,7 +297,7 @@ def compute(
             for number in range(len(shards))
             if number not in (failed or {})
         ]
-        partitions[day] = partition_of(path, shards, parts, failed=failed, no_rows=rows.clear())
+        partitions[day] = partition_of(path, shards, parts, failed=failed, schema=rows.schema)
     store.keep(partitions)
     return {
         day: partition.rows().scan().sort("tutor_id").collect().to_dicts()

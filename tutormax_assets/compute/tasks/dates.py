@@ -127,7 +127,7 @@ def collect_partitions(
                 divisions[key].shards,
                 parts.get((asset, key), []),
                 failed=failed[key],
-                no_rows=schemas[asset].create_empty(),
+                schema=pl.Schema(schemas[asset]),
             )
             for key, path in of_asset.items()
         }

@@ -267,7 +267,7 @@ def collect_snapshots(
     report: SnapshotReport,
     shards: Shards,
     *,
-    no_rows: pl.DataFrame,
+    schema: pl.Schema,
 ) -> dict[str, Partition]:
     """The partitions of an asset by reference date in ISO form.
 
@@ -276,7 +276,7 @@ def collect_snapshots(
         asset: The asset.
         report: What was stored of it, and which shards could not be read.
         shards: How tutors are divided.
-        no_rows: What is stored of those that could not be read.
+        schema: The columns of the files that are stored of those that could not be read.
 
     Raises:
         StorageError: The storage cannot be written.
@@ -287,7 +287,7 @@ def collect_snapshots(
             shards,
             report.stored[asset][reference_date],
             failed=report.failed,
-            no_rows=no_rows,
+            schema=schema,
         )
         for reference_date, path in request.paths[asset].items()
     }

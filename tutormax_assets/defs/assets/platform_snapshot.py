@@ -186,7 +186,7 @@ def _keep(
             asset,
             of_tutors if asset in of_tutors.stored else found.report,
             found.shards,
-            no_rows=_SCHEMAS[asset].create_empty(),
+            schema=pl.Schema(_SCHEMAS[asset]),
         )
         for key in partitions:
             _add_metadata(context, asset, key, found, store)

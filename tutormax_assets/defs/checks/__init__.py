@@ -14,11 +14,13 @@ from typing import NamedTuple
 import dagster as dg
 import polars as pl
 
+from tutormax_assets.compute.tasks.dates import batches_of_dates
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.defs.resources import newest_dates
 from tutormax_assets.runs.private_dagster import TargetMaterialization
 from tutormax_assets.runs.tags import partition_keys
 from tutormax_assets.storage.files import StorageError
+from tutormax_assets.storage.partition import Partition, read_dates
 from tutormax_assets.storage.store import PartitionStore
 
 # A longer outage changes so much that a comparison says little.
@@ -176,31 +178,44 @@ def partition(store: PartitionStore, asset: str, partition_key: str) -> pl.LazyF
     return store.whole_partition(asset, partition_key).rows().scan()
 
 
-def rows_and_roster(
-    store: PartitionStore, asset: str, partition_key: str
-) -> tuple[pl.DataFrame, pl.DataFrame, Finding | None]:
+class RowsAndRoster(NamedTuple):
     """A partition with a row for each tutor, and the tutors who should have one.
 
-    Returns:
-        The rows, ``TutorRoster`` without the shards that failed, and what is to be said of those
-        if there are any. That is a warning: the other tutors are computed and saved all the same,
-        and the step that saves them fails.
+    Attributes:
+        rows: The rows.
+        roster: ``TutorRoster`` without the shards that failed.
+        of_failed_shards: What is to be said of those if there are any. That is a warning: the other
+            tutors are computed and saved all the same, and the step that saves them fails.
     """
-    stored = store.whole_partition(asset, partition_key)
-    tutors = partition(store, "tutor_roster", partition_key)
-    rows, tutors_and_shards = pl.collect_all(
-        [stored.rows().scan(), tutors.with_columns(stored.shards.number().alias("shard"))]
-    )
+
+    rows: pl.DataFrame
+    roster: pl.DataFrame
+    of_failed_shards: Finding | None
+
+
+def rows_and_rosters(
+    store: PartitionStore, asset: str, partition_keys: Sequence[str]
+) -> Iterator[tuple[str, RowsAndRoster]]:
+    """The rows and rosters of some dates by partition key; those of several dates read at once."""
+    stored = {key: store.whole_partition(asset, key) for key in partition_keys}
+    counts = {key: of_date.rows().count for key, of_date in stored.items()}
+    for keys in batches_of_dates(counts):
+        rows = read_dates({key: stored[key].rows() for key in keys})
+        rosters = read_dates(
+            {key: store.whole_partition("tutor_roster", key).rows() for key in keys}
+        )
+        for key in keys:
+            yield key, _rows_and_roster(stored[key], rows[key], rosters[key])
+
+
+def _rows_and_roster(stored: Partition, rows: pl.DataFrame, tutors: pl.DataFrame) -> RowsAndRoster:
+    if not stored.failed:
+        return RowsAndRoster(rows, tutors, None)
     # A run of some tutors may have computed tutors of a shard that failed.
-    is_left_out = pl.col("shard").is_in(list(stored.failed)) & ~pl.col("tutor_id").is_in(
+    is_left_out = stored.shards.number().is_in(list(stored.failed)) & ~pl.col("tutor_id").is_in(
         rows["tutor_id"].implode()
     )
-    roster, left_out = (
-        tutors_and_shards.filter(condition).drop("shard")
-        for condition in (~is_left_out, is_left_out)
-    )
-    if not stored.failed:
-        return rows, roster, None
+    left_out = tutors.filter(is_left_out)
     number, why = min(stored.failed.items())
     finding = Finding(
         False,
@@ -214,7 +229,7 @@ def rows_and_roster(
         WARN,
         "Fix the cause and run the date again.",
     )
-    return rows, roster, finding
+    return RowsAndRoster(rows, tutors.filter(~is_left_out), finding)
 
 
 def of_the_date(
@@ -259,11 +274,20 @@ def last_saved(
     store: PartitionStore,
     asset: str,
     partition_key: str,
+    *,
+    known: Mapping[str, pl.DataFrame],
 ) -> Earlier:
     """The partition of the day before, or of the last date that was saved where that was not.
 
     A date that was blocked or broken off is no measure for the next one, whatever its partitions
     hold.
+
+    Args:
+        context: Of the run.
+        store: Where the partitions are.
+        asset: The asset.
+        partition_key: The date that is compared.
+        known: Partitions that have been read.
     """
     reference_date = date.fromisoformat(partition_key)
     for days in range(1, _LOOK_BACK_DAYS + 1):
@@ -273,6 +297,8 @@ def last_saved(
         since = (
             "the day before" if days == 1 else f"{before}, the last date before it that is saved"
         )
+        if before in known:
+            return Earlier(known[before], since)
         with suppress(OSError, StorageError, pl.exceptions.PolarsError):
             return Earlier(partition(store, asset, before).collect(), since)
         break

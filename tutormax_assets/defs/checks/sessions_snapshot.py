@@ -20,6 +20,7 @@ from tutormax_assets.defs.checks import (
     report,
 )
 from tutormax_assets.defs.checks.source import SourceTable, few_rows_set_aside, source_is_fresh
+from tutormax_assets.defs.checks.volumes import read_volumes, unknown_tutors
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.policy import Policy
 from tutormax_assets.metrics.quality import DUPLICATE, NOT_THE_SESSIONS_TUTOR
@@ -59,23 +60,21 @@ def sessions_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.AssetChe
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         policy, retrying = metrics_policy.policy, run_options.retrying(context.log)
         found: dict[str, dict[str, Finding]] = {}
-        for key in dates_to_check(context, ASSET):
+        keys = dates_to_check(context, ASSET)
+        volumes = read_volumes(partition_store, keys, days=policy.horizon_days)
+        unknown = unknown_tutors(partition_store, keys)
+        for key in keys:
             reference_date = date.fromisoformat(key)
-            sessions = partition(partition_store, ASSET, key)
-            by_day, by_tutor, set_aside = pl.collect_all(
-                [
-                    sessions_by_day(sessions),
-                    sessions.group_by("tutor_id").len("rows"),
-                    partition(partition_store, "sessions_set_aside", key),
-                ],
-                engine="streaming",
-            )
-            tutors = tutors_when_read(partition_store, key)
+            by_day = volumes.sessions[key]
             found[key] = findings_of_rows(
-                by_day, by_tutor, set_aside, tutors, reference_date=reference_date, policy=policy
+                by_day,
+                unknown[key],
+                partition(partition_store, "sessions_set_aside", key).collect(),
+                reference_date=reference_date,
+                policy=policy,
             )
             found[key] |= _SESSIONS.look_at(
-                by_day,
+                volumes,
                 partition_store,
                 database.source,
                 partition_key=key,
@@ -132,9 +131,8 @@ def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
 
 def findings_of_rows(
     by_day: pl.DataFrame,
-    by_tutor: pl.DataFrame,
+    unknown: pl.DataFrame | None,
     set_aside: pl.DataFrame,
-    tutors: pl.Series | None,
     /,
     *,
     reference_date: date,
@@ -144,9 +142,8 @@ def findings_of_rows(
 
     Args:
         by_day: As ``sessions_by_day`` gives it.
-        by_tutor: ``tutor_id`` and number of ``rows``.
+        unknown: What ``unknown_tutors`` returns for the date.
         set_aside: ``SetAside``.
-        tutors: As ``tutors_when_read`` gives them.
         reference_date: The reference date.
         policy: Its windows, and the limits of checks.
     """
@@ -173,8 +170,8 @@ def findings_of_rows(
             warn_share=limits.other_tutor_feedback_share,
         ),
         "tutors_are_known": tutors_are_known(
-            by_tutor,
-            tutors,
+            unknown,
+            sessions_read=int(by_day["rows"].sum()),
             error_share=limits.unknown_tutors_error_share,
         ),
     }
@@ -198,23 +195,6 @@ def feedback_is_fresh(
         warn_days=policy.checks.stale_feedback_days,
         since=reference_date - timedelta(days=policy.horizon_days),
         look_at=where_to_look(source, "student_feedback", instant="submitted_at"),
-    )
-
-
-def sessions_by_day(sessions: pl.LazyFrame, /) -> pl.LazyFrame:
-    """Sessions by day: ``date``, ``rows``, ``rated``, ``highest_score``, sorted by date.
-
-    Args:
-        sessions: ``SessionsSnapshot``.
-    """
-    return (
-        sessions.group_by(pl.col("scheduled_date").alias("date"))
-        .agg(
-            pl.len().cast(pl.Int64).alias("rows"),
-            pl.col("overall_rating").count().cast(pl.Int64).alias("rated"),
-            pl.col("engagement_score").max().alias("highest_score"),
-        )
-        .sort("date")
     )
 
 
@@ -330,39 +310,27 @@ def feedback_is_of_the_sessions_tutor(
     )
 
 
-def tutors_when_read(store: PartitionStore, partition_key: str) -> pl.Series | None:
-    """All tutors of the platform at the instant at which its sessions were read, if known."""
-    try:
-        tutors = [
-            partition(store, asset, partition_key).select("tutor_id")
-            for asset in ("tutor_roster", "tutors_left_out")
-        ]
-    except FileNotFoundError:
-        return None
-    return pl.concat(tutors).collect().to_series()
-
-
 def tutors_are_known(
-    by_tutor: pl.DataFrame, tutors: pl.Series | None, /, *, error_share: float
+    unknown: pl.DataFrame | None, /, *, sessions_read: int, error_share: float
 ) -> Finding:
     """Whether the tutors of the sessions were in the platform's tutors.
 
     Both are as of one instant: a tutor who was deleted later is no fault of the date.
 
     Args:
-        by_tutor: Sessions by tutor: ``tutor_id``, ``rows``.
-        tutors: The ids in ``tutors`` when the sessions were read; null if that is not known.
+        unknown: Those who were not in ``tutors`` when the sessions were read, with their number of
+            sessions: ``tutor_id``, ``rows``; None if that is not known.
+        sessions_read: Sessions of all tutors.
         error_share: Share of the sessions above which the check fails: then tutors are missing,
             and the metrics of those who are there are not the whole.
     """
-    if tutors is None:
+    if unknown is None:
         return Finding(
             True,
             "Not compared: tutors_left_out is not there for this date.",
             advice="Run the date again to compare it.",
         )
-    unknown = by_tutor.filter(~pl.col("tutor_id").is_in(tutors.implode()))
-    sessions, read = int(unknown["rows"].sum()), int(by_tutor["rows"].sum())
+    sessions, read = int(unknown["rows"].sum()), sessions_read
     metadata: Metadata = {
         "unknown_tutors": len(unknown),
         "their_sessions": sessions,

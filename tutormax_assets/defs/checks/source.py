@@ -17,10 +17,9 @@ from tutormax_assets.defs.checks import (
     Finding,
     Metadata,
     first_keys,
-    partition,
 )
+from tutormax_assets.defs.checks.volumes import Volumes, What
 from tutormax_assets.metrics.policy import Policy, window_name
-from tutormax_assets.metrics.schemas import LOGIN
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.source import view
 from tutormax_assets.storage.store import PartitionStore
@@ -45,12 +44,12 @@ class SourceTable:
     is_fresh: str
     what: str
     day_what: str
-    usual: Literal["sessions", "logins"]
-    other: Literal["sessions", "logins"]
+    usual: What
+    other: What
 
     def look_at(
         self,
-        by_day: pl.DataFrame,
+        volumes: Volumes,
         store: PartitionStore,
         source: view.AnySource,
         *,
@@ -65,7 +64,7 @@ class SourceTable:
         A run of some tutors does not know the platform as a whole.
 
         Args:
-            by_day: Its rows by day in the snapshot: ``date``, ``rows``.
+            volumes: Rows by day of the date's snapshots.
             store: Where the snapshots are.
             source: Where the platform is read.
             partition_key: The reference date.
@@ -79,6 +78,7 @@ class SourceTable:
             names = (self.is_fresh, "shortest_window_is_whole", "day_volume_is_usual", *more)
             return dict.fromkeys(names, NOT_OF_ALL)
         reference_date = date.fromisoformat(partition_key)
+        by_day = (volumes.sessions if self.name == "sessions" else volumes.events)[partition_key]
         newest = newest_date(
             by_day,
             source,
@@ -87,10 +87,6 @@ class SourceTable:
             reference_date=reference_date,
             timezone=timezone,
         )
-        usual_by_day = (
-            by_day if self.usual == self.day_what else rows_by_day(store, self.usual, partition_key)
-        )
-        other_by_day = rows_by_day(store, self.other, partition_key)
         return {
             self.is_fresh: source_is_fresh(
                 newest,
@@ -100,7 +96,13 @@ class SourceTable:
                 error_days=policy.checks.stale_error_days,
                 look_at=view.where_to_look(source, self.name, instant=self.instant),
             ),
-            **self._volumes(by_day, usual_by_day, other_by_day, reference_date, policy),
+            **self._volumes(
+                by_day,
+                volumes.by_day(self.usual, partition_key),
+                volumes.by_day(self.other, partition_key),
+                reference_date,
+                policy,
+            ),
             **{name: check() for name, check in more.items()},
         }
 
@@ -361,26 +363,6 @@ def shortest_window_is_whole(
         advice="See to what loads the platform's database, then run the date again; if the drop is"
         " real, raise checks.window_loss_error_share in the policy.",
     )
-
-
-def rows_by_day(
-    store: PartitionStore,
-    what: Literal["sessions", "logins"],
-    partition_key: str,
-) -> pl.DataFrame:
-    """Sessions or logins of a date's snapshot: ``date``, ``rows``; empty where there is none."""
-    asset, column = {
-        "sessions": ("sessions_snapshot", "scheduled_date"),
-        "logins": ("tutor_events_snapshot", "event_date"),
-    }[what]
-    try:
-        rows = partition(store, asset, partition_key)
-    except FileNotFoundError:
-        return pl.DataFrame(schema={"date": pl.Date, "rows": pl.Int64})
-    if what == "logins":
-        rows = rows.filter(event_type=LOGIN)
-    by_day = rows.group_by(pl.col(column).alias("date")).agg(pl.len().cast(pl.Int64).alias("rows"))
-    return by_day.collect(engine="streaming")
 
 
 class _WindowVolume(NamedTuple):

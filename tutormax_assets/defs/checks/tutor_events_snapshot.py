@@ -10,6 +10,7 @@ import polars as pl
 from tutormax_assets.defs.assets import PLATFORM_POOL
 from tutormax_assets.defs.checks import Finding, check_spec, dates_to_check, partition, report
 from tutormax_assets.defs.checks.source import SourceTable, few_rows_set_aside
+from tutormax_assets.defs.checks.volumes import read_volumes
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.storage.store import PartitionStore
@@ -42,18 +43,14 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
         policy, limits = metrics_policy.policy, metrics_policy.policy.checks
         retrying = run_options.retrying(context.log)
         found: dict[str, dict[str, Finding]] = {}
-        for key in dates_to_check(context, ASSET):
+        keys = dates_to_check(context, ASSET)
+        volumes = read_volumes(partition_store, keys, days=policy.horizon_days)
+        for key in keys:
             reference_date = date.fromisoformat(key)
-            by_day, set_aside = pl.collect_all(
-                [
-                    events_by_day(partition(partition_store, ASSET, key)),
-                    partition(partition_store, "tutor_events_set_aside", key),
-                ],
-                engine="streaming",
-            )
+            set_aside = partition(partition_store, "tutor_events_set_aside", key).collect()
             found[key] = {
                 "few_rows_set_aside": few_rows_set_aside(
-                    by_day.with_columns(pl.lit("tutor_events").alias("source_table")),
+                    volumes.events[key].with_columns(pl.lit("tutor_events").alias("source_table")),
                     set_aside,
                     reference_date=reference_date,
                     windows=policy.windows,
@@ -63,7 +60,7 @@ def tutor_events_snapshot_checks(daily: dg.DailyPartitionsDefinition) -> dg.Asse
                 )
             }
             found[key] |= _EVENTS.look_at(
-                by_day,
+                volumes,
                 partition_store,
                 database.source,
                 partition_key=key,
@@ -99,16 +96,3 @@ def _specs(daily: dg.DailyPartitionsDefinition) -> list[dg.AssetCheckSpec]:
             "The newest day has about as many events as that weekday in the weeks before.",
         ),
     ]
-
-
-def events_by_day(events: pl.LazyFrame, /) -> pl.LazyFrame:
-    """Events by day: ``date``, ``rows``, sorted by date.
-
-    Args:
-        events: ``TutorEventsSnapshot``.
-    """
-    return (
-        events.group_by(pl.col("event_date").alias("date"))
-        .agg(pl.len().cast(pl.Int64).alias("rows"))
-        .sort("date")
-    )

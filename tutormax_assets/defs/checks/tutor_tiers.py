@@ -21,7 +21,7 @@ from tutormax_assets.defs.checks import (
     of_the_date,
     partition,
     report,
-    rows_and_roster,
+    rows_and_rosters,
     unless_failed,
 )
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
@@ -53,8 +53,9 @@ def tutor_tiers_checks(
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         limits = metrics_policy.policy.checks
         found = {}
-        for key in dates_to_check(context, ASSET):
-            rows, roster, of_failed_shards = rows_and_roster(partition_store, ASSET, key)
+        before: dict[str, pl.DataFrame] = {}
+        keys = dates_to_check(context, ASSET)
+        for key, (rows, roster, of_failed_shards) in rows_and_rosters(partition_store, ASSET, keys):
             left_out = partition_store.active_tutors_left_out(key)
             of_windows = partial(
                 every_tutor_has_all_windows,
@@ -63,7 +64,8 @@ def tutor_tiers_checks(
                 " for all tutors.",
             )
             shrinking = partial(counts_never_shrink, windows=windows)
-            earlier = last_saved(context, partition_store, ASSET, key)
+            earlier = last_saved(context, partition_store, ASSET, key, known=before)
+            before = {key: rows}
             found[key] = {
                 "every_tutor_has_a_tier": unless_failed(
                     of_the_date(of_windows, rows, roster, tutor_ids=run_options.tutor_ids),

@@ -17,7 +17,7 @@ from tutormax_assets.defs.checks import (
     last_saved,
     of_the_date,
     report,
-    rows_and_roster,
+    rows_and_rosters,
     unless_failed,
 )
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
@@ -63,9 +63,11 @@ def window_metrics_checks(
     ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
         limits = metrics_policy.policy.checks
         found = {}
-        for key in dates_to_check(context, asset):
-            rows, roster, of_failed_shards = rows_and_roster(partition_store, asset, key)
-            earlier = last_saved(context, partition_store, asset, key)
+        before: dict[str, pl.DataFrame] = {}
+        keys = dates_to_check(context, asset)
+        for key, (rows, roster, of_failed_shards) in rows_and_rosters(partition_store, asset, keys):
+            earlier = last_saved(context, partition_store, asset, key, known=before)
+            before = {key: rows}
             found[key] = {
                 "values_in_range": values_in_range(rows, window=window_name(days)),
                 "one_row_per_tutor": unless_failed(

@@ -34,7 +34,7 @@ def stored(path: UPath, rows: pl.LazyFrame, *, failed: dict[int, str] | None = N
         store_parts(path, rows.filter(shards.number() == number), first=number)
         for number in numbers
     ]
-    return partition_of(path, shards, parts, failed=failed, no_rows=rows.clear().collect())
+    return partition_of(path, shards, parts, failed=failed, schema=rows.collect_schema())
 
 
 def computed(

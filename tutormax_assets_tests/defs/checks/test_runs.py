@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from tutormax_assets.database.connection import create_engine
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.automation.alerts import late_dates
-from tutormax_assets.defs.checks.sessions_snapshot import sessions_by_day
+from tutormax_assets.defs.checks.volumes import sessions_by_day
 from tutormax_assets.runs.failures import step_failure
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.tags import RANGE_END_TAG, RANGE_START_TAG
@@ -588,9 +588,7 @@ def test_tutors_who_are_deleted_during_a_run_cost_nobody_else(
         return sessions_by_day(rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "tutormax_assets.defs.checks.sessions_snapshot.sessions_by_day", delete_and_sum
-        )
+        patch.setattr("tutormax_assets.defs.checks.volumes.sessions_by_day", delete_and_sum)
         [summary] = good.run(LAST)
 
     assert 0 < summary.failed < 11
