@@ -26,6 +26,11 @@ _INDEX = "index"
 _BATCH_SIZE = "DAGSTER_EVENT_BATCH_SIZE"
 _EVENTS_OF_A_BATCH = "1000"
 _BUSY_TIMEOUT_SECONDS = 30
+_OF_ASSETS = (
+    dg.DagsterEventType.ASSET_MATERIALIZATION,
+    dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED,
+    dg.DagsterEventType.ASSET_OBSERVATION,
+)
 
 
 class PooledSqliteEventLogStorage(SqliteEventLogStorage):
@@ -118,11 +123,32 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         ):
             self._of_batch = {events[0].run_id: of_run, _INDEX: of_all}
             try:
-                for event in events:
-                    super().store_event(event)
+                if all(event.dagster_event_type in _OF_ASSETS for event in events):
+                    self._store_together(events, of_run, of_all)
+                else:
+                    for event in events:
+                        super().store_event(event)
             finally:
                 self._of_batch = {}
         self._tell(events[0].run_id)
+
+    def _store_together(
+        self, events: Sequence[dg.EventLogEntry], of_run: sa.Connection, of_all: sa.Connection
+    ) -> None:
+        """Record events of assets with one statement for each table."""
+        insert = self.prepare_insert_event_batch(events)
+        of_run.execute(insert)
+        # Nobody else inserts before the transaction ends, so the ids of the rows are in a row.
+        last = of_all.execute(insert).lastrowid
+        ids = range(last - len(events) + 1, last + 1)
+        self.store_asset_event_tags(events, ids)
+        # An asset has one row, which each of its events would replace.
+        newest = {
+            (event.dagster_event_type, event.get_dagster_event().asset_key): (event, number)
+            for event, number in zip(events, ids, strict=True)
+        }
+        for event, number in sorted(newest.values(), key=lambda one: one[1]):
+            self.store_asset_event(event, number)
 
     def store_event(self, event: dg.EventLogEntry) -> None:
         """Record an event."""

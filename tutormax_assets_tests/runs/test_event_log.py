@@ -16,6 +16,11 @@ from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.private_dagster import SqliteEventLogStorage
 from tutormax_assets.settings import Settings
 
+ASSETS = {
+    dg.DagsterEventType.ASSET_MATERIALIZATION,
+    dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED,
+    dg.DagsterEventType.ASSET_OBSERVATION,
+}
 KEYS = ["2025-11-06", "2025-11-07"]
 WRITTEN_AT = {"create_timestamp", "created_timestamp", "migration_completed"}
 
@@ -129,6 +134,43 @@ def test_the_same_rows_are_stored(instance: dg.DagsterInstance, tmp_path: Path) 
         "index.db asset_keys",
         "index.db asset_check_executions",
     }
+
+
+@dg.op
+def tell(context: dg.OpExecutionContext) -> None:
+    for asset in ("rows", "others"):
+        for key in (*KEYS, KEYS[0]):
+            tags = {"dagster/data_version": key}
+            context.log_event(dg.AssetMaterialization(asset, partition=key, tags=tags))
+    context.log_event(dg.AssetObservation("rows", partition=KEYS[1]))
+
+
+def test_a_batch_of_assets_is_what_its_events_would_be_alone(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    of_rows = instance.all_logs(run(instance))
+    of_others = instance.all_logs(
+        dg.GraphDefinition("told", node_defs=[tell]).execute_in_process(instance=instance).run_id
+    )
+    planned, told = (
+        [event for event in events if event.dagster_event_type in ASSETS]
+        for events in (of_rows, of_others)
+    )
+    assert (len(planned), len(told)) == (2, 7)
+
+    for open_instance, name in ((opened, "in a batch"), (of_dagster, "by Dagster")):
+        with open_instance(tmp_path / name) as another:
+            log = another.event_log_storage
+            for batch in (planned, told, told[:1]):
+                if name == "in a batch":
+                    log.store_event_batch(batch)
+                    continue
+                for event in batch:
+                    log.store_event(event)
+
+    batched, alone = (stored(tmp_path / name) for name in ("in a batch", "by Dagster"))
+    assert batched == alone
+    assert len(batched["index.db asset_event_tags"]) == 8
 
 
 def test_a_batch_is_recorded_in_one_transaction_or_not_at_all(
