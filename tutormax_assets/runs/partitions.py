@@ -12,12 +12,8 @@ from upath import UPath
 
 from tutormax_assets.database.date_locks import date_lock
 from tutormax_assets.storage.files import StorageError, entries
-from tutormax_assets.storage.partition import (
-    delete_files,
-    is_folder_of_partition,
-    is_listed,
-    stored_files,
-)
+from tutormax_assets.storage.partition import delete_files, is_listed, stored_files
+from tutormax_assets.storage.rows import is_folder_of_partition
 from tutormax_assets.storage.store import partition_path
 
 _PAGE = ".html"

@@ -9,7 +9,6 @@ without a look at others. Links are in a second folder, ``<partition>.shared``, 
 reads all files of the first one does not take the rows of many dates for those of one.
 """
 
-import io
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from time import perf_counter
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 
 import polars as pl
@@ -33,114 +32,14 @@ from tutormax_assets.storage.files import (
     write_parquet_parts,
     write_text,
 )
+from tutormax_assets.storage.rows import Part, Rows, file_of, folder_of_links
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
-
-
-class Part(BaseModel, frozen=True):
-    """The rows of a shard, which are those of a file or some of them.
-
-    Attributes:
-        name: The file's name in the partition's folder, or in that of its links.
-        rows: How many rows there are.
-        size_bytes: What they take of the file.
-        offset: The first of these rows in a file that dates share; None where all rows of the file
-            are meant.
-    """
-
-    name: str
-    rows: int
-    size_bytes: int
-    offset: int | None = None
 
 
 class _Listing(BaseModel):
     bounds: tuple[str, ...]
     parts: tuple[Part, ...]
     failed: dict[int, str] = {}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where rows with a ``tutor_id`` are.
-
-    Attributes:
-        path: The folder of the partition.
-        parts: The files, and which of their rows are meant.
-        tutor_ids: Only rows of these tutors are meant; all when empty.
-    """
-
-    path: UPath
-    parts: tuple[Part, ...]
-    tutor_ids: tuple[str, ...] = ()
-
-    @property
-    def files(self) -> tuple[UPath, ...]:
-        """The files."""
-        return tuple(_file(self.path, part) for part in self.parts)
-
-    @property
-    def file_names(self) -> tuple[str, ...]:
-        """The names of the files, which only links to the same files share."""
-        return tuple(part.name for part in self.parts)
-
-    @property
-    def count(self) -> int:
-        """Number of rows in the parts, those of other tutors included."""
-        return sum(part.rows for part in self.parts)
-
-    def scan(self) -> pl.LazyFrame:
-        """The rows."""
-        whole = [part for part in self.parts if part.offset is None]
-        frames = [self._scan(whole)] if whole or not self.parts else []
-        frames += [
-            self._scan([part]).slice(part.offset, part.rows)
-            for part in self.parts
-            if part.offset is not None
-        ]
-        rows = pl.concat(frames) if len(frames) > 1 else frames[0]
-        if not self.tutor_ids:
-            return rows
-        return rows.filter(pl.col("tutor_id").is_in(self.tutor_ids))
-
-    def _scan(self, parts: Sequence[Part]) -> pl.LazyFrame:
-        files = [_file(self.path, part) for part in parts]
-        if all(isinstance(file, Path) for file in files):
-            return pl.scan_parquet([str(file) for file in files], glob=False)
-        contents: list[IO[bytes]] = [io.BytesIO(file.read_bytes()) for file in files]
-        return pl.scan_parquet(contents)
-
-
-def rows_of_all(dates: Sequence[Rows]) -> Rows:
-    """The rows of neighbouring dates that are in the same files, each once."""
-    parts = []
-    for of_file in zip(*(rows.parts for rows in dates), strict=True):
-        first = of_file[0]
-        if first.offset is not None:
-            offset = min(part.offset or 0 for part in of_file)
-            end = max((part.offset or 0) + part.rows for part in of_file)
-            first = first.model_copy(update={"offset": offset, "rows": end - offset})
-        parts.append(first)
-    return replace(dates[0], parts=tuple(parts))
-
-
-def read_dates(dates: Mapping[str, Rows]) -> dict[str, pl.DataFrame]:
-    """The rows of dates by key; files that dates share are read once."""
-    by_files: dict[tuple[str, ...], list[str]] = {}
-    for key, rows in dates.items():
-        by_files.setdefault(rows.file_names, []).append(key)
-    found = {}
-    for keys in by_files.values():
-        if len(keys) == 1:
-            found[keys[0]] = dates[keys[0]].scan().collect()
-            continue
-        of_all = rows_of_all([dates[key] for key in keys])
-        files = pl.collect_all(replace(of_all, parts=(part,)).scan() for part in of_all.parts)
-        for key in keys:
-            found[key] = pl.concat(
-                file.slice((part.offset or 0) - (whole.offset or 0), part.rows)
-                for file, part, whole in zip(files, dates[key].parts, of_all.parts, strict=True)
-            )
-    return {key: found[key] for key in dates}
 
 
 @dataclass(frozen=True)
@@ -337,12 +236,12 @@ class _Links:
         if not isinstance(path, Path):
             return None
         if self.file is None:
-            self.file = _folder_of_links(path) / _new_name(self.shard)
+            self.file = folder_of_links(path) / _new_name(self.shard)
             # Who reads a date reads few rows of others.
             size = max(min(self.rows_of_a_date, _MOST_OF_A_ROW_GROUP), 1)
             written = write_parquet(self.file, self.rows.lazy(), row_group_size=size)
             self.size_bytes = written.size_bytes
-        elif not link_file(self.file, _folder_of_links(path) / self.file.name):
+        elif not link_file(self.file, folder_of_links(path) / self.file.name):
             return None
         share = self.size_bytes * count // max(len(self.rows), 1)
         return Part(name=self.file.name, rows=count, size_bytes=share, offset=offset)
@@ -370,20 +269,11 @@ def _store_apart(path: UPath, rows: pl.DataFrame, shard: int) -> Part:
     return Part(name=name, rows=len(rows), size_bytes=size_bytes)
 
 
-_SHARED = ".shared"
 _MOST_OF_A_ROW_GROUP = 250_000
 
 
 def _new_name(shard: int) -> str:
     return f"{shard:04}-{uuid4().hex[:12]}.parquet"
-
-
-def _file(path: UPath, part: Part) -> UPath:
-    return (path if part.offset is None else _folder_of_links(path)) / part.name
-
-
-def _folder_of_links(path: UPath) -> UPath:
-    return path.with_suffix(_SHARED)
 
 
 def _make_way(path: UPath) -> None:
@@ -497,14 +387,9 @@ def delete_files(path: UPath) -> None:
     _delete_folder(path)
 
 
-def is_folder_of_partition(path: UPath) -> bool:
-    """Whether a path is named as one of the folders of a partition."""
-    return path.suffix in (".parquet", _SHARED)
-
-
 def stored_files(path: UPath) -> list[UPath]:
     """What lies in the folders of a partition, whether it is listed or not."""
-    folders = [path, _folder_of_links(path)] if isinstance(path, Path) else [path]
+    folders = [path, folder_of_links(path)] if isinstance(path, Path) else [path]
     return [file for folder in folders for file in entries(folder)]
 
 
@@ -519,7 +404,7 @@ def is_listed(path: UPath) -> bool:
 
 def _delete_unlisted(path: UPath, parts: Sequence[Part]) -> None:
     """Delete what the listing does not know: older files, and what somebody left behind."""
-    listed = {_file(path, part) for part in parts}
+    listed = {file_of(path, part) for part in parts}
     for entry in stored_files(path):
         if entry in listed:
             continue
@@ -528,7 +413,7 @@ def _delete_unlisted(path: UPath, parts: Sequence[Part]) -> None:
         else:
             entry.unlink(missing_ok=True)
     if isinstance(path, Path) and all(part.offset is None for part in parts):
-        _delete_folder(_folder_of_links(path))
+        _delete_folder(folder_of_links(path))
 
 
 def _delete_folder(path: UPath) -> None:

@@ -9,12 +9,12 @@ from upath import UPath
 
 from tutormax_assets.storage.files import StorageError
 from tutormax_assets.storage.partition import (
-    Part,
     Partition,
     list_partition,
     merge_partition,
     open_partition,
 )
+from tutormax_assets.storage.rows import Part
 
 TUTORS_LEFT_OUT, _TUTOR_ROSTER = "tutors_left_out", "tutor_roster"
 

@@ -28,13 +28,12 @@ from tutormax_assets.storage.partition import (
     list_partition,
     open_partition,
     partition_of,
-    read_dates,
-    rows_of_all,
     scan_partition,
     store_parts,
     store_slices,
     stored_files,
 )
+from tutormax_assets.storage.rows import read_dates, rows_of_all
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 from tutormax_assets.storage.store import PartitionStore, partition_path
 from tutormax_assets_tests.conftest import store

@@ -12,7 +12,8 @@ from tutormax_assets.compute.tasks.windows import EDGE_DAYS
 from tutormax_assets.metrics.changes import moves, sum_splits, tier_changes
 from tutormax_assets.metrics.policy import Policy, window_name
 from tutormax_assets.metrics.schemas import TierChanges
-from tutormax_assets.storage.partition import Partition, Rows, StoredParts, store_parts
+from tutormax_assets.storage.partition import Partition, StoredParts, store_parts
+from tutormax_assets.storage.rows import Rows
 
 TUTOR_TIER_CHANGES = "tutor_tier_changes"
 

@@ -29,13 +29,8 @@ from tutormax_assets.metrics.schemas import (
     WindowSums,
 )
 from tutormax_assets.metrics.tiers import performance_tiers
-from tutormax_assets.storage.partition import (
-    Division,
-    Partition,
-    Rows,
-    division,
-    expect_columns,
-)
+from tutormax_assets.storage.partition import Division, Partition, division, expect_columns
+from tutormax_assets.storage.rows import Rows
 
 TUTOR_TIERS, TUTOR_TIER_REASONS = "tutor_tiers", "tutor_tier_reasons"
 

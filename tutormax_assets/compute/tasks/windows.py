@@ -20,13 +20,8 @@ from tutormax_assets.compute.tasks.dates import (
 from tutormax_assets.metrics.policy import Policy, window_name
 from tutormax_assets.metrics.schemas import EdgeSums, EdgeSumsOfDates, WindowSums, WindowSumsOfDates
 from tutormax_assets.metrics.window import borders, segment_sums, windows_and_edges
-from tutormax_assets.storage.partition import (
-    Division,
-    Partition,
-    Rows,
-    division,
-    rows_of_all,
-)
+from tutormax_assets.storage.partition import Division, Partition, division
+from tutormax_assets.storage.rows import Rows, rows_of_all
 
 WINDOW_EDGES = "window_edges"
 

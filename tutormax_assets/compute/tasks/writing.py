@@ -20,7 +20,8 @@ from tutormax_assets.database.rows_of_date import RowsOfDate
 from tutormax_assets.database.tables import tutor_tier_reasons
 from tutormax_assets.dates import midnight
 from tutormax_assets.metrics.schemas import TierReasons
-from tutormax_assets.storage.partition import Division, Partition, Rows, division
+from tutormax_assets.storage.partition import Division, Partition, division
+from tutormax_assets.storage.rows import Rows
 from tutormax_assets.storage.shards import shard_name
 
 _LOGGED_ERRORS = 10

@@ -93,38 +93,24 @@ def tutor_performance_metrics_asset(
         record = RevisionRecord(
             archive_path, files_group, context.run.run_id, metrics_policy.policy.digest
         )
-        partitions = partition_store.partitions(TUTOR_TIERS, context.partition_keys)
         # Of several dates two are written at once; workers write the shards of a date at once.
-        at_once = 1 if compute.is_elsewhere or len(partitions) == 1 else WRITERS
-        plans = (
-            _PlanOfDate(
-                key,
-                reference_date,
-                plan_writing(
-                    key,
-                    partitions[key],
-                    _reasons(partition_store, key),
-                    timezone=daily.timezone,
-                    batch_size=run_options.batch_size,
-                    max_retries=run_options.max_retries,
-                    retry_delay_seconds=run_options.retry_delay_seconds,
-                    holder=date_locks.holder if compute.is_elsewhere else None,
-                    record=record,
-                    writers=WRITERS // at_once,
-                ),
-            )
-            for key, reference_date in reference_dates(context).items()
+        at_once = 1 if compute.is_elsewhere or len(context.partition_keys) == 1 else WRITERS
+        plans = _plan_dates(
+            context,
+            partition_store,
+            run_options,
+            timezone=daily.timezone,
+            holder=date_locks.holder if compute.is_elsewhere else None,
+            record=record,
+            writers=WRITERS // at_once,
         )
-        broken_off: Exception | None = None
-        for (key, reference_date, plan), reports, error in _write_dates(
-            compute, plans, at_once=at_once, log=context.log
-        ):
+        for written in _write_dates(compute, plans, at_once=at_once, log=context.log):
+            key, reference_date, plan = written.of
             not_written = _summaries_of_failed(partition_store, key, plan.division)
-            not_written += skip_unwritten(plan, reports, str(error))
-            metadata = _metadata(reports, not_written)
-            if error is not None:
-                saved.broken_off[key] = metadata
-                broken_off = broken_off or error
+            not_written += skip_unwritten(plan, written.reports, str(written.error))
+            metadata = _metadata(written.reports, not_written)
+            if written.error is not None:
+                saved.break_off(key, metadata, written.error)
                 continue
             if run_options.tutor_ids:
                 instant = midnight(reference_date, timezone=daily.timezone)
@@ -133,9 +119,6 @@ def tutor_performance_metrics_asset(
                 metadata |= _of_the_date(counts, metadata, others=others)
             is_partial = bool(run_options.tutor_ids) and not _is_materialized(context, key)
             saved.add(key, plan.division, metadata, is_partial=is_partial)
-        if broken_off is not None:
-            yield from saved.without_output()
-            raise broken_off
         yield from saved.events(context)
 
     return tutor_performance_metrics
@@ -171,6 +154,7 @@ class _Saved:
         partial: Of dates that only runs of some tutors have computed.
         failed: Why shards are missing, by name.
         shards: How many shards all dates have.
+        error: Why the first of the dates that could not be written was broken off.
     """
 
     asset_key: dg.AssetKey
@@ -179,6 +163,12 @@ class _Saved:
     partial: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     failed: dict[str, BaseException] = field(default_factory=dict)
     shards: int = 0
+    error: Exception | None = None
+
+    def break_off(self, key: str, metadata: Mapping[str, Any], error: Exception) -> None:
+        """Add a date that could not be written to its end."""
+        self.broken_off[key] = metadata
+        self.error = self.error or error
 
     def add(
         self, key: str, divided: Division, metadata: Mapping[str, Any], *, is_partial: bool
@@ -202,15 +192,18 @@ class _Saved:
         """What the step says of all dates.
 
         Raises:
+            Exception: A date could not be written.
             ShardsError: An earlier step could not compute some shards; the others are saved.
             dagster.Failure: Some tutors of a run of some tutors could not be saved.
         """
-        if not self.failed and not self.partial:
+        if not self.failed and not self.partial and self.error is None:
             for key, metadata in self.written.items():
                 context.add_asset_metadata(metadata, partition_key=key)
             yield dg.MaterializeResult()
             return
-        yield from self.without_output()
+        yield from self._without_output()
+        if self.error is not None:
+            raise self.error
         if self.failed:
             raise ShardsError(self.failed, of=self.shards)
         if not_saved := [key for key, metadata in self.partial.items() if metadata["failed"]]:
@@ -220,7 +213,7 @@ class _Saved:
                 allow_retries=False,
             )
 
-    def without_output(self) -> Iterator[dg.AssetMaterialization | dg.AssetObservation]:
+    def _without_output(self) -> Iterator[dg.AssetMaterialization | dg.AssetObservation]:
         """What a step without an output has saved: the output would have said so.
 
         A date that was broken off is not materialized: it is observed, if any of it was saved. One
@@ -245,6 +238,33 @@ class _PlanOfDate(NamedTuple):
     key: str
     reference_date: date
     plan: WritingPlan
+
+
+def _plan_dates(
+    context: dg.AssetExecutionContext,
+    store: PartitionStore,
+    run_options: RunOptions,
+    *,
+    timezone: str,
+    holder: int | None,
+    record: RevisionRecord,
+    writers: int,
+) -> Iterator[_PlanOfDate]:
+    partitions = store.partitions(TUTOR_TIERS, context.partition_keys)
+    for key, reference_date in reference_dates(context).items():
+        plan = plan_writing(
+            key,
+            partitions[key],
+            _reasons(store, key),
+            timezone=timezone,
+            batch_size=run_options.batch_size,
+            max_retries=run_options.max_retries,
+            retry_delay_seconds=run_options.retry_delay_seconds,
+            holder=holder,
+            record=record,
+            writers=writers,
+        )
+        yield _PlanOfDate(key, reference_date, plan)
 
 
 class _Written(NamedTuple):

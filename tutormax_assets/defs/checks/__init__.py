@@ -20,7 +20,8 @@ from tutormax_assets.defs.resources import newest_dates
 from tutormax_assets.runs.private_dagster import TargetMaterialization
 from tutormax_assets.runs.tags import partition_keys
 from tutormax_assets.storage.files import StorageError
-from tutormax_assets.storage.partition import Partition, read_dates
+from tutormax_assets.storage.partition import Partition
+from tutormax_assets.storage.rows import read_dates
 from tutormax_assets.storage.store import PartitionStore
 
 # A longer outage changes so much that a comparison says little.

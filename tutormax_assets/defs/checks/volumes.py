@@ -10,7 +10,7 @@ import polars as pl
 
 from tutormax_assets.metrics.schemas import LOGIN, SessionsSnapshot, TutorEventsSnapshot
 from tutormax_assets.metrics.window import within_window
-from tutormax_assets.storage.partition import Rows, rows_of_all
+from tutormax_assets.storage.rows import Rows, rows_of_all
 from tutormax_assets.storage.store import PartitionStore
 
 What = Literal["sessions", "logins"]
