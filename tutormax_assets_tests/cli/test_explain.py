@@ -1,6 +1,7 @@
 """Why a tutor is in a tier: what aged out, what arrived late, what was deleted."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -295,6 +296,18 @@ def test_a_page_says_the_same_and_is_for_its_owner_only(explained: Invoke, tmp_p
     assert "Remark of the reviewer" in page
     for outside in ("<script", "http", "src=", "Private"):
         assert outside not in page
+
+
+def test_each_table_of_a_page_has_a_name_of_its_own(computed: Platform) -> None:
+    found = explanation.explain(computed.settings, "aged", DAY)
+    [moved] = [one for one in found.windows if one.changes][:1]
+    both = [moved, replace(moved, window="14day")]
+
+    page = pages.explanation_page(replace(found, windows=both), Policy())
+
+    names = re.findall(r'role="region" aria-label="([^"]*)"', page)
+    assert sum("sessions since" in name for name in names) >= 2
+    assert len(set(names)) == len(names)
 
 
 def test_a_page_escapes_what_comes_from_outside(computed: Platform) -> None:
