@@ -18,6 +18,7 @@ from psycopg import sql
 
 from tutormax_assets.metrics.schemas import SourceSessions
 from tutormax_assets.source.contract import NEEDED_COLUMNS, columns_read
+from tutormax_assets.source.packing import PACKED, RATING, pack_feedback, pack_session
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
 
 TUTORS = """
@@ -45,14 +46,6 @@ FROM (
 """  # noqa: S608 - constants only
 
 
-def _whole_number(column: str) -> str:
-    # Of a bigint, what does not fit stays on the same side of whatever the contract asks.
-    return (
-        f"CASE WHEN {column} < -1 THEN -1 WHEN {column} > 2147483647 THEN 2147483647"
-        f" ELSE {column} END::integer"
-    )
-
-
 # PostgreSQL refuses a numeric value that is too large or too small for a double, and repeats it in
 # its message. Here it stays on its side of the contract; NaN counts as larger than any number.
 NUMERIC_SCORE = """
@@ -67,26 +60,6 @@ NUMERIC_SCORE = """
 SCORE = "t.engagement_score::double precision"
 
 _OF_SESSIONS = columns_read(SourceSessions, "sessions")
-
-NULLABLE_FLAGS = [
-    name
-    for name, dtype in pl.Schema(SourceSessions).items()
-    if name in _OF_SESSIONS and dtype == pl.Boolean and SourceSessions.columns()[name].nullable
-]
-
-UNKNOWN_FLAG = 2
-
-# The driver spends more on a field than the server, so four booleans travel as one number: a bit
-# for the first one and two bits, the higher one for null, for each of the others.
-_FLAGS = " + ".join(
-    (
-        "(t.actual_start IS NOT NULL)::integer",
-        *(
-            f"{2 * 4**place} * coalesce(t.{column}::integer, {UNKNOWN_FLAG})"
-            for place, column in enumerate(NULLABLE_FLAGS)
-        ),
-    )
-)
 
 _OF_WINDOW = "t.scheduled_start >= {start} AND t.scheduled_start < {end}"
 
@@ -103,13 +76,11 @@ def _session_columns(*, hashed: bool) -> Iterator[str]:
         match schema[name]:
             case pl.String():
                 yield f"{_id(f't.{column}', hashed=hashed)} AS {name}"
-            case pl.Int32():
-                yield f"{_whole_number(f't.{column}')} AS {name}"
             case pl.Datetime():
                 yield f"t.{column} AS {name}"
             case pl.Float64():
                 yield f"{{score}} AS {name}"
-    yield f"({_FLAGS})::smallint AS flags"
+    yield f"{pack_session()} AS {PACKED}"
 
 
 def sessions_query(*, hashed: bool) -> str:
@@ -120,14 +91,14 @@ def sessions_query(*, hashed: bool) -> str:
 
 def feedback_query(*, hashed: bool) -> str:
     """Feedback of any session, likewise; a feedback has its session's hash and no id then."""
-    ids = (
-        f"{hash_of('f.session_id')} AS session_id, {hash_of('f.tutor_id')} AS feedback_tutor_id"
+    columns = (
+        f"{hash_of('f.session_id')} AS session_id,"
+        f" {pack_feedback(hash_of('f.tutor_id'))} AS {PACKED}"
         if hashed
         else "f.session_id::text AS session_id, coalesce(f.feedback_id::text, '') AS feedback_id,"
-        " f.tutor_id::text AS feedback_tutor_id"
+        f" f.tutor_id::text AS feedback_tutor_id, {RATING}::integer AS overall_rating"
     )
-    rating = _whole_number("f.overall_rating")
-    return f"SELECT {ids}, {rating} AS overall_rating\nFROM student_feedback AS f"
+    return f"SELECT {columns}\nFROM student_feedback AS f"
 
 
 # Feedback has no column that tells when its session is. Where most of it is of other sessions the

@@ -23,11 +23,10 @@ from tutormax_assets.metrics.schemas import (
 )
 from tutormax_assets.source.arrow_stream import ArrowStreamError, batches
 from tutormax_assets.source.contract import columns_read
+from tutormax_assets.source.packing import PACKED, unpack_feedback, unpack_session
 from tutormax_assets.source.queries import (
     MOST_FEEDBACK_PER_SESSION,
-    NULLABLE_FLAGS,
     OF_SESSIONS_READ,
-    UNKNOWN_FLAG,
     events_query,
     feedback_query,
     sessions_query,
@@ -77,21 +76,24 @@ def _schema(frame: type[dy.Schema], table: str, *, hashed: bool) -> pl.Schema:
 
 
 def _sessions_schema(*, hashed: bool) -> pl.Schema:
-    """Sessions as they are read: flags in one number."""
+    """Sessions as they are read: numbers and booleans in one."""
     schema = _schema(SourceSessions, "sessions", hashed=hashed)
     return pl.Schema(
         {
-            **{name: dtype for name, dtype in schema.items() if not isinstance(dtype, pl.Boolean)},
-            "flags": pl.Int16(),
+            **{
+                name: dtype
+                for name, dtype in schema.items()
+                if not isinstance(dtype, pl.Boolean | pl.Int32)
+            },
+            PACKED: pl.Int64(),
         }
     )
 
 
 def _feedback_schema(*, hashed: bool) -> pl.Schema:
-    schema = _schema(SourceSessions, "student_feedback", hashed=hashed)
-    # What a feedback has is the hash of its session.
-    left_out = ("feedback_id",) if hashed else ()
-    return pl.Schema({name: dtype for name, dtype in schema.items() if name not in left_out})
+    if hashed:
+        return pl.Schema({"session_id": pl.Int64(), PACKED: pl.Int64()})
+    return _schema(SourceSessions, "student_feedback", hashed=False)
 
 
 def _events_schema(*, hashed: bool) -> pl.Schema:
@@ -141,8 +143,10 @@ def _joined(sessions: pl.DataFrame, feedback: pl.DataFrame) -> list[pl.LazyFrame
     of_sessions, of_feedback = (rows.with_columns(part).lazy() for rows in (sessions, feedback))
     return [
         of_sessions.filter(part=number)
+        .with_columns(*unpack_session())
+        .drop(PACKED)
         .join(of_feedback.filter(part=number).drop("part"), on="session_id", how="left")
-        .with_columns((pl.col("flags") % 2 == 1).alias("started"), *_nullable_flags())
+        .with_columns(*(unpack_feedback() if PACKED in feedback.columns else ()))
         .select(SourceSessions.column_names())
         for number in range(count)
     ]
@@ -196,12 +200,6 @@ def _estimate(cursor: dbapi.Cursor, query: str) -> int:
     finally:
         statement.set_options(**{USE_COPY: "true"})
     return int(plan["Plan"]["Plan Rows"])
-
-
-def _nullable_flags() -> Iterator[pl.Expr]:
-    for place, name in enumerate(NULLABLE_FLAGS):
-        flag = pl.col("flags") // (2 * 4**place) % 4
-        yield pl.when(flag != UNKNOWN_FLAG).then(flag == 1).alias(name)
 
 
 def _read(cursor: dbapi.Cursor, query: str, schema: pl.Schema) -> pl.DataFrame:

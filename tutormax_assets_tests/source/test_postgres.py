@@ -267,6 +267,39 @@ def test_types_that_differ_a_little_are_read_as_the_contract_has_them(engine: sa
     assert read_events(engine.url, start=START, end=END).schema == pl.Schema(SourceEvents)
 
 
+def test_numbers_that_do_not_fit_stay_on_their_side_of_the_contract(engine: sa.Engine) -> None:
+    nullable = ("session_number", "late_start_minutes", "no_show", "tutor_initiated_reschedule")
+    with engine.begin() as connection:
+        for column in nullable[:2]:
+            connection.exec_driver_sql(f"ALTER TABLE sessions ALTER {column} TYPE bigint")
+        for column in nullable:
+            connection.exec_driver_sql(f"ALTER TABLE sessions ALTER {column} DROP NOT NULL")
+    most = 2**24 - 3
+    values = {
+        "least": (1, 0, True, False),
+        "unknown": (None, None, None, None),
+        "below": (-(2**40), -(2**40), False, None),
+        "largest": (most, 2**31 - 1, None, True),
+        "above": (2**40, 2**40, True, True),
+    }
+    read_as = values | {
+        "below": (-1, -1, False, None),
+        "above": (most, 2**31 - 1, True, True),
+    }
+    add(engine, tables.sessions, *map(session, values))
+    settings = ", ".join(f"{column} = %s" for column in nullable)
+    with engine.begin() as connection:
+        for name, of in values.items():
+            connection.exec_driver_sql(
+                f"UPDATE sessions SET {settings} WHERE session_id = %s",
+                (*of, name),
+            )
+
+    found = read_sessions(engine.url, start=START, end=END).select("session_id", *nullable)
+
+    assert {name: tuple(of) for name, *of in found.iter_rows()} == read_as
+
+
 def test_a_column_of_another_type_is_named(engine: sa.Engine) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql(
