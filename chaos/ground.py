@@ -27,7 +27,7 @@ from tutormax_assets.database import embedded
 from tutormax_assets.database.connection import conninfo, create_engine
 from tutormax_assets.database.tables import METRICS_TABLE, metrics_metadata, source_metadata
 from tutormax_assets.defs.log import LOGGER
-from tutormax_assets.storage.partition import open_partition, scan_partition
+from tutormax_assets.storage.partition import STATE_SUFFIX, open_partition, scan_partition
 
 TUTORMAX = str(Path(sys.executable).with_name("tutormax"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,6 +165,7 @@ class Ground:
         listings = list(self.storage.glob("*/*.json"))
         known = {
             *listings,
+            *(listing.with_suffix(STATE_SUFFIX) for listing in listings),
             *(
                 Path(str(file))
                 for listing in listings

@@ -130,6 +130,18 @@ class Settings(BaseSettings):
         default=None,
         description="Where a web server shows the folder daily_report, for the links in the UI.",
     )
+    refresh_max_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Share of the tutors above which a stored date is read anew as a whole.",
+    )
+    refresh_max_transactions: int = Field(
+        default=1_000_000_000,
+        ge=1,
+        le=2**31 - 1,
+        description="Transactions of the platform's server after which it is read as a whole.",
+    )
     max_dates_per_run: int = Field(
         default=31,
         ge=0,

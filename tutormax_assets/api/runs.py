@@ -10,7 +10,16 @@ from typing import Any
 
 import dagster as dg
 
-from tutormax_assets.api.summary import MOST_ERRORS_SHOWN, SYSTEM, AggregationSummary
+from tutormax_assets.api.refresh import plan_refresh
+from tutormax_assets.api.summary import (
+    ALL_TUTORS,
+    CHANGED_TUTORS,
+    CHOSEN_TUTORS,
+    MOST_ERRORS_SHOWN,
+    NOTHING,
+    SYSTEM,
+    AggregationSummary,
+)
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.dates import midnight
 from tutormax_assets.definitions import JOB_NAME, build_definitions
@@ -42,6 +51,7 @@ from tutormax_assets.runs.tags import ATTENDED_TAG, RANGE_END_TAG, RANGE_START_T
 from tutormax_assets.settings import Settings
 from tutormax_assets.source.streams import SourceError
 from tutormax_assets.source.view import UnknownTutorsError, source_of, unknown_tutors
+from tutormax_assets.storage.files import StorageError
 
 _UNKNOWN_TUTOR = "The tutor is not in the platform's tutors. Check the id."
 
@@ -63,7 +73,12 @@ def steps(settings: Settings, dates: int) -> int:
 
 
 def aggregate(
-    settings: Settings, days: Sequence[date], options: RunOptions, *, source: str = "Python API"
+    settings: Settings,
+    days: Sequence[date],
+    options: RunOptions,
+    *,
+    source: str = "Python API",
+    changed_only: bool = False,
 ) -> list[AggregationSummary]:
     """Run the job for consecutive reference dates, many in one run, and log each summary.
 
@@ -80,6 +95,8 @@ def aggregate(
         options: Options of the run. Tutors who are not in the platform's tutors are left out of it
             and named in the errors of each summary.
         source: What started the runs, for their tags.
+        changed_only: Whether only those tutors of a single date are read whom the platform has
+            changed since the date was stored, if that can be told.
 
     Returns:
         One summary per date.
@@ -89,7 +106,6 @@ def aggregate(
         KeyboardInterrupt: Someone stopped the process; what ran until then is on record.
     """
     options, unknown = _known_only(settings, options)
-    job = build_definitions(settings).resolve_job_def(JOB_NAME)
     summaries = []
     run_ids = []
     home = dagster_home(settings)
@@ -100,6 +116,17 @@ def aggregate(
     ):
         make_pool(instance, PLATFORM_POOL)
         tell_of_runs(instance, end_killed_runs(instance, home, logger), settings, logger)
+        read = ALL_TUTORS if options.tutor_ids is None else CHOSEN_TUTORS
+        searching = perf_counter()
+        if changed_only and options.tutor_ids is None:
+            [day] = days
+            options, read = _changed_only(settings, instance, day, options)
+        search_seconds = perf_counter() - searching
+        if read == NOTHING:
+            unchanged = AggregationSummary(midnight(day, timezone=settings.timezone))
+            unchanged.read, unchanged.search_seconds = read, search_seconds
+            return [unchanged]
+        job = build_definitions(settings).resolve_job_def(JOB_NAME)
         # Its failure is dealt with here, so that neither the sensors nor the daemon need to.
         tags = {ATTENDED_TAG: "true", SOURCE_TAG: source, PROCESS_TAG: process}
         run = partial(_run_job, job, instance, settings, options=options, tags=tags)
@@ -111,6 +138,7 @@ def aggregate(
         finally:
             tell_of_runs(instance, run_ids, settings, logger)
     for summary in summaries:
+        summary.read, summary.search_seconds = read, search_seconds
         summary.total_tutors += len(unknown)
         summary.failed += len(unknown)
         summary.errors += [{"tutor_id": one, "error": _UNKNOWN_TUTOR} for one in unknown]
@@ -159,6 +187,27 @@ def _known_only(settings: Settings, options: RunOptions) -> tuple[RunOptions, li
             " --tutor takes an id with a comma or outer spaces as it is."
         )
     return RunOptions(**{**options.model_dump(), "tutor_ids": known}), unknown
+
+
+def _changed_only(
+    settings: Settings, instance: dg.DagsterInstance, day: date, options: RunOptions
+) -> tuple[RunOptions, str]:
+    """The options of a run that brings a date up to date, and what it reads."""
+    try:
+        refresh = plan_refresh(settings, instance, day, include_inactive=options.include_inactive)
+    except (SourceError, StorageError):
+        # The run meets it too, and puts it on record.
+        return options, ALL_TUTORS
+    if refresh.tutor_ids is None:
+        if refresh.why:
+            logger.info("%s", refresh.why)
+        return options, ALL_TUTORS
+    if not refresh.tutor_ids:
+        logger.info("%s: nothing has changed since %s", day, refresh.why)
+        return options, NOTHING
+    logger.info("%s: %d tutors have changed since %s", day, len(refresh.tutor_ids), refresh.why)
+    given = {"tutor_ids": list(refresh.tutor_ids), "read_state": refresh.read_state}
+    return RunOptions(**{**options.model_dump(), **given}), CHANGED_TUTORS
 
 
 def end_killed_process(settings: Settings, pid: int, reason: str) -> None:

@@ -12,6 +12,9 @@ MOST_ERRORS_SHOWN = 100
 SYSTEM = "SYSTEM"
 """Stands in place of a tutor's id in the error of a run that failed as a whole."""
 
+ALL_TUTORS, CHOSEN_TUTORS, CHANGED_TUTORS = "all tutors", "chosen tutors", "changed tutors"
+NOTHING = "nothing"
+
 
 @dataclass
 class AggregationResult:
@@ -47,6 +50,9 @@ class AggregationSummary:
             failed as a whole.
         results: One result per tutor.
         warnings: What the checks say that warned of the date.
+        read: Which tutors were read: ``all tutors``, ``chosen tutors``, ``changed tutors``, or
+            ``nothing`` where none had changed.
+        search_seconds: How long it took to find the tutors who had changed.
         set_aside: ``source_table``, ``column``, ``reason`` and number of the ``values`` that break
             the source contract and were not used.
     """
@@ -61,6 +67,9 @@ class AggregationSummary:
     results: list[AggregationResult] = field(default_factory=list)
     set_aside: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    # Names and arguments are those of the replaced service.
+    read: str = field(default=ALL_TUTORS, init=False)
+    search_seconds: float = field(default=0.0, init=False)
 
     @property
     def success_rate(self) -> float:
@@ -68,6 +77,11 @@ class AggregationSummary:
         if self.total_tutors == 0:
             return 0.0
         return round(100 * self.successful / self.total_tutors, 2)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the date was up to date, so that nothing was read or written."""
+        return self.read == NOTHING
 
     @property
     def values_set_aside(self) -> int:
@@ -88,7 +102,11 @@ class AggregationSummary:
             yield f"and {more} more", "the run in the Dagster UI shows all of them, as does --json"
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as JSON can hold it, without the results by tutor."""
+        """The summary as JSON can hold it, without the results by tutor.
+
+        Of a date that was brought up to date by those who had changed it says so.
+        """
+        refreshed = {"read": self.read, "search_seconds": round(self.search_seconds, 3)}
         return {
             "run_date": self.run_date.isoformat(),
             "total_tutors": self.total_tutors,
@@ -100,6 +118,7 @@ class AggregationSummary:
             "errors": self.errors,
             "warnings": self.warnings,
             "set_aside": self.set_aside,
+            **(refreshed if self.read in (CHANGED_TUTORS, NOTHING) else {}),
         }
 
     def __str__(self) -> str:

@@ -76,6 +76,12 @@ def run(
     tutors: Tutors = None,
     tutor: Tutor = None,
     include_inactive: IncludeInactive = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="All tutors, also of a date that is stored; else those who changed."
+        ),
+    ] = False,
     cleanup: Annotated[
         bool, typer.Option("--cleanup", help="Do `tutormax cleanup` afterwards.")
     ] = False,
@@ -94,6 +100,8 @@ def run(
 ) -> None:
     """Compute the metrics of one reference date and keep them.
 
+    Of a date that is stored only those tutors are read whom the platform has changed since.
+
     Exit code: 0 all saved, 1 something failed, 2 wrong use.
     """
     if retention_days is not None and not cleanup:
@@ -111,9 +119,12 @@ def run(
             source="tutormax run",
             quiet=quiet,
             again=lambda days: command_again(context, day=str(days[0])),
+            changed_only=not full,
         )
     is_shown = not as_json and not quiet
-    if is_shown:
+    if is_shown and summary.is_unchanged:
+        show(f"Nothing has changed since {summary.run_date.date()} was read: nothing is written.")
+    elif is_shown:
         show(summary_block(summary))
     report = summary.to_dict()
     cleaned = None
@@ -131,7 +142,7 @@ def run(
 def _clean_up(
     environment: "Settings", summary: "AggregationSummary", retention_days: int | None
 ) -> "CleanupReport | None":
-    if not summary.successful:
+    if not summary.successful and not summary.is_unchanged:
         logger.warning("Nothing was cleaned up, because nothing was saved.")
         return None
     try:
@@ -243,6 +254,7 @@ def with_progress(
     source: str,
     quiet: bool = False,
     again: Callable[[Sequence[date]], str] | None = None,
+    changed_only: bool = False,
 ) -> "list[AggregationSummary]":
     """Compute reference dates, with a progress bar where a person watches.
 
@@ -253,6 +265,7 @@ def with_progress(
         source: What started the runs, for their tags.
         quiet: Whether there is no bar.
         again: The command that computes some of the dates, for who interrupts this one.
+        changed_only: As ``aggregate`` takes it.
     """
     from tutormax_assets.api.runs import aggregate, steps
     from tutormax_assets.database.connection import database_url, describe
@@ -275,7 +288,7 @@ def with_progress(
         watch = _Watch(bar, total=total, dates=len(days))
         logger.addHandler(watch)
         try:
-            return aggregate(environment, days, options, source=source)
+            return aggregate(environment, days, options, source=source, changed_only=changed_only)
         except KeyboardInterrupt:
             _fail_interrupted(days, watch.saved, again)
         finally:
@@ -326,6 +339,7 @@ def summary_block(summary: "AggregationSummary") -> Table:
     """The summary of one reference date as a person reads it."""
     block = table("Daily aggregation summary", unnamed=2)
     block.add_row("Run date", str(summary.run_date.date()))
+    block.add_row("Read", summary.read)
     block.add_row("Total tutors", str(summary.total_tutors))
     block.add_row("Successful", str(summary.successful))
     block.add_row("Failed", str(summary.failed))

@@ -32,6 +32,13 @@ class RunOptions(dg.ConfigurableResource[None]):
             "Refresh only these tutors and leave the others' rows as they are; all when null."
         ),
     )
+    read_state: str | None = Field(
+        default=None,
+        description=(
+            "Since when and up to where the tutors are all that has changed, as `tutormax run`"
+            " finds it; null where they were chosen otherwise."
+        ),
+    )
     include_inactive: bool = Field(
         default=False, description="Compute tutors of any status, not only active ones."
     )

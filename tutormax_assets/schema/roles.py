@@ -17,6 +17,7 @@ from tutormax_assets.database.tables import (
 from tutormax_assets.schema.migrations import VERSION_TABLE
 from tutormax_assets.schema.old_rows import SET_ASIDE_TABLE
 from tutormax_assets.source.contract import NEEDED_COLUMNS
+from tutormax_assets.source.horizon import TRACKED_TABLES
 
 WRITER_RIGHTS: Mapping[str, tuple[str, ...]] = {
     METRICS_TABLE: ("SELECT", "INSERT", "UPDATE", "DELETE"),
@@ -42,6 +43,10 @@ _HEAD = """\
 _WRITER = """\
 -- Batches are staged in temporary tables. DELETE is for `tutormax cleanup`, which moves old rows to
 -- the archive; tutor_id is for `tutormax restore`, which leaves out tutors who are gone."""
+
+_XMIN = """\
+-- The transaction ids of rows tell which have changed since a run. A view has none; it is read as a
+-- whole each time."""
 
 _USERS = """\
 -- Users who log in are yours to create; psql's \\password keeps the password out of its history:
@@ -101,6 +106,8 @@ def grants(*, reader: str, writer: str, schema: str, schemas: Mapping[str, str] 
         _of_database("CONNECT, TEMPORARY", writer),
         sql.SQL("GRANT USAGE ON SCHEMA {schemas} TO {reader}, {writer};").format(**names),
         *_of_tables(reads, of_table, names["reader"]),
+        sql.SQL(_XMIN),
+        *(_xmin(of_table[table], table, names["reader"]) for table in TRACKED_TABLES),
         sql.SQL(_WRITER),
         *_of_tables({**writes, "tutors": _select(["tutor_id"])}, of_table, names["writer"]),
         sql.SQL("COMMIT;"),
@@ -132,6 +139,13 @@ def _do(block: sql.Composable) -> sql.Composable:
 
 def _select(columns: Sequence[str]) -> sql.Composable:
     return sql.SQL("SELECT ({})").format(sql.SQL(", ").join(map(sql.Identifier, columns)))
+
+
+def _xmin(schema: str, table: str, role: sql.Composable) -> sql.Composable:
+    grant = sql.SQL(
+        "BEGIN GRANT SELECT (xmin) ON {} TO {}; EXCEPTION WHEN undefined_column THEN NULL; END"
+    )
+    return _do(grant.format(sql.Identifier(schema, table), role))
 
 
 def _of_tables(

@@ -26,6 +26,7 @@ from tutormax_assets.metrics.schemas import (
     SourceSessions,
 )
 from tutormax_assets.source.contract import NEEDED_COLUMNS, lake_breaches
+from tutormax_assets.source.horizon import Horizon
 from tutormax_assets.source.lake_files import (
     DAY,
     EVERY_TUTOR,
@@ -144,6 +145,10 @@ class LakeView:
             count,
             perf_counter() - began,
         )
+
+    def horizon(self) -> Horizon:
+        """The listing of the files: where it is another one, something has changed."""
+        return Horizon(server=str(self.lake), snapshot=self.snapshot)
 
     def empty_tables(self, names: Iterable[str]) -> list[str]:
         """Those of the datasets that hold no row at all, whatever its day.

@@ -17,9 +17,12 @@ PACKED = "packed"
 
 _UNKNOWN_FLAG = 2
 
-# Of whole numbers, what does not fit stays on the same side of whatever the contract asks. All
-# delays of the type integer fit; a tutor and a student do not meet 16 million times.
-_BITS_OF_NUMBERS = {"session_number": 24, "late_start_minutes": 32}
+LONG_DELAY = "long_delay"
+"""Name of the column of delays that are too long to be packed, of 32 years and more."""
+
+# Of a bigint, what is no integer stays on the same side of whatever the contract asks. The longest
+# field comes last, for the sum of the others is an integer then, and no bigint.
+_BITS_OF_NUMBERS = {"late_start_minutes": 24, "session_number": 32}
 _LARGEST_NUMBER = 2**31 - 1
 _SMALLEST_NUMBER = -1
 # Zero is for null.
@@ -40,7 +43,6 @@ def _session_fields() -> Mapping[str, tuple[str, int, int]]:
             for name in columns
             if schema[name] == pl.Boolean
         },
-        # The longest one last, for the sum of the others is an integer then, and no bigint.
         **_BITS_OF_NUMBERS,
     }
     first = accumulate(bits.values(), initial=0)
@@ -58,12 +60,23 @@ def pack_session() -> str:
     )
 
 
+def long_delay() -> str:
+    """SQL of the delay of a session ``t``, where it is too long to be packed, as an integer."""
+    longest = _largest("late_start_minutes")
+    return (
+        f"CASE WHEN t.late_start_minutes > {longest}"
+        f" THEN least(t.late_start_minutes, {_LARGEST_NUMBER})::integer END"
+    )
+
+
 def unpack_session() -> Iterator[pl.Expr]:
     """The columns of ``SourceSessions`` that ``pack_session`` packs."""
     for name, (_, first, bits) in _SESSION_FIELDS.items():
         code = pl.col(PACKED) // 2**first % 2**bits
         if name in _BITS_OF_NUMBERS:
             value = pl.when(code > 0).then(code - _CODE_OF_ZERO).cast(pl.Int32)
+            if name == "late_start_minutes":
+                value = pl.coalesce(LONG_DELAY, value)
         elif SourceSessions.columns()[name].nullable:
             value = pl.when(code != _UNKNOWN_FLAG).then(code == 1)
         else:
@@ -73,7 +86,7 @@ def unpack_session() -> Iterator[pl.Expr]:
 
 def _code(name: str, column: str) -> str:
     if name in _BITS_OF_NUMBERS:
-        largest = min(2 ** _BITS_OF_NUMBERS[name] - 1 - _CODE_OF_ZERO, _LARGEST_NUMBER)
+        largest = _largest(name)
         number = f"{column}::bigint" if largest == _LARGEST_NUMBER else column
         return (
             f"CASE WHEN {column} < {_SMALLEST_NUMBER} THEN 1"
@@ -83,6 +96,10 @@ def _code(name: str, column: str) -> str:
     if SourceSessions.columns()[name].nullable:
         return f"coalesce({column}::integer, {_UNKNOWN_FLAG})"
     return f"({column} IS NOT NULL)::integer"
+
+
+def _largest(name: str) -> int:
+    return min((1 << _BITS_OF_NUMBERS[name]) - 1 - _CODE_OF_ZERO, _LARGEST_NUMBER)
 
 
 def pack_feedback(tutor_hash: str) -> str:

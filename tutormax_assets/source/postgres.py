@@ -16,7 +16,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Literal, TypeVar
 
 import dataframely as dy
 import polars as pl
@@ -38,6 +38,7 @@ from tutormax_assets.metrics.schemas import (
     SourceTutors,
 )
 from tutormax_assets.source.contract import FOUND_COLUMNS, NEEDED_COLUMNS, FoundColumn, breaches
+from tutormax_assets.source.horizon import Horizon, UnknownChangesError, read_horizon
 from tutormax_assets.source.id_hashes import IdHashes, fetch_ids, tutor_hashes
 from tutormax_assets.source.queries import (
     ENCODING,
@@ -68,6 +69,8 @@ _SNAPSHOT_IS_GONE = ("22023", "42704", "55000")
 _SECONDS_TO_CONNECT = 2
 
 _UTF8 = "UTF8"
+
+T = TypeVar("T")
 
 
 class SnapshotGoneError(SourceError):
@@ -243,6 +246,27 @@ class View:
                 return fetch_ids(again, bound(query))
 
         return IdHashes(tutor_hashes(cursor, bound), fetch)
+
+    def horizon(self) -> Horizon:
+        """What rows that come later can be told by.
+
+        Raises:
+            UnknownChangesError: They cannot.
+            SourceError: The platform cannot be read.
+        """
+        if not self.ids_are_unique:
+            raise UnknownChangesError("no index keeps ids of sessions and feedback unique")
+        with self._reading() as cursor:
+            return read_horizon(cursor, self.snapshot)
+
+    def read_at_once(self, readers: Mapping[Table, Callable[[dbapi.Cursor], T]]) -> dict[Table, T]:
+        """What each reader gives, in the snapshot of the view; two at once where that can be.
+
+        Raises:
+            SourceError: The platform cannot be read.
+        """
+        with self._reading() as cursor:
+            return _at_once(self.source, cursor, readers, self.tutor_ids)
 
     def empty_tables(self, names: Iterable[str]) -> list[str]:
         """Those of the source tables that hold no row at all, whatever its date.
@@ -496,9 +520,9 @@ def _check_contract(cursor: dbapi.Cursor, source: Source) -> dict[tuple[str, str
 def _at_once(
     source: Source,
     cursor: dbapi.Cursor,
-    readers: Mapping[Table, Callable[[dbapi.Cursor], Streamed]],
+    readers: Mapping[Table, Callable[[dbapi.Cursor], T]],
     tutor_ids: Sequence[str],
-) -> dict[Table, Streamed]:
+) -> dict[Table, T]:
     """What each reader gives; two read at once where the server gives us two connections.
 
     It need not: a role may have a limit, and a pooler may lead to another server, which does not
@@ -510,7 +534,7 @@ def _at_once(
     (first, read_first), (second, read_second) = readers.items()
     opened: Future[dbapi.Cursor] = Future()
 
-    def read_there() -> Streamed | None:
+    def read_there() -> T | None:
         beside = cursor.connection
         with _snapshot(source, tutor_ids=tutor_ids, shared=shared, beside=beside) as other:
             if not opened.set_running_or_notify_cancel():

@@ -18,7 +18,14 @@ from psycopg import sql
 
 from tutormax_assets.metrics.schemas import SourceSessions
 from tutormax_assets.source.contract import NEEDED_COLUMNS, columns_read
-from tutormax_assets.source.packing import PACKED, RATING, pack_feedback, pack_session
+from tutormax_assets.source.packing import (
+    LONG_DELAY,
+    PACKED,
+    RATING,
+    long_delay,
+    pack_feedback,
+    pack_session,
+)
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
 
 TUTORS = """
@@ -61,7 +68,7 @@ SCORE = "t.engagement_score::double precision"
 
 _OF_SESSIONS = columns_read(SourceSessions, "sessions")
 
-_OF_WINDOW = "t.scheduled_start >= {start} AND t.scheduled_start < {end}"
+OF_WINDOW = "t.scheduled_start >= {start} AND t.scheduled_start < {end}"
 
 
 def _id(column: str, *, hashed: bool) -> str:
@@ -81,12 +88,13 @@ def _session_columns(*, hashed: bool) -> Iterator[str]:
             case pl.Float64():
                 yield f"{{score}} AS {name}"
     yield f"{pack_session()} AS {PACKED}"
+    yield f"{long_delay()} AS {LONG_DELAY}"
 
 
 def sessions_query(*, hashed: bool) -> str:
     """Sessions, with hashes of ids or the ids themselves."""
     columns = ",\n    ".join(_session_columns(hashed=hashed))
-    return f"SELECT {columns}\nFROM sessions AS t\nWHERE {_OF_WINDOW} {{only_tutors}}"
+    return f"SELECT {columns}\nFROM sessions AS t\nWHERE {OF_WINDOW} {{only_tutors}}"
 
 
 def feedback_query(*, hashed: bool) -> str:
@@ -104,14 +112,14 @@ def feedback_query(*, hashed: bool) -> str:
 # Feedback has no column that tells when its session is. Where most of it is of other sessions the
 # server finds what is wanted; elsewhere that join costs more than it saves.
 _OF_SESSIONS_READ = f"""
-    f.session_id IN (SELECT t.session_id FROM sessions AS t WHERE {_OF_WINDOW} {{only_tutors}})
+    f.session_id IN (SELECT t.session_id FROM sessions AS t WHERE {OF_WINDOW} {{only_tutors}})
 """  # noqa: S608 - constants only
 
 OF_SESSIONS_READ = f"\nWHERE {_OF_SESSIONS_READ}"
 
 MOST_FEEDBACK_PER_SESSION = 2
 
-_OF_EVENTS = """
+OF_EVENTS = """
     t.event_timestamp >= {start}
     AND t.event_timestamp < {end}
     AND t.event_type::text IN ('login', 'message_response')
@@ -136,19 +144,19 @@ SELECT
         THEN (t.metadata -> 'response_time_minutes')::text
     END AS response_time_minutes
 FROM tutor_events AS t
-WHERE {_OF_EVENTS}
+WHERE {OF_EVENTS}
 """  # noqa: S608 - constants only
 
 
 _LOOKED_UP = {
-    "sessions": ("sessions AS t", "t.session_id", "t.session_id", _OF_WINDOW + " {only_tutors}"),
+    "sessions": ("sessions AS t", "t.session_id", "t.session_id", OF_WINDOW + " {only_tutors}"),
     "student_feedback": (
         "student_feedback AS f",
         "f.session_id",
         "f.feedback_id",
         _OF_SESSIONS_READ,
     ),
-    "tutor_events": ("tutor_events AS t", "t.event_id", "t.event_id", _OF_EVENTS),
+    "tutor_events": ("tutor_events AS t", "t.event_id", "t.event_id", OF_EVENTS),
 }
 
 
@@ -246,7 +254,7 @@ def bind_values(
     tutor_range: TutorRange = ALL_TUTORS,
     is_utf8: bool = True,
     score: LiteralString = SCORE,
-    **instants: datetime,
+    **values: datetime | int,
 ) -> str:
     """A query with its values as literals of SQL, for ADBC binds none in a COPY."""
     return (
@@ -255,7 +263,7 @@ def bind_values(
             only_tutors=sql.SQL(ONLY_TUTORS if tutor_ids else "")
             + range_condition(tutor_range, is_utf8=is_utf8),
             score=sql.SQL(score),
-            **{name: sql.Literal(instant) for name, instant in instants.items()},
+            **{name: sql.Literal(value) for name, value in values.items()},
         )
         .as_string(None)
     )

@@ -23,7 +23,7 @@ from tutormax_assets.metrics.schemas import (
 )
 from tutormax_assets.source.arrow_stream import ArrowStreamError, batches
 from tutormax_assets.source.contract import columns_read
-from tutormax_assets.source.packing import PACKED, unpack_feedback, unpack_session
+from tutormax_assets.source.packing import LONG_DELAY, PACKED, unpack_feedback, unpack_session
 from tutormax_assets.source.queries import (
     MOST_FEEDBACK_PER_SESSION,
     OF_SESSIONS_READ,
@@ -86,6 +86,7 @@ def _sessions_schema(*, hashed: bool) -> pl.Schema:
                 if not isinstance(dtype, pl.Boolean | pl.Int32)
             },
             PACKED: pl.Int64(),
+            LONG_DELAY: pl.Int32(),
         }
     )
 
@@ -144,7 +145,7 @@ def _joined(sessions: pl.DataFrame, feedback: pl.DataFrame) -> list[pl.LazyFrame
     return [
         of_sessions.filter(part=number)
         .with_columns(*unpack_session())
-        .drop(PACKED)
+        .drop(PACKED, LONG_DELAY)
         .join(of_feedback.filter(part=number).drop("part"), on="session_id", how="left")
         .with_columns(*(unpack_feedback() if PACKED in feedback.columns else ()))
         .select(SourceSessions.column_names())

@@ -11,7 +11,10 @@ import polars as pl
 from tutormax_assets.database.connection import Timeouts, source_url
 from tutormax_assets.errors import UsageError
 from tutormax_assets.settings import Settings, SettingsError
+from tutormax_assets.source import changed_tutors as changes
 from tutormax_assets.source import lake, postgres
+from tutormax_assets.source.changed_tutors import Changes
+from tutormax_assets.source.horizon import Horizon, UnknownChangesError
 from tutormax_assets.source.lake_files import Lake
 from tutormax_assets.source.postgres import PlatformRows, Source
 from tutormax_assets.source.streams import Table
@@ -70,6 +73,10 @@ class View(Protocol):
 
         The folder is where a source may keep them; ``hashed`` says that hashes of ids will do.
         """
+        ...
+
+    def horizon(self) -> Horizon:
+        """What rows that come later can be told by; raises UnknownChangesError if they cannot."""
         ...
 
     def empty_tables(self, names: Iterable[str]) -> list[str]:
@@ -145,6 +152,39 @@ def newest(
     if isinstance(source, Lake):
         return lake.open_view(source).newest(table, before=before)
     return postgres.newest(source, table, before=before)
+
+
+def changed_tutors(
+    source: AnySource,
+    then: Horizon,
+    read: pl.DataFrame,
+    *,
+    start: datetime,
+    end: datetime,
+    most_transactions: int,
+) -> Changes:
+    """Find the tutors whose rows in ``[start, end)`` are not those that a run read.
+
+    Args:
+        source: The platform.
+        then: The horizon of that run.
+        read: How many rows of each tutor it read, as ``changed_tutors`` of PostgreSQL takes it.
+        start: First instant.
+        end: First instant after them.
+        most_transactions: How many transactions of the server may have begun since then.
+
+    Raises:
+        UnknownChangesError: It cannot be told, as when files of a lake have changed.
+        SourceError: The platform cannot be read.
+    """
+    if isinstance(source, Source):
+        return changes.changed_tutors(
+            source, then, read, start=start, end=end, most_transactions=most_transactions
+        )
+    view = lake.open_view(source)
+    if view.horizon() != then:
+        raise UnknownChangesError("files of the lake have changed, which hold rows of any tutor")
+    return Changes((), then, view.read_at, view.tutors())
 
 
 def unknown_tutors(source: AnySource, tutor_ids: Sequence[str]) -> list[str]:

@@ -35,6 +35,9 @@ from tutormax_assets.storage.files import (
 from tutormax_assets.storage.rows import Part, Rows, file_of, folder_of_links
 from tutormax_assets.storage.shards import ALL_IN_ONE, Shards
 
+STATE_SUFFIX = ".state"
+"""Of a file beside a partition, which is deleted with it."""
+
 
 class _Listing(BaseModel):
     bounds: tuple[str, ...]
@@ -382,6 +385,7 @@ def list_partition(partition: Partition) -> None:
 
 def delete_files(path: UPath) -> None:
     """Delete a partition; one that is gone already is fine."""
+    path.with_suffix(STATE_SUFFIX).unlink(missing_ok=True)
     _listing_path(path).unlink(missing_ok=True)
     _delete_unlisted(path, ())
     _delete_folder(path)

@@ -9,6 +9,7 @@ from upath import UPath
 
 from tutormax_assets.storage.files import StorageError
 from tutormax_assets.storage.partition import (
+    STATE_SUFFIX,
     Partition,
     list_partition,
     merge_partition,
@@ -22,6 +23,11 @@ TUTORS_LEFT_OUT, _TUTOR_ROSTER = "tutors_left_out", "tutor_roster"
 def partition_path(base_path: str, asset: str, partition_key: str) -> UPath:
     """The folder of a partition of an asset."""
     return UPath(base_path) / asset / f"{partition_key}.parquet"
+
+
+def state_path(base_path: str, partition_key: str) -> UPath:
+    """The file that says what a reference date was read from, beside the date's roster."""
+    return partition_path(base_path, _TUTOR_ROSTER, partition_key).with_suffix(STATE_SUFFIX)
 
 
 class PartitionStore:

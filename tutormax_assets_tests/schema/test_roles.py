@@ -20,6 +20,7 @@ from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.schema.roles import WRITER_RIGHTS, grants
 from tutormax_assets.schema.status import status
 from tutormax_assets.source.contract import NEEDED_COLUMNS
+from tutormax_assets.source.horizon import TRACKED_TABLES
 from tutormax_assets.source.postgres import Source
 from tutormax_assets.source.streams import SourceError
 from tutormax_assets_tests.conftest import add
@@ -301,7 +302,9 @@ def test_names_of_any_characters_stay_names() -> None:
     script = grants(reader="r\"'$$ {x}", writer="w; DROP ROLE r", schema="s.t")
 
     assert 'GRANT USAGE ON SCHEMA "s.t" TO "r""\'$$ {x}", "w; DROP ROLE r";' in script
-    assert script.count('ON "s.t".') == 2 * len(NEEDED_COLUMNS) + 2 * (1 + len(WRITER_RIGHTS))
+    assert script.count('ON "s.t".') == (
+        2 * len(NEEDED_COLUMNS) + len(TRACKED_TABLES) + 2 * (1 + len(WRITER_RIGHTS))
+    )
     assert 'SET search_path = "s.t";' in script.splitlines()[-1]
     outside = [line for line in script.splitlines() if not line.startswith("--")]
     assert (outside[0], outside[-1]) == ("BEGIN;", "COMMIT;")

@@ -274,17 +274,18 @@ def test_numbers_that_do_not_fit_stay_on_their_side_of_the_contract(engine: sa.E
             connection.exec_driver_sql(f"ALTER TABLE sessions ALTER {column} TYPE bigint")
         for column in nullable:
             connection.exec_driver_sql(f"ALTER TABLE sessions ALTER {column} DROP NOT NULL")
-    most = 2**24 - 3
+    most = 2**31 - 1
     values = {
         "least": (1, 0, True, False),
         "unknown": (None, None, None, None),
         "below": (-(2**40), -(2**40), False, None),
-        "largest": (most, 2**31 - 1, None, True),
+        "long": (7, 2**24, True, None),
+        "largest": (most, most, None, True),
         "above": (2**40, 2**40, True, True),
     }
     read_as = values | {
         "below": (-1, -1, False, None),
-        "above": (most, 2**31 - 1, True, True),
+        "above": (most, most, True, True),
     }
     add(engine, tables.sessions, *map(session, values))
     settings = ", ".join(f"{column} = %s" for column in nullable)

@@ -43,6 +43,8 @@ from tutormax_assets.metrics.schemas import (
     TutorRoster,
     origins,
 )
+from tutormax_assets.runs.read_state import ReadState, computed_with, keep_state, load_state
+from tutormax_assets.source.horizon import Horizon, UnknownChangesError
 from tutormax_assets.source.platform import PlatformDatabase
 from tutormax_assets.source.view import View, open_view
 from tutormax_assets.storage.partition import StoredParts, store_parts, store_slices
@@ -107,6 +109,13 @@ def platform_snapshot_assets(
 
         found = run_options.retrying(context.log)(read)
         _log(context, found.report)
+        conditions = computed_with(
+            metrics_policy.policy,
+            timezone=daily.timezone,
+            include_inactive=run_options.include_inactive,
+        )
+        for key in context.partition_keys:
+            _keep_state(context, partition_store, key, found, run_options, conditions)
         yield from _keep(context, request, found, partition_store)
 
     return platform_snapshot
@@ -122,6 +131,7 @@ class _PlatformRead(NamedTuple):
         roster: Those that the run computes.
         shards: How they are divided.
         report: What was stored of their sessions and events.
+        horizon: What later rows are told by, or why they cannot be.
     """
 
     read_at: datetime
@@ -130,6 +140,7 @@ class _PlatformRead(NamedTuple):
     roster: pl.DataFrame
     shards: Shards
     report: SnapshotReport
+    horizon: Horizon | str
 
 
 def _paths(
@@ -157,6 +168,7 @@ def _read(
     tutors = view.tutors()
     seconds = perf_counter() - started
     roster = _roster(context, tutors, run_options)
+    horizon = _horizon(view)
     shards = (
         ALL_IN_ONE
         if run_options.tutor_ids
@@ -170,7 +182,39 @@ def _read(
     for table in view.empty_tables(suspects):
         context.log.warning(f"Table {table}: found no row, expected those of the platform")
     report.count["tutors"] = len(tutors)
-    return _PlatformRead(view.read_at, view.snapshot, tutors, roster, shards, report)
+    return _PlatformRead(view.read_at, view.snapshot, tutors, roster, shards, report, horizon)
+
+
+def _horizon(view: View) -> Horizon | str:
+    try:
+        return view.horizon()
+    except UnknownChangesError as error:
+        return str(error)
+
+
+def _keep_state(
+    context: dg.AssetExecutionContext,
+    store: PartitionStore,
+    key: str,
+    found: _PlatformRead,
+    run_options: RunOptions,
+    conditions: str,
+) -> None:
+    """Store what a date was read from, before its rows are stored."""
+    run_id, horizon = context.run.run_id, found.horizon
+    state = ReadState(
+        run_ids=(run_id,),
+        read_at=found.read_at,
+        computed_with=conditions,
+        horizon=None if isinstance(horizon, str) else horizon,
+        unknown=horizon if isinstance(horizon, str) else "",
+    )
+    if store.tutor_ids:
+        before = load_state(store.base_path, key)
+        if before is None:
+            return
+        state = state.of_some_tutors(before, run_options.read_state)
+    keep_state(store.base_path, key, state)
 
 
 def _keep(
@@ -237,9 +281,11 @@ def _roster(
         context.log.warning(problem)
     asked = run_options.tutor_ids
     chosen = choose_roster(tutors, tutor_ids=asked, include_inactive=run_options.include_inactive)
+    # They have left since the date was stored, and nobody asked for them.
+    is_refresh = run_options.read_state is not None
     unknown, inactive = ", ".join(chosen.unknown), ", ".join(chosen.inactive)
     what_to_do = "Set include_inactive (`--include-inactive`) to compute them."
-    if unknown:
+    if unknown and not is_refresh:
         context.log.warning(f"Unknown tutors are left out: {unknown}")
     if asked and chosen.tutors.is_empty():
         raise dg.Failure(
@@ -248,7 +294,7 @@ def _roster(
             else f"None of the tutors is known: {unknown}. Check the ids.",
             allow_retries=False,
         )
-    if inactive:
+    if inactive and not is_refresh:
         context.log.warning(f"Inactive tutors are left out: {inactive}. {what_to_do}")
     of = f" of {chosen.total}" if asked else ""
     context.log.info(f"Found {len(chosen.tutors)}{of} tutors to process")
@@ -262,7 +308,8 @@ def _left_out(
     computed = roster["tutor_id"]
     with suppress(FileNotFoundError):
         stored = store.whole_partition("tutor_roster", key).rows().scan()
-        computed = pl.concat([computed, stored.select("tutor_id").collect().to_series()])
+        others = stored.filter(~pl.col("tutor_id").is_in(store.tutor_ids)).select("tutor_id")
+        computed = pl.concat([computed, others.collect().to_series()])
     return choose_others(tutors, computed)
 
 

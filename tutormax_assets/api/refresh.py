@@ -1,0 +1,258 @@
+"""How a stored reference date is brought up to date: by the tutors who changed, or by all."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date, timedelta
+from itertools import chain
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
+from tutormax_assets.compute.tasks.roster import choose_others, choose_roster
+from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS, TUTOR_TIERS
+from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_name
+from tutormax_assets.database.connection import engine_of
+from tutormax_assets.database.metrics_reading import count_rows
+from tutormax_assets.database.tables import METRICS_TABLE
+from tutormax_assets.dates import midnight
+from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS
+from tutormax_assets.defs.resources import load_policy
+from tutormax_assets.metrics.policy import Policy
+from tutormax_assets.report.content import DAILY_REPORT, report_path
+from tutormax_assets.runs.read_state import ReadState, computed_with, load_state
+from tutormax_assets.settings import Settings
+from tutormax_assets.source.changed_tutors import Changes
+from tutormax_assets.source.horizon import UnknownChangesError
+from tutormax_assets.source.view import changed_tutors, source_of
+from tutormax_assets.storage.files import StorageError
+from tutormax_assets.storage.store import PartitionStore
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How a reference date is brought up to date.
+
+    Attributes:
+        tutor_ids: The tutors whose rows are read anew: none where nothing has changed, and None
+            for all.
+        why: Why all are read, or since when nothing else has changed; empty for a date that is not
+            stored.
+        read_state: ``ReadState`` of the date, up to where these are all that changed, as JSON.
+    """
+
+    tutor_ids: tuple[str, ...] | None
+    why: str = ""
+    read_state: str | None = None
+
+
+def plan_refresh(
+    settings: Settings, instance: dg.DagsterInstance, day: date, *, include_inactive: bool
+) -> Refresh:
+    """Find out which tutors of a reference date are to be read anew.
+
+    Args:
+        settings: Where everything is.
+        instance: Where runs are on record.
+        day: The reference date.
+        include_inactive: Whether tutors of any status are computed.
+
+    Raises:
+        SourceError: The platform cannot be read.
+        StorageError: The storage cannot be read.
+        PolicyError: The policy cannot be used.
+    """
+    policy = load_policy(settings)
+    stored = _StoredDate(settings, instance, day, policy)
+    if not stored.is_there():
+        return Refresh(None)
+    try:
+        state = stored.state(
+            computed_with(policy, timezone=settings.timezone, include_inactive=include_inactive)
+        )
+        changes = stored.changes(state)
+        stored.expect_rows(changes.tutors)
+        changed = {*changes.tutor_ids, *stored.tutors_of_other_status(changes, include_inactive)}
+        _expect_few(changed, changes, include_inactive, most=settings.refresh_max_share)
+    except UnknownChangesError as error:
+        return Refresh(None, f"All tutors are read: {error}.")
+    since = f"{state.read_at:%Y-%m-%d %H:%M:%S} UTC"
+    now = state.model_copy(update={"horizon": changes.horizon, "read_at": changes.read_at})
+    return Refresh(tuple(sorted(changed)), since, now.model_dump_json())
+
+
+def _expect_few(
+    changed: set[str], changes: Changes, include_inactive: bool, *, most: float
+) -> None:
+    """Check that a run of these tutors brings the date up to date, and is worth it."""
+    if "" in changed:
+        raise UnknownChangesError("rows without a tutor have changed")
+    roster = choose_roster(changes.tutors, tutor_ids=None, include_inactive=include_inactive)
+    computed = roster.tutors["tutor_id"]
+    if changed and not changed & set(computed):
+        raise UnknownChangesError(f"{len(changed)} tutors are not computed any more")
+    if len(changed) > most * len(computed):
+        raise UnknownChangesError(f"{len(changed)} of {len(computed)} tutors have changed")
+
+
+@dataclass(frozen=True)
+class _StoredDate:
+    settings: Settings
+    instance: dg.DagsterInstance
+    day: date
+    policy: Policy
+
+    @property
+    def store(self) -> PartitionStore:
+        return PartitionStore(self.settings.storage_path)
+
+    @property
+    def assets(self) -> tuple[str, ...]:
+        windows = map(metrics_asset_name, self.policy.windows)
+        return (
+            *SNAPSHOT_ASSETS,
+            *windows,
+            WINDOW_EDGES,
+            TUTOR_TIERS,
+            TUTOR_TIER_REASONS,
+            TUTOR_TIER_CHANGES,
+        )
+
+    def is_there(self) -> bool:
+        return self.store.is_stored(TUTOR_TIERS, str(self.day))
+
+    def state(self, conditions: str) -> ReadState:
+        """What the date was read from, if all that is stored of it follows from that.
+
+        Raises:
+            UnknownChangesError: It does not.
+        """
+        state = load_state(self.settings.storage_path, str(self.day))
+        if state is None:
+            raise UnknownChangesError("what is stored does not say what it was read from")
+        if state.computed_with != conditions:
+            raise UnknownChangesError(
+                f"what is stored was computed with {state.computed_with}; now it is {conditions}"
+            )
+        for problem in chain(self._problems_of_runs(state), self._problems_of_rows()):
+            raise UnknownChangesError(problem)
+        return state
+
+    def changes(self, state: ReadState) -> Changes:
+        """What has changed since then.
+
+        Raises:
+            UnknownChangesError: It cannot be told.
+            SourceError: The platform cannot be read.
+        """
+        if state.horizon is None:
+            raise UnknownChangesError(state.unknown)
+        window = timedelta(days=max(self.policy.windows))
+        return changed_tutors(
+            source_of(self.settings),
+            state.horizon,
+            self._rows_read(),
+            start=midnight(self.day - window, timezone=self.settings.timezone),
+            end=midnight(self.day, timezone=self.settings.timezone),
+            most_transactions=self.settings.refresh_max_transactions,
+        )
+
+    def expect_rows(self, tutors: pl.DataFrame) -> None:
+        """Check that the metrics table holds the rows of all tutors whom the platform still has.
+
+        Raises:
+            UnknownChangesError: It does not.
+        """
+        tiers = self._scan(TUTOR_TIERS).select("tutor_id").collect()
+        expected = len(tiers.join(tutors, on="tutor_id", how="semi"))
+        with engine_of(self.settings) as engine:
+            found = count_rows(engine, midnight(self.day, timezone=self.settings.timezone)).rows
+        if found < expected:
+            raise UnknownChangesError(
+                f"{METRICS_TABLE} has {found} rows of it, expected {expected}"
+            )
+
+    def tutors_of_other_status(self, changes: Changes, include_inactive: bool) -> set[str]:
+        """Tutors who joined, left, or have another status than what is stored says."""
+        chosen = choose_roster(changes.tutors, tutor_ids=None, include_inactive=include_inactive)
+        now = {
+            "tutor_roster": chosen.tutors,
+            "tutors_left_out": choose_others(changes.tutors, chosen.tutors["tutor_id"]),
+        }
+        found: set[str] = set()
+        for asset, tutors in now.items():
+            stored = self._scan(asset).collect()
+            for one, other in ((stored, tutors), (tutors, stored)):
+                apart = one.join(other, on=["tutor_id", "status"], how="anti", nulls_equal=True)
+                found.update(apart["tutor_id"])
+        return found
+
+    def _problems_of_runs(self, state: ReadState) -> Iterator[str]:
+        wanted = dg.RunsFilter(run_ids=list(dict.fromkeys(state.run_ids)))
+        status = {run.run_id: run.status for run in self.instance.get_runs(wanted)}
+        records = {
+            asset: {record.run_id: record for record in reversed(self._materializations(asset))}
+            for asset in (*self.assets, METRICS_TABLE, DAILY_REPORT)
+        }
+        for run_id in state.run_ids:
+            name = f"run {run_id[:8]}, which stored rows of it,"
+            if run_id not in status:
+                yield f"{name} is not on record any more"
+            elif status[run_id] != dg.DagsterRunStatus.SUCCESS:
+                yield f"{name} has not succeeded"
+            elif missing := [asset for asset, by_run in records.items() if run_id not in by_run]:
+                yield f"{name} did not compute {missing[0]}"
+            elif _value(records[METRICS_TABLE][run_id], "failed"):
+                yield f"{name} has not saved the rows of all tutors"
+
+    def _problems_of_rows(self) -> Iterator[str]:
+        """What is not there any more of what the runs have stored."""
+        for asset in self.assets:
+            try:
+                if self.store.whole_partition(asset, str(self.day)).failed:
+                    yield f"{asset} lacks shards that could not be computed"
+            except (OSError, StorageError) as error:
+                yield f"{asset} is damaged or not there: {error}"
+        if not report_path(self.settings.storage_path, self.day).exists():
+            yield "there is no report"
+        tiers, *_ = self._materializations(TUTOR_TIERS)
+        if _value(tiers, "policy_digest") != self.policy.digest:
+            yield "the tiers were computed with another policy"
+
+    def _materializations(self, asset: str) -> list[dg.EventLogRecord]:
+        """Those of the date, the newest first."""
+        wanted = dg.AssetRecordsFilter(
+            asset_key=dg.AssetKey(asset), asset_partitions=[str(self.day)]
+        )
+        return list(self.instance.fetch_materializations(wanted, limit=_MOST_RUNS).records)
+
+    def _rows_read(self) -> pl.DataFrame:
+        """By ``tutor_id``, how many ``sessions``, ``feedback`` and ``events`` are stored.
+
+        A feedback is stored as the rating of its session, or set aside.
+        """
+        sessions = self._scan("sessions_snapshot").select(
+            "tutor_id", sessions=1, feedback=pl.col("overall_rating").is_not_null().cast(pl.Int64)
+        )
+        set_aside = self._scan("sessions_set_aside").filter(source_table="student_feedback")
+        feedback = set_aside.select("tutor_id", feedback=1)
+        events = self._scan("tutor_events_snapshot").select("tutor_id", events=1)
+        return (
+            pl.concat([sessions, feedback, events], how="diagonal_relaxed")
+            .group_by("tutor_id")
+            .agg(pl.col("sessions", "feedback", "events").sum().cast(pl.Int64))
+            .collect()
+        )
+
+    def _scan(self, asset: str) -> pl.LazyFrame:
+        return self.store.whole_partition(asset, str(self.day)).rows().scan()
+
+
+_MOST_RUNS = 1_000
+
+
+def _value(record: dg.EventLogRecord, name: str) -> Any:
+    materialization = record.asset_materialization
+    entry = None if materialization is None else materialization.metadata.get(name)
+    return None if entry is None else entry.value

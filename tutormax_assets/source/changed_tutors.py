@@ -1,0 +1,194 @@
+"""Which tutors the platform has changed since a run read it.
+
+Rows that came later are told by their transaction ids. What was deleted or moved away shows where a
+tutor has another number of rows than were read. A row per tutor leaves the server, and no more.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+
+import dataframely as dy
+import polars as pl
+from adbc_driver_postgresql import dbapi
+
+from tutormax_assets.source.horizon import Horizon, UnknownChangesError, expect_same_server
+from tutormax_assets.source.postgres import Source, open_view
+from tutormax_assets.source.queries import OF_EVENTS, OF_WINDOW, bind_values
+from tutormax_assets.source.streams import fetch_frame
+
+# The age of a transaction id is its distance from the newest one, in the transaction that asks.
+_AGE = """
+SELECT
+    age(({xmin}::text)::xid8::xid) AS age,
+    (pg_snapshot_xmax(pg_current_snapshot())::text::numeric - {xmin})::bigint AS passed
+"""
+
+_ROWS_BY_TUTOR = """
+SELECT coalesce(t.tutor_id::text, '') AS tutor_id, count(*) AS rows, min(age(t.xmin)) AS age
+"""
+
+_SESSIONS = f"""
+{_ROWS_BY_TUTOR}
+FROM sessions AS t
+WHERE {OF_WINDOW}
+GROUP BY t.tutor_id
+"""
+
+_EVENTS = f"""
+{_ROWS_BY_TUTOR}
+FROM tutor_events AS t
+WHERE {OF_EVENTS}
+GROUP BY t.tutor_id
+"""
+
+_NEWER_FEEDBACK = """
+SELECT count(*) AS rows FROM student_feedback AS f WHERE age(f.xmin) <= {age}
+"""
+
+# Feedback belongs to the tutor of its session, whomever it names.
+_TUTORS_OF_NEWER_FEEDBACK = f"""
+SELECT coalesce(t.tutor_id::text, '') AS tutor_id, count(*) AS rows, 0 AS age
+FROM student_feedback AS f
+JOIN sessions AS t ON t.session_id = f.session_id
+WHERE age(f.xmin) <= {{age}} AND {OF_WINDOW}
+GROUP BY t.tutor_id
+"""  # noqa: S608 - constants only
+
+_FEEDBACK = f"""
+SELECT coalesce(t.tutor_id::text, '') AS tutor_id, count(*) AS rows, 0 AS age
+FROM student_feedback AS f
+JOIN sessions AS t ON t.session_id = f.session_id
+WHERE {OF_WINDOW}
+GROUP BY t.tutor_id
+"""  # noqa: S608 - constants only
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What has changed.
+
+    Attributes:
+        tutor_ids: Tutors whose rows are not the same any more, sorted. A few of them may be.
+        horizon: From which on changes are looked for next time.
+        read_at: When it was looked.
+        tutors: ``SourceTutors`` at that time.
+    """
+
+    tutor_ids: tuple[str, ...]
+    horizon: Horizon
+    read_at: datetime
+    tutors: pl.DataFrame
+
+
+class _Age(dy.Schema):
+    age = dy.Int32()
+    passed = dy.Int64()
+
+
+class _Rows(dy.Schema):
+    rows = dy.Int64()
+
+
+class _RowsOfTutor(dy.Schema):
+    tutor_id = dy.String()
+    rows = dy.Int64()
+    age = dy.Int32()
+
+
+def changed_tutors(
+    source: Source,
+    then: Horizon,
+    read: pl.DataFrame,
+    *,
+    start: datetime,
+    end: datetime,
+    most_transactions: int,
+) -> Changes:
+    """Find the tutors whose sessions, feedback or events in ``[start, end)`` are not those read.
+
+    Args:
+        source: The platform.
+        then: The horizon of the run that read them.
+        read: By ``tutor_id`` the number of ``sessions``, of those with ``feedback`` and of
+            ``events`` that were read.
+        start: First instant.
+        end: First instant after them.
+        most_transactions: How many transactions may have begun since then, below 2^31: ids of
+            transactions are compared in a circle of 2^32.
+
+    Raises:
+        UnknownChangesError: It cannot be told.
+        SourceError: The platform cannot be read.
+    """
+    bound = partial(bind_values, start=start, end=end)
+    with open_view(source) as view:
+        now = view.horizon()
+        expect_same_server(then, now)
+        of_sessions = partial(
+            _of_sessions, bound=bound, then=then, now=now, read=read, most=most_transactions
+        )
+        of_events = partial(_of_events, bound=bound, then=then, read=read, most=most_transactions)
+        found = view.read_at_once({"sessions": of_sessions, "tutor_events": of_events})
+        changed = pl.concat(found.values()).unique().sort()
+        return Changes(tuple(changed), now, view.read_at, view.tutors())
+
+
+def _of_sessions(
+    cursor: dbapi.Cursor,
+    *,
+    bound: Callable[..., str],
+    then: Horizon,
+    now: Horizon,
+    read: pl.DataFrame,
+    most: int,
+) -> pl.Series:
+    age = _age(cursor, then, most=most)
+    sessions = fetch_frame(cursor, bound(_SESSIONS), _RowsOfTutor)
+    changed = [_changed(sessions, read.select("tutor_id", rows="sessions"), age)]
+    newer = fetch_frame(cursor, bound(_NEWER_FEEDBACK, age=age), _Rows).item()
+    if newer:
+        of_newer = fetch_frame(cursor, bound(_TUTORS_OF_NEWER_FEEDBACK, age=age), _RowsOfTutor)
+        changed.append(of_newer["tutor_id"])
+    if now.feedback_rows - newer != then.feedback_rows:
+        # Some was deleted or updated. Where it was is found by counting, which takes longer.
+        feedback = fetch_frame(cursor, bound(_FEEDBACK), _RowsOfTutor)
+        changed.append(_changed(feedback, read.select("tutor_id", rows="feedback"), age=-1))
+    return pl.concat(changed)
+
+
+def _of_events(
+    cursor: dbapi.Cursor,
+    *,
+    bound: Callable[..., str],
+    then: Horizon,
+    read: pl.DataFrame,
+    most: int,
+) -> pl.Series:
+    age = _age(cursor, then, most=most)
+    events = fetch_frame(cursor, bound(_EVENTS), _RowsOfTutor)
+    return _changed(events, read.select("tutor_id", rows="events"), age)
+
+
+def _age(cursor: dbapi.Cursor, then: Horizon, *, most: int) -> int:
+    """The age of the rows that may be new, or less.
+
+    Raises:
+        UnknownChangesError: Too many transactions have begun since then.
+    """
+    age, passed = fetch_frame(cursor, bind_values(_AGE, xmin=then.xmin), _Age).row(0)
+    if not 0 <= passed <= most:
+        raise UnknownChangesError(
+            f"found {passed} transactions since it was read, expected at most {most}"
+        )
+    return int(age)
+
+
+def _changed(found: pl.DataFrame, read: pl.DataFrame, age: int) -> pl.Series:
+    """Tutors who have another number of rows than were read, or one that is not older."""
+    both = found.join(
+        read.filter(pl.col("rows") > 0), on="tutor_id", how="full", coalesce=True, suffix="_read"
+    )
+    is_other = pl.col("rows").ne_missing(pl.col("rows_read"))
+    return both.filter(is_other | (pl.col("age") <= age))["tutor_id"]
