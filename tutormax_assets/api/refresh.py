@@ -10,7 +10,7 @@ import dagster as dg
 import polars as pl
 
 from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
-from tutormax_assets.compute.tasks.roster import choose_others, choose_roster
+from tutormax_assets.compute.tasks.roster import choose_others
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS, TUTOR_TIERS
 from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_name
 from tutormax_assets.database.connection import engine_of
@@ -20,6 +20,7 @@ from tutormax_assets.dates import midnight
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.metrics.policy import Policy
+from tutormax_assets.metrics.quality import good_tutors
 from tutormax_assets.report.content import DAILY_REPORT, report_path
 from tutormax_assets.runs.read_state import ReadState, computed_with, load_state
 from tutormax_assets.settings import Settings
@@ -73,8 +74,10 @@ def plan_refresh(
         )
         changes = stored.changes(state)
         stored.expect_rows(changes.tutors)
-        changed = {*changes.tutor_ids, *stored.tutors_of_other_status(changes, include_inactive)}
-        _expect_few(changed, changes, include_inactive, most=settings.refresh_max_share)
+        roster = good_tutors(changes.tutors.lazy(), include_inactive=include_inactive).collect()
+        others = choose_others(changes.tutors, roster["tutor_id"])
+        changed = {*changes.tutor_ids, *stored.tutors_of_other_status(roster, others)}
+        _expect_few(changed, roster["tutor_id"], most=settings.refresh_max_share)
     except UnknownChangesError as error:
         return Refresh(None, f"All tutors are read: {error}.")
     since = f"{state.read_at:%Y-%m-%d %H:%M:%S} UTC"
@@ -82,15 +85,11 @@ def plan_refresh(
     return Refresh(tuple(sorted(changed)), since, now.model_dump_json())
 
 
-def _expect_few(
-    changed: set[str], changes: Changes, include_inactive: bool, *, most: float
-) -> None:
+def _expect_few(changed: set[str], computed: pl.Series, *, most: float) -> None:
     """Check that a run of these tutors brings the date up to date, and is worth it."""
     if "" in changed:
         raise UnknownChangesError("rows without a tutor have changed")
-    roster = choose_roster(changes.tutors, tutor_ids=None, include_inactive=include_inactive)
-    computed = roster.tutors["tutor_id"]
-    if changed and not changed & set(computed):
+    if changed and not computed.is_in(list(changed)).any():
         raise UnknownChangesError(f"{len(changed)} tutors are not computed any more")
     if len(changed) > most * len(computed):
         raise UnknownChangesError(f"{len(changed)} of {len(computed)} tutors have changed")
@@ -173,16 +172,13 @@ class _StoredDate:
                 f"{METRICS_TABLE} has {found} rows of it, expected {expected}"
             )
 
-    def tutors_of_other_status(self, changes: Changes, include_inactive: bool) -> set[str]:
+    def tutors_of_other_status(self, roster: pl.DataFrame, others: pl.DataFrame) -> set[str]:
         """Tutors who joined, left, or have another status than what is stored says."""
-        chosen = choose_roster(changes.tutors, tutor_ids=None, include_inactive=include_inactive)
-        now = {
-            "tutor_roster": chosen.tutors,
-            "tutors_left_out": choose_others(changes.tutors, chosen.tutors["tutor_id"]),
-        }
         found: set[str] = set()
-        for asset, tutors in now.items():
+        for asset, tutors in (("tutor_roster", roster), ("tutors_left_out", others)):
             stored = self._scan(asset).collect()
+            if stored.sort("tutor_id").equals(tutors.sort("tutor_id")):
+                continue
             for one, other in ((stored, tutors), (tutors, stored)):
                 apart = one.join(other, on=["tutor_id", "status"], how="anti", nulls_equal=True)
                 found.update(apart["tutor_id"])
@@ -191,20 +187,31 @@ class _StoredDate:
     def _problems_of_runs(self, state: ReadState) -> Iterator[str]:
         wanted = dg.RunsFilter(run_ids=list(dict.fromkeys(state.run_ids)))
         status = {run.run_id: run.status for run in self.instance.get_runs(wanted)}
-        records = {
-            asset: {record.run_id: record for record in reversed(self._materializations(asset))}
-            for asset in (*self.assets, METRICS_TABLE, DAILY_REPORT)
-        }
-        for run_id in state.run_ids:
+        for run_id in dict.fromkeys(state.run_ids):
             name = f"run {run_id[:8]}, which stored rows of it,"
             if run_id not in status:
                 yield f"{name} is not on record any more"
             elif status[run_id] != dg.DagsterRunStatus.SUCCESS:
                 yield f"{name} has not succeeded"
-            elif missing := [asset for asset, by_run in records.items() if run_id not in by_run]:
-                yield f"{name} did not compute {missing[0]}"
-            elif _value(records[METRICS_TABLE][run_id], "failed"):
-                yield f"{name} has not saved the rows of all tutors"
+            else:
+                saved = self._materialized_by(run_id)
+                for asset in (*self.assets, METRICS_TABLE, DAILY_REPORT):
+                    if asset not in saved:
+                        yield f"{name} did not compute {asset}"
+                if _value(saved[METRICS_TABLE], "failed"):
+                    yield f"{name} has not saved the rows of all tutors"
+
+    def _materialized_by(self, run_id: str) -> dict[str, dg.AssetMaterialization]:
+        """What a run says of the date, by asset."""
+        records = self.instance.get_records_for_run(
+            run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
+        ).records
+        found = [record.asset_materialization for record in records]
+        return {
+            one.asset_key.to_user_string(): one
+            for one in found
+            if one is not None and one.partition == str(self.day)
+        }
 
     def _problems_of_rows(self) -> Iterator[str]:
         """What is not there any more of what the runs have stored."""
@@ -216,16 +223,13 @@ class _StoredDate:
                 yield f"{asset} is damaged or not there: {error}"
         if not report_path(self.settings.storage_path, self.day).exists():
             yield "there is no report"
-        tiers, *_ = self._materializations(TUTOR_TIERS)
-        if _value(tiers, "policy_digest") != self.policy.digest:
-            yield "the tiers were computed with another policy"
-
-    def _materializations(self, asset: str) -> list[dg.EventLogRecord]:
-        """Those of the date, the newest first."""
         wanted = dg.AssetRecordsFilter(
-            asset_key=dg.AssetKey(asset), asset_partitions=[str(self.day)]
+            asset_key=dg.AssetKey(TUTOR_TIERS), asset_partitions=[str(self.day)]
         )
-        return list(self.instance.fetch_materializations(wanted, limit=_MOST_RUNS).records)
+        # Another run than those that have read may have computed them since.
+        [tiers] = self.instance.fetch_materializations(wanted, limit=1).records
+        if _value(tiers.asset_materialization, "policy_digest") != self.policy.digest:
+            yield "the tiers were computed with another policy"
 
     def _rows_read(self) -> pl.DataFrame:
         """By ``tutor_id``, how many ``sessions``, ``feedback`` and ``events`` are stored.
@@ -249,10 +253,6 @@ class _StoredDate:
         return self.store.whole_partition(asset, str(self.day)).rows().scan()
 
 
-_MOST_RUNS = 1_000
-
-
-def _value(record: dg.EventLogRecord, name: str) -> Any:
-    materialization = record.asset_materialization
+def _value(materialization: dg.AssetMaterialization | None, name: str) -> Any:
     entry = None if materialization is None else materialization.metadata.get(name)
     return None if entry is None else entry.value
