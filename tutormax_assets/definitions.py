@@ -15,6 +15,7 @@ from tutormax_assets.defs.assets.tutor_tier_changes import tutor_tier_changes_as
 from tutormax_assets.defs.assets.tutor_tiers import tutor_tiers_assets
 from tutormax_assets.defs.assets.window_metrics import window_metrics_assets
 from tutormax_assets.defs.automation.alerts import alert_sensors
+from tutormax_assets.defs.automation.late_data import late_data_sensor
 from tutormax_assets.defs.automation.retention import retention_job, retention_sensor
 from tutormax_assets.defs.automation.schedule import nightly_freshness, nightly_schedule
 from tutormax_assets.defs.automation.single_days import single_days_sensors
@@ -89,11 +90,12 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         assets=[*platform_tables(settings.source), *assets],
         asset_checks=_checks(daily, policy),
         jobs=[daily_metrics, retention],
-        schedules=[nightly_schedule(daily_metrics, running=settings.automation)],
+        schedules=[nightly_schedule(daily_metrics, settings)],
         sensors=[
             *single_days_sensors(daily_metrics, assets, running=settings.automation),
             *alert_sensors(settings),
             retention_sensor(settings, partitioned, running=settings.automation),
+            late_data_sensor(settings, JOB_NAME),
         ],
         resources=_resources(settings, policy),
         loggers={"line": line_logger},

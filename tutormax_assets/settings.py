@@ -142,6 +142,19 @@ class Settings(BaseSettings):
         le=2**31 - 1,
         description="Transactions of the platform's server after which it is read as a whole.",
     )
+    late_data: bool = Field(
+        default=False,
+        description="Whether the sensor late_data runs unless it is stopped.",
+    )
+    late_data_minutes: int = Field(
+        default=5, ge=1, le=1_440, description="Minutes between two looks of the sensor late_data."
+    )
+    late_days: int = Field(
+        default=0,
+        ge=0,
+        le=90,
+        description="Dates before the night's own that the schedule computes again.",
+    )
     max_dates_per_run: int = Field(
         default=31,
         ge=0,

@@ -10,7 +10,6 @@ from typing import Any
 
 import dagster as dg
 
-from tutormax_assets.api.refresh import plan_refresh
 from tutormax_assets.api.summary import (
     ALL_TUTORS,
     CHANGED_TUTORS,
@@ -32,6 +31,7 @@ from tutormax_assets.defs.assets.tutor_performance_metrics import SUMMARY_METADA
 from tutormax_assets.defs.automation.alerts import tell_of_runs
 from tutormax_assets.defs.checks import is_blocked_by, sentence
 from tutormax_assets.defs.log import LOGGER
+from tutormax_assets.defs.refresh import plan_refresh
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.runs.failures import (
     error_sentence,

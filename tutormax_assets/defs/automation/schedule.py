@@ -6,6 +6,9 @@ from zoneinfo import ZoneInfo
 
 import dagster as dg
 
+from tutormax_assets.runs.tags import RANGE_END_TAG, RANGE_START_TAG
+from tutormax_assets.settings import Settings
+
 SCHEDULE_SUFFIX = "_at_night"
 """What the name of the schedule has after that of its job."""
 
@@ -16,10 +19,12 @@ DEADLINE_HOUR = 4
 """Hour by which its metrics must be in the table: retries of a bad night take less."""
 
 
-def nightly_schedule(job: Any, *, running: bool) -> Any:
+def nightly_schedule(job: Any, settings: Settings) -> Any:
     """The schedule that computes each reference date in its first hours.
 
-    Hour and timezone follow the partitions of the job; the tick of a date is for that date.
+    Hour and timezone follow the partitions of the job; the tick of a date is for that date, and for
+    as many dates before as the settings say, which one run computes again from one look at the
+    platform.
 
     A job on a schedule, and not declarative automation: the platform's tables are external assets
     that report no updates, so a condition could wait for nothing but the clock. And a night is one
@@ -27,21 +32,43 @@ def nightly_schedule(job: Any, *, running: bool) -> Any:
 
     Args:
         job: The asset job, partitioned by reference date.
-        running: Whether it runs until someone stops it in the UI, or is stopped until someone
-            starts it.
+        settings: How many earlier dates, and whether it runs unless it is stopped in the UI.
     """
-    return dg.build_schedule_from_partitioned_job(
-        job,
-        name=f"{job.name}{SCHEDULE_SUFFIX}",
-        hour_of_day=SCHEDULE_HOUR,
-        description=(
-            f"Computes the reference date that has just begun, at {SCHEDULE_HOUR:02}:00 in the"
-            " timezone of the partitions."
-        ),
-        default_status=(
-            dg.DefaultScheduleStatus.RUNNING if running else dg.DefaultScheduleStatus.STOPPED
-        ),
+    name = f"{job.name}{SCHEDULE_SUFFIX}"
+    description = (
+        f"Computes the reference date that has just begun, at {SCHEDULE_HOUR:02}:00 in the"
+        " timezone of the partitions."
     )
+    default_status = (
+        dg.DefaultScheduleStatus.RUNNING
+        if settings.automation
+        else dg.DefaultScheduleStatus.STOPPED
+    )
+    if not settings.late_days:
+        return dg.build_schedule_from_partitioned_job(
+            job,
+            name=name,
+            hour_of_day=SCHEDULE_HOUR,
+            description=description,
+            default_status=default_status,
+        )
+
+    @dg.schedule(
+        name=name,
+        job=job,
+        cron_schedule=f"0 {SCHEDULE_HOUR} * * *",
+        execution_timezone=settings.timezone,
+        description=f"{description} The {settings.late_days} dates before it are computed again.",
+        default_status=default_status,
+    )
+    def with_late_days(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+        last = context.scheduled_execution_time.astimezone(ZoneInfo(settings.timezone)).date()
+        first = max(last - timedelta(days=settings.late_days), settings.first_date)
+        return dg.RunRequest(
+            run_key=str(last), tags={RANGE_START_TAG: str(first), RANGE_END_TAG: str(last)}
+        )
+
+    return with_late_days
 
 
 def nightly_freshness(*, timezone: str) -> dg.FreshnessPolicy:

@@ -11,7 +11,7 @@ import pytest
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.automation.schedule import newest_due_date, nightly_freshness
 from tutormax_assets.runs.instance import dagster_instance
-from tutormax_assets.runs.tags import will_be_retried
+from tutormax_assets.runs.tags import RANGE_END_TAG, RANGE_START_TAG, will_be_retried
 from tutormax_assets.settings import load_settings
 
 
@@ -86,8 +86,41 @@ def test_schedule_and_sensors_run_by_themselves_where_the_setting_says_so(
     expected = "RUNNING" if running else "STOPPED"
     every: list[Any] = [*repository.schedule_defs, *repository.sensor_defs]
     statuses = {one.name: one.default_status.value for one in every}
+    # It looks at the platform all day, so it has a switch of its own.
+    assert statuses.pop("late_data") == "STOPPED"
     assert statuses
     assert {name: status for name, status in statuses.items() if status != expected} == {}
+
+
+@pytest.mark.parametrize("definitions", ["Asia/Tokyo"], indirect=True)
+def test_a_night_computes_late_days_again(
+    definitions: dg.Definitions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTORMAX_LATE_DAYS", "7")
+    monkeypatch.setenv("TUTORMAX_LATE_DATA", "true")
+    monkeypatch.setenv("TUTORMAX_FIRST_DATE", "2025-11-03")
+    repository = build_definitions(load_settings()).get_repository_def()
+    [schedule] = repository.schedule_defs
+
+    for tick, first, last in (
+        ("2025-11-20T02:00+09:00", "2025-11-13", "2025-11-20"),
+        # There is no date before the first one.
+        ("2025-11-07T02:00+09:00", "2025-11-03", "2025-11-07"),
+    ):
+        at = datetime.fromisoformat(tick)
+        context = dg.build_schedule_context(scheduled_execution_time=at)
+        [request] = schedule.evaluate_tick(context).run_requests or []
+        assert {RANGE_START_TAG: first, RANGE_END_TAG: last}.items() <= request.tags.items()
+
+    plain = the_schedule(definitions)
+    assert (schedule.name, schedule.job_name, schedule.cron_schedule) == (
+        plain.name,
+        plain.job_name,
+        plain.cron_schedule,
+    )
+    assert schedule.execution_timezone == "Asia/Tokyo"
+    sensor = repository.get_sensor_def("late_data")
+    assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
 
 
 @pytest.mark.parametrize("definitions", ["Europe/Berlin"], indirect=True)

@@ -41,11 +41,13 @@ class Refresh:
         why: Why all are read, or since when nothing else has changed; empty for a date that is not
             stored.
         read_state: ``ReadState`` of the date, up to where these are all that changed, as JSON.
+        is_known: Whether it is known who has changed; where all are read, that these are many.
     """
 
     tutor_ids: tuple[str, ...] | None
     why: str = ""
     read_state: str | None = None
+    is_known: bool = False
 
 
 def plan_refresh(
@@ -77,22 +79,23 @@ def plan_refresh(
         roster = good_tutors(changes.tutors.lazy(), include_inactive=include_inactive).collect()
         others = choose_others(changes.tutors, roster["tutor_id"])
         changed = {*changes.tutor_ids, *stored.tutors_of_other_status(roster, others)}
-        _expect_few(changed, roster["tutor_id"], most=settings.refresh_max_share)
+        _expect_computed(changed, roster["tutor_id"])
     except UnknownChangesError as error:
         return Refresh(None, f"All tutors are read: {error}.")
+    if len(changed) > settings.refresh_max_share * len(roster):
+        why = f"All tutors are read: {len(changed)} of {len(roster)} tutors have changed."
+        return Refresh(None, why, is_known=True)
     since = f"{state.read_at:%Y-%m-%d %H:%M:%S} UTC"
     now = state.model_copy(update={"horizon": changes.horizon, "read_at": changes.read_at})
-    return Refresh(tuple(sorted(changed)), since, now.model_dump_json())
+    return Refresh(tuple(sorted(changed)), since, now.model_dump_json(), is_known=True)
 
 
-def _expect_few(changed: set[str], computed: pl.Series, *, most: float) -> None:
-    """Check that a run of these tutors brings the date up to date, and is worth it."""
+def _expect_computed(changed: set[str], computed: pl.Series) -> None:
+    """Check that a run can be about these tutors."""
     if "" in changed:
         raise UnknownChangesError("rows without a tutor have changed")
     if changed and not computed.is_in(list(changed)).any():
         raise UnknownChangesError(f"{len(changed)} tutors are not computed any more")
-    if len(changed) > most * len(computed):
-        raise UnknownChangesError(f"{len(changed)} of {len(computed)} tutors have changed")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 from upath import UPath
 
-from tutormax_assets.api.refresh import plan_refresh
 from tutormax_assets.api.runs import aggregate
 from tutormax_assets.api.summary import AggregationSummary
 from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
@@ -21,6 +20,7 @@ from tutormax_assets.compute.tasks.windows import WINDOW_EDGES
 from tutormax_assets.database import tables
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS
+from tutormax_assets.defs.refresh import plan_refresh
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.read_state import ReadState
