@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 from upath import UPath
 
+from tutormax_assets.api.drift import find_drift
 from tutormax_assets.api.runs import aggregate
 from tutormax_assets.api.summary import AggregationSummary
 from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
@@ -74,6 +75,15 @@ def assert_up_to_date(platform: Platform) -> None:
     for asset, rows in stored(platform).items():
         assert_frame_equal(found[asset], rows, check_exact=True)
     assert versions(platform) == written
+
+
+def causes_of_drift() -> dict[tuple[str, str], set[str]]:
+    """Why stored values differ from the platform's, by tutor and metric, of any window."""
+    values = find_drift(load_settings(), [date.fromisoformat(DAY)]).values
+    found: dict[tuple[str, str], set[str]] = {}
+    for tutor_id, metric, causes in values.select("tutor_id", "metric", "causes").iter_rows():
+        found.setdefault((tutor_id, metric), set()).update(causes)
+    return found
 
 
 def tutors_read(lines: Sequence[str]) -> int:
@@ -144,6 +154,15 @@ def test_only_tutors_who_changed_are_read(
         f"DELETE FROM tutor_events WHERE tutor_id = '{event}' AND event_type = 'login'",
     ):
         small_platform.execute(statement)
+    causes = causes_of_drift()
+    assert causes[late, "avg_rating"] == {"late feedback"}
+    assert causes[corrected, "avg_rating"] == {"corrected"}
+    assert causes[deleted, "avg_rating"] == {"deleted"}
+    assert causes[replaced, "avg_rating"] == {"deleted"}
+    assert causes[from_, "sessions_completed"] == causes[out, "sessions_completed"] == {"deleted"}
+    assert causes[to, "sessions_completed"] == {"new rows"}
+    assert causes[event, "engagement_score"] == {"deleted"}
+    assert {tutor for tutor, _ in causes} == {*ids, event}
 
     summary, lines = refresh(batch_size=3)
 
@@ -151,6 +170,7 @@ def test_only_tutors_who_changed_are_read(
     assert tutors_read(lines) == 8
     assert versions(small_platform) != written
     assert refresh()[0].read == "nothing"
+    assert causes_of_drift() == {}
     assert_up_to_date(small_platform)
 
 

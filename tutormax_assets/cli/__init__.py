@@ -16,6 +16,7 @@ from tutormax_assets.cli import (
     db,
     demo,
     dev,
+    drift,
     explain,
     generate,
     history,
@@ -59,6 +60,7 @@ app.command("run")(run.run)
 app.command("backfill")(run.backfill)
 app.command("explain")(explain.explain)
 app.command("what-if")(what_if.what_if)
+app.command("drift")(drift.drift)
 app.command("report")(report.report)
 app.command("history")(history.history)
 app.command("table")(history.table)

@@ -175,13 +175,13 @@ def read_snapshots(task: SnapshotTask, context: TaskContext) -> SnapshotReport:
             ids_are_unique=view.ids_are_unique,
         )
         good_events = partial(quality.good_events, timezone=request.timezone)
-        cleaning: Mapping[Table, tuple[list[pl.LazyFrame], _Clean]] = {
+        cleaning: Mapping[Table, tuple[list[pl.LazyFrame], Clean]] = {
             "sessions": (rows.sessions, good_sessions),
             "tutor_events": (rows.events, good_events),
         }
         for table in tables:
             started = perf_counter()
-            good, set_aside = _by_parts(*cleaning[table])
+            good, set_aside = clean_parts(*cleaning[table])
             if rows.hashes is not None:
                 good, set_aside = attempt(rows.hashes.resolve, table, good, set_aside)
             report.clean_seconds[table] = perf_counter() - started
@@ -298,7 +298,8 @@ def _may_pass_here(error: BaseException) -> bool:
     return may_pass(error) and not isinstance(error, SnapshotGoneError)
 
 
-_Clean = Callable[[pl.LazyFrame], tuple[pl.LazyFrame, pl.LazyFrame]]
+Clean = Callable[[pl.LazyFrame], tuple[pl.LazyFrame, pl.LazyFrame]]
+"""Tells the good rows and what is set aside."""
 
 DATE_COLUMNS: Mapping[Table, str] = {"sessions": "scheduled_date", "tutor_events": "event_date"}
 """The local date of a row that was read, by table."""
@@ -328,8 +329,13 @@ def _store_dates(
     return stored
 
 
-def _by_parts(parts: list[pl.LazyFrame], clean: _Clean) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The good rows, and what was set aside; of the parts none is left."""
+def clean_parts(parts: list[pl.LazyFrame], clean: Clean) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The good rows and what was set aside of all parts; none of them is left in memory.
+
+    Args:
+        parts: Rows as they were read; the list is emptied.
+        clean: Tells good rows and values that are set aside, lazily.
+    """
     good, set_aside = [], []
     while parts:
         # What is good and what is set aside would each join the part anew.
