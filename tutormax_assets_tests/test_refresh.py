@@ -21,7 +21,7 @@ from tutormax_assets.compute.tasks.windows import WINDOW_EDGES
 from tutormax_assets.database import tables
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS
-from tutormax_assets.defs.refresh import plan_refresh
+from tutormax_assets.defs.refresh import dates_changed, plan_refresh
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.read_state import ReadState
@@ -297,3 +297,36 @@ def test_a_reader_may_tell_who_changed(server_url: sa.URL, small_template: str) 
             ),
         ):
             view.horizon()
+
+
+def test_only_dates_whose_windows_hold_a_changed_row_have_changed(
+    small_platform: Platform,
+) -> None:
+    day_before = "2025-11-06"
+    days = [date.fromisoformat(day) for day in (day_before, DAY, "2025-11-08")]
+
+    def changed() -> list[bool | str]:
+        return [*dates_changed(load_settings(), days).values()]
+
+    small_platform.run(day_before, DAY)
+    assert changed() == [False, False]
+
+    for change, expected in (
+        # Outside of both windows.
+        ("UPDATE sessions SET no_show = true WHERE scheduled_start < '2025-08-01'", [False, False]),
+        ("DELETE FROM tutor_events WHERE event_timestamp >= '2025-11-07'", [False, False]),
+        # A window ends where its date begins.
+        (
+            "UPDATE tutor_events SET metadata = NULL WHERE event_timestamp >= '2025-11-06'",
+            [False, True],
+        ),
+        (
+            "DELETE FROM student_feedback WHERE session_id IN"
+            " (SELECT session_id FROM sessions WHERE scheduled_start::date = '2025-11-01')",
+            [True, True],
+        ),
+    ):
+        small_platform.execute(change)
+        assert changed() == expected
+    small_platform.execute("CLUSTER sessions USING sessions_pkey")
+    assert {str(why)[:28] for why in changed()} == {"table sessions was rewritten"}

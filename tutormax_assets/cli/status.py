@@ -1,7 +1,8 @@
 """``tutormax status``: how the last nights went, and whether the next one is due."""
 
 import json
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,10 +17,20 @@ if TYPE_CHECKING:
     from tutormax_assets.settings import Settings
 
 
+_DATES_LOOKED_AT = 90
+
+
 def status(
     days: Annotated[
         int, typer.Option("--days", min=1, max=366, help="Number of last dates to examine.")
     ] = 7,
+    changed: Annotated[
+        bool,
+        typer.Option(
+            "--changed",
+            help=f"Ask the platform which of the last {_DATES_LOOKED_AT} dates it has changed.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the last good date, missing and failed dates, warnings, and when the next run is due.
@@ -41,10 +52,11 @@ def status(
         with dagster_instance(environment) as instance:
             nights = last_nights(instance, environment, days=days, now=datetime.now(UTC))
         where = {"dagster_home": str(home), "database": _database(environment)}
+        found = _changed_dates(environment) if changed else None
     if as_json:
-        typer.echo(json.dumps(where | nights.to_dict()))
+        typer.echo(json.dumps(where | nights.to_dict() | ({} if found is None else _report(found))))
     else:
-        show(_block(nights, where))
+        show(_block(nights, where, found))
     if not nights.is_well:
         raise typer.Exit(EXIT_FAILED)
 
@@ -58,13 +70,41 @@ def _database(environment: "Settings") -> str:
     return f"{describe(database_url(environment))} ({environment.whence})"
 
 
-def _block(nights: "Nights", where: dict[str, str]) -> "Table":
+def _changed_dates(environment: "Settings") -> "dict[date, bool | str]":
+    from tutormax_assets.dates import today
+    from tutormax_assets.defs.refresh import dates_changed
+
+    last = today(timezone=environment.timezone)
+    days = [last - timedelta(days=n) for n in range(_DATES_LOOKED_AT)]
+    return dates_changed(environment, days)
+
+
+def _report(found: "Mapping[date, bool | str]") -> dict[str, object]:
+    return {
+        "changed_dates": [str(day) for day, changed in found.items() if changed is True],
+        "unchanged_dates": [str(day) for day, changed in found.items() if changed is False],
+        "unknown_dates": {str(day): why for day, why in found.items() if isinstance(why, str)},
+    }
+
+
+def _block(
+    nights: "Nights", where: dict[str, str], found: "Mapping[date, bool | str] | None"
+) -> "Table":
     block = table(f"{nights.first} to {nights.last}", unnamed=2)
     block.add_row("Last good date", str(nights.last_good or "none"))
     block.add_row("Missing", dates_in_words(nights.missing) or "none")
     block.add_row("Failed", dates_in_words(nights.failed) or "none")
     for warning in nights.warnings:
         block.add_row("Warning", warning)
+    if found is not None:
+        changed = [day for day, is_changed in found.items() if is_changed is True]
+        block.add_row("Changed since read", dates_in_words(changed) or "none")
+        unknown: dict[str, list[date]] = {}
+        for day, why in found.items():
+            if isinstance(why, str):
+                unknown.setdefault(why, []).append(day)
+        for why, days in unknown.items():
+            block.add_row("Not known", f"{dates_in_words(days)}: {why}")
     due = f"{nights.next_tick:%Y-%m-%d %H:%M %Z}"
     if not nights.is_scheduled:
         due = "none, the schedule is off"

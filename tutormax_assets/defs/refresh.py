@@ -1,6 +1,6 @@
 """How a stored reference date is brought up to date: by the tutors who changed, or by all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import chain
@@ -16,7 +16,7 @@ from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_na
 from tutormax_assets.database.connection import engine_of
 from tutormax_assets.database.metrics_reading import count_rows
 from tutormax_assets.database.tables import METRICS_TABLE
-from tutormax_assets.dates import midnight
+from tutormax_assets.dates import horizon, midnight
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.metrics.policy import Policy
@@ -24,11 +24,14 @@ from tutormax_assets.metrics.quality import good_tutors
 from tutormax_assets.report.content import DAILY_REPORT, report_path
 from tutormax_assets.runs.read_state import ReadState, computed_with, load_state
 from tutormax_assets.settings import Settings
+from tutormax_assets.source.changed_dates import DateRead
 from tutormax_assets.source.changed_tutors import Changes
 from tutormax_assets.source.horizon import UnknownChangesError
-from tutormax_assets.source.view import changed_tutors, source_of
+from tutormax_assets.source.view import changed_dates, changed_tutors, source_of
 from tutormax_assets.storage.files import StorageError
 from tutormax_assets.storage.store import PartitionStore
+
+_NO_STATE = "what is stored does not say what it was read from"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,71 @@ def _expect_computed(changed: set[str], computed: pl.Series) -> None:
         raise UnknownChangesError(f"{len(changed)} tutors are not computed any more")
 
 
+def dates_changed(settings: Settings, days: Sequence[date]) -> dict[date, bool | str]:
+    """Whether the platform has changed sessions, feedback or events since a date was read.
+
+    Args:
+        settings: Where everything is.
+        days: Reference dates; those that are not stored are left out.
+
+    Returns:
+        By date; a text says why it cannot be told.
+
+    Raises:
+        SourceError: The platform cannot be read.
+        StorageError: The storage cannot be read.
+    """
+    policy = load_policy(settings)
+    store = PartitionStore(settings.storage_path)
+    found: dict[date, bool | str] = {}
+    read: dict[date, DateRead] = {}
+    for day in days:
+        if not store.is_stored("sessions_snapshot", str(day)):
+            continue
+        state = load_state(settings.storage_path, str(day))
+        if state is None or state.horizon is None:
+            found[day] = _NO_STATE if state is None else state.unknown
+        else:
+            rows = _rows_read(store, day).sum()
+            tables = ("sessions", "feedback", "events")
+            read[day] = DateRead(state.horizon, {table: rows[table].item() for table in tables})
+    if read:
+        first, last = horizon(list(read), window_days=policy.horizon_days)
+        found |= changed_dates(
+            source_of(settings),
+            read,
+            start=midnight(first, timezone=settings.timezone),
+            end=midnight(last, timezone=settings.timezone),
+            timezone=settings.timezone,
+            window_days=policy.horizon_days,
+            most_transactions=settings.refresh_max_transactions,
+        )
+    return dict(sorted(found.items()))
+
+
+def _rows_read(store: PartitionStore, day: date) -> pl.DataFrame:
+    """By ``tutor_id``, how many ``sessions``, ``feedback`` and ``events`` are stored.
+
+    A feedback is stored as the rating of its session, or set aside.
+    """
+
+    def scan(asset: str) -> pl.LazyFrame:
+        return store.whole_partition(asset, str(day)).rows().scan()
+
+    sessions = scan("sessions_snapshot").select(
+        "tutor_id", sessions=1, feedback=pl.col("overall_rating").is_not_null().cast(pl.Int64)
+    )
+    set_aside = scan("sessions_set_aside").filter(source_table="student_feedback")
+    feedback = set_aside.select("tutor_id", feedback=1)
+    events = scan("tutor_events_snapshot").select("tutor_id", events=1)
+    return (
+        pl.concat([sessions, feedback, events], how="diagonal_relaxed")
+        .group_by("tutor_id")
+        .agg(pl.col("sessions", "feedback", "events").sum().cast(pl.Int64))
+        .collect()
+    )
+
+
 @dataclass(frozen=True)
 class _StoredDate:
     settings: Settings
@@ -132,7 +200,7 @@ class _StoredDate:
         """
         state = load_state(self.settings.storage_path, str(self.day))
         if state is None:
-            raise UnknownChangesError("what is stored does not say what it was read from")
+            raise UnknownChangesError(_NO_STATE)
         if state.computed_with != conditions:
             raise UnknownChangesError(
                 f"what is stored was computed with {state.computed_with}; now it is {conditions}"
@@ -154,7 +222,7 @@ class _StoredDate:
         return changed_tutors(
             source_of(self.settings),
             state.horizon,
-            self._rows_read(),
+            _rows_read(self.store, self.day),
             start=midnight(self.day - window, timezone=self.settings.timezone),
             end=midnight(self.day, timezone=self.settings.timezone),
             most_transactions=self.settings.refresh_max_transactions,
@@ -233,24 +301,6 @@ class _StoredDate:
         [tiers] = self.instance.fetch_materializations(wanted, limit=1).records
         if _value(tiers.asset_materialization, "policy_digest") != self.policy.digest:
             yield "the tiers were computed with another policy"
-
-    def _rows_read(self) -> pl.DataFrame:
-        """By ``tutor_id``, how many ``sessions``, ``feedback`` and ``events`` are stored.
-
-        A feedback is stored as the rating of its session, or set aside.
-        """
-        sessions = self._scan("sessions_snapshot").select(
-            "tutor_id", sessions=1, feedback=pl.col("overall_rating").is_not_null().cast(pl.Int64)
-        )
-        set_aside = self._scan("sessions_set_aside").filter(source_table="student_feedback")
-        feedback = set_aside.select("tutor_id", feedback=1)
-        events = self._scan("tutor_events_snapshot").select("tutor_id", events=1)
-        return (
-            pl.concat([sessions, feedback, events], how="diagonal_relaxed")
-            .group_by("tutor_id")
-            .agg(pl.col("sessions", "feedback", "events").sum().cast(pl.Int64))
-            .collect()
-        )
 
     def _scan(self, asset: str) -> pl.LazyFrame:
         return self.store.whole_partition(asset, str(self.day)).rows().scan()

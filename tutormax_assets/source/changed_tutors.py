@@ -177,12 +177,27 @@ def _age(cursor: dbapi.Cursor, then: Horizon, *, most: int) -> int:
     Raises:
         UnknownChangesError: Too many transactions have begun since then.
     """
-    age, passed = fetch_frame(cursor, bind_values(_AGE, xmin=then.xmin), _Age).row(0)
+    return checked_age(
+        *fetch_frame(cursor, bind_values(_AGE, xmin=then.xmin), _Age).row(0), most=most
+    )
+
+
+def checked_age(age: int, passed: int, *, most: int) -> int:
+    """The age of a horizon, if transaction ids can still be told apart by theirs.
+
+    Args:
+        age: As PostgreSQL's function ``age`` gives it.
+        passed: Number of transactions that have begun since.
+        most: How many may have.
+
+    Raises:
+        UnknownChangesError: Too many have.
+    """
     if not 0 <= passed <= most:
         raise UnknownChangesError(
             f"found {passed} transactions since it was read, expected at most {most}"
         )
-    return int(age)
+    return age
 
 
 def _changed(found: pl.DataFrame, read: pl.DataFrame, age: int) -> pl.Series:

@@ -259,6 +259,15 @@ class View:
         with self._reading() as cursor:
             return read_horizon(cursor, self.snapshot)
 
+    def read(self, reader: Callable[[dbapi.Cursor], T]) -> T:
+        """What a reader gives, in the snapshot of the view.
+
+        Raises:
+            SourceError: The platform cannot be read.
+        """
+        with self._reading() as cursor:
+            return reader(cursor)
+
     def read_at_once(self, readers: Mapping[Table, Callable[[dbapi.Cursor], T]]) -> dict[Table, T]:
         """What each reader gives, in the snapshot of the view; two at once where that can be.
 

@@ -254,7 +254,7 @@ def bind_values(
     tutor_range: TutorRange = ALL_TUTORS,
     is_utf8: bool = True,
     score: LiteralString = SCORE,
-    **values: datetime | int,
+    **values: datetime | int | str,
 ) -> str:
     """A query with its values as literals of SQL, for ADBC binds none in a COPY."""
     return (

@@ -44,6 +44,7 @@ def test_there_are_exactly_these_commands() -> None:
         "demo",
         "generate",
         "dev",
+        "drift",
         "alert",
         "db",
         "db init",

@@ -5,6 +5,7 @@ import os
 import subprocess
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,3 +96,28 @@ def test_psql_is_led_to_the_database_by_the_environment(
         [program, *arguments[1:]], env=environment, capture_output=True, text=True, check=True
     )
     assert words(said.stdout) == platform.url.database
+
+
+def test_the_platform_is_asked_which_dates_it_has_changed(
+    small_platform: Platform, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    home = small_platform.settings.home_path / "dagster"
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    monkeypatch.setattr("tutormax_assets.dates.today", lambda timezone: date.fromisoformat(DAY))
+    settings = small_platform.settings.model_copy(update={"dagster_home": home})
+    Platform(settings, small_platform.engine).run(DAY)
+
+    def report() -> list[Any]:
+        found = json.loads(invoke("status", "--changed", "--json").stdout)
+        return [found[name] for name in ("changed_dates", "unchanged_dates", "unknown_dates")]
+
+    assert report() == [[], [DAY], {}]
+    small_platform.execute("DELETE FROM tutor_events")
+    assert report() == [[DAY], [], {}]
+    assert words(f"Changed since read │ {DAY}") in words(invoke("status", "--changed").stdout)
+    small_platform.execute(
+        "ALTER TABLE tutor_events RENAME TO e; CREATE VIEW tutor_events AS TABLE e"
+    )
+    changed, unchanged, unknown = report()
+    assert (changed, unchanged) == ([], [])
+    assert "tutor_events is a view" in unknown[DAY]
