@@ -32,14 +32,14 @@ _ROW = "row"
 _RATING = "overall_rating"
 
 
-def session_changes(stored: pl.LazyFrame, now: pl.LazyFrame, /) -> pl.LazyFrame:
+def session_changes(stored: pl.LazyFrame, source: pl.LazyFrame, /) -> pl.LazyFrame:
     """What happened to the sessions of some tutors.
 
     A session that is there in both with other values is recognized by its date and number.
 
     Args:
         stored: ``SessionsSnapshot``.
-        now: The same rows as the source has them now.
+        source: The same rows as the source has them.
 
     Returns:
         ``tutor_id``, ``date``, ``column`` and ``cause``; a row that came or went as a whole has the
@@ -48,7 +48,7 @@ def session_changes(stored: pl.LazyFrame, now: pl.LazyFrame, /) -> pl.LazyFrame:
     columns = SessionsSnapshot.column_names()
     values = [name for name in columns if name not in ("tutor_id", "scheduled_date")]
     but_rating = [name for name in columns if name != _RATING]
-    gone, came = _apart(stored.select(columns), now.select(columns), columns)
+    gone, came = _apart(stored.select(columns), source.select(columns), columns)
     rated_anew, gone, came = _pairs(gone, came, but_rating)
     changed, gone, came = _pairs(gone, came, ["tutor_id", "scheduled_date", "session_number"])
     of_values = [_changes_of(pairs, name) for pairs in (rated_anew, changed) for name in values]
@@ -61,19 +61,19 @@ def session_changes(stored: pl.LazyFrame, now: pl.LazyFrame, /) -> pl.LazyFrame:
     )
 
 
-def event_changes(stored: pl.LazyFrame, now: pl.LazyFrame, /) -> pl.LazyFrame:
+def event_changes(stored: pl.LazyFrame, source: pl.LazyFrame, /) -> pl.LazyFrame:
     """What happened to the logins and message responses of some tutors.
 
     Args:
         stored: ``TutorEventsSnapshot``.
-        now: The same rows as the source has them now.
+        source: The same rows as the source has them.
 
     Returns:
         As ``session_changes``; the column is ``event_type`` of a login, and else
         ``response_time_minutes``.
     """
     columns = TutorEventsSnapshot.column_names()
-    gone, came = _apart(stored.select(columns), now.select(columns), columns)
+    gone, came = _apart(stored.select(columns), source.select(columns), columns)
     corrected, gone, came = _pairs(gone, came, ["tutor_id", "event_date", "event_type"])
     is_login = pl.col("event_type") == LOGIN
     return pl.concat(
@@ -90,12 +90,12 @@ def event_changes(stored: pl.LazyFrame, now: pl.LazyFrame, /) -> pl.LazyFrame:
     )
 
 
-def differences(stored: pl.LazyFrame, now: pl.LazyFrame, /) -> pl.LazyFrame:
+def differences(stored: pl.LazyFrame, source: pl.LazyFrame, /) -> pl.LazyFrame:
     """The values in which the tiers of a reference date differ.
 
     Args:
         stored: ``TutorTiers``.
-        now: The same as computed from the source.
+        source: The same as computed from the source.
 
     Returns:
         ``tutor_id``, ``window``, ``metric``, ``stored`` and ``now`` as texts, sorted. Of a tutor
@@ -107,7 +107,7 @@ def differences(stored: pl.LazyFrame, now: pl.LazyFrame, /) -> pl.LazyFrame:
         rows.select(*key, pl.col(names).cast(pl.String)).unpivot(
             index=key, variable_name="metric", value_name=name
         )
-        for rows, name in ((stored, "stored"), (now, "now"))
+        for rows, name in ((stored, "stored"), (source, "now"))
     ]
     both = sides[0].join(sides[1], on=[*key, "metric"], how="full", coalesce=True)
     differs = pl.col("stored").ne_missing(pl.col("now"))
@@ -184,10 +184,10 @@ def _columns_of(table: str, column: str) -> Iterator[str]:
 
 
 def _apart(
-    stored: pl.LazyFrame, now: pl.LazyFrame, columns: Sequence[str]
+    stored: pl.LazyFrame, source: pl.LazyFrame, columns: Sequence[str]
 ) -> tuple[pl.LazyFrame, pl.LazyFrame]:
     """The rows that are only stored, and those that are only there now."""
-    _, gone, came = _pairs(stored, now, columns)
+    _, gone, came = _pairs(stored, source, columns)
     return gone, came
 
 
