@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from upath import UPath
 
-from chaos import bad_input, ground, kills, load, oracle
+from chaos import bad_input, ground, kills, late, load, oracle
 from chaos.ground import END, differences
 from chaos.proxy import ALWAYS, Proxy
 from chaos.report import Report, percentile
@@ -167,6 +167,18 @@ def test_killed_runs_leave_nothing_that_the_next_run_does_not_put_right(
     assert report.wrong == []
     assert int(report.figures["kills"]) >= 2
     assert report.figures["fresh runs right"] == report.figures["rounds"]
+
+
+def test_what_arrives_late_leaves_nothing_for_a_run_of_all_tutors(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(late, "DATES", late.DATES[-1:])
+    report = late.run(steps=2, seconds=600, seed=7, on=engine)
+
+    assert report.wrong == []
+    assert report.figures["steps"] == 2
+    assert int(report.figures["changes"]) > 0
+    assert int(report.figures["tutors read for these"]) > 0
 
 
 def test_customers_wait_for_no_run_and_are_counted_once(engine: sa.Engine) -> None:
