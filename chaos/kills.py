@@ -373,8 +373,9 @@ def _forget(lane: _Lane, days: Sequence[date]) -> None:
         execute(
             lane.ground.engine, f"DELETE FROM {METRICS_TABLE} WHERE calculation_date = :d", d=day
         )
-        for path in lane.ground.storage.glob(f"*/{day}.parquet"):
-            delete_files(UPath(path))
+        # Dates of a range have no folder of their own, but a listing.
+        for listing in lane.ground.storage.glob(f"*/{day}.json"):
+            delete_files(UPath(listing.with_suffix(".parquet")))
 
 
 def _scalars(lane: _Lane, statement: str) -> list[str]:

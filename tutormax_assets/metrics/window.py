@@ -2,7 +2,8 @@
 
 The starts and ends of all windows divide the days into segments. What a tutor's rows of a segment
 add up to is computed once; then each window of each reference date is the difference of two sums
-over segments. They are whole numbers, so that a date comes out the same alone or among others.
+over segments. They are whole numbers, so that a date comes out the same alone or among others,
+unless a sum is too large to be exact.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -32,6 +32,9 @@ _OF_ASSETS = (
     dg.DagsterEventType.ASSET_OBSERVATION,
 )
 
+# SQLite takes 32,766 values in a statement unless it is built otherwise; an event has seven.
+_MOST_IN_A_STATEMENT = 1_000
+
 
 class PooledSqliteEventLogStorage(SqliteEventLogStorage):
     """The event log with one connection to each file that is in use.
@@ -124,7 +127,9 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
             self._of_batch = {events[0].run_id: of_run, _INDEX: of_all}
             try:
                 if all(event.dagster_event_type in _OF_ASSETS for event in events):
-                    self._store_together(events, of_run, of_all)
+                    for first in range(0, len(events), _MOST_IN_A_STATEMENT):
+                        some = events[first : first + _MOST_IN_A_STATEMENT]
+                        self._store_together(some, of_run, of_all)
                 else:
                     for event in events:
                         super().store_event(event)

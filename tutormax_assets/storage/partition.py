@@ -5,13 +5,13 @@ old partition or the new one, and a shard that was stored twice counts once.
 
 A run of several dates stores their rows in one file, to which each date has a hard link; the
 listing says which rows are the date's. The filesystem counts the links, so a partition is deleted
-without a look at others. Links are in a second folder, ``<partition>.shared``, so that whoever
-reads all files of the first one does not take the rows of many dates for those of one.
+independently of others. Links are in a second folder, ``<partition>.shared``, so that reading every
+file of the first one does not mix dates.
 """
 
+import errno
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -73,7 +73,7 @@ class Partition:
         return Rows(self.path, parts, self.tutor_ids)
 
     def with_seconds(self, seconds: float) -> "Partition":
-        """The partition, whose storing took so much longer."""
+        """The partition with so many seconds added to the time that its storing took."""
         return replace(self, seconds=self.seconds + seconds)
 
 
@@ -240,7 +240,7 @@ class _Links:
             return None
         if self.file is None:
             self.file = folder_of_links(path) / _new_name(self.shard)
-            # Who reads a date reads few rows of others.
+            # Small row groups keep a reader of one date from decoding the rows of others.
             size = max(min(self.rows_of_a_date, _MOST_OF_A_ROW_GROUP), 1)
             written = write_parquet(self.file, self.rows.lazy(), row_group_size=size)
             self.size_bytes = written.size_bytes
@@ -416,15 +416,22 @@ def _delete_unlisted(path: UPath, parts: Sequence[Part]) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
-    if isinstance(path, Path) and all(part.offset is None for part in parts):
-        _delete_folder(folder_of_links(path))
+    if isinstance(path, Path):
+        used = {file.parent for file in listed}
+        for folder in (path, folder_of_links(path)):
+            if folder not in used:
+                _delete_folder(folder)
 
 
 def _delete_folder(path: UPath) -> None:
-    with suppress(FileNotFoundError):
+    try:
         # An object store has no folders, unless it plays them.
         if path.exists():
             path.rmdir()
+    except OSError as error:
+        # Somebody else was faster, or has just stored a file: the next listing deletes that.
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
 
 
 def _cannot_be_written(path: UPath, error: Exception) -> StorageError:

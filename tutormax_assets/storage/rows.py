@@ -119,11 +119,14 @@ def read_dates(dates: Mapping[str, Rows]) -> dict[str, pl.DataFrame]:
         if len(keys) == 1:
             found[keys[0]] = dates[keys[0]].scan().collect()
             continue
-        of_all = rows_of_all([dates[key] for key in keys])
+        # Rows of some tutors only are chosen after a date's rows are.
+        of_all = replace(rows_of_all([dates[key] for key in keys]), tutor_ids=())
         files = pl.collect_all(replace(of_all, parts=(part,)).scan() for part in of_all.parts)
         for key in keys:
-            found[key] = pl.concat(
+            of_date = pl.concat(
                 file.slice((part.offset or 0) - (whole.offset or 0), part.rows)
                 for file, part, whole in zip(files, dates[key].parts, of_all.parts, strict=True)
             )
+            only = dates[key].tutor_ids
+            found[key] = of_date.filter(pl.col("tutor_id").is_in(only)) if only else of_date
     return {key: found[key] for key in dates}

@@ -11,6 +11,7 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
+from tutormax_assets.runs import event_log
 from tutormax_assets.runs.event_log import PooledSqliteEventLogStorage
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.private_dagster import SqliteEventLogStorage
@@ -145,9 +146,11 @@ def tell(context: dg.OpExecutionContext) -> None:
     context.log_event(dg.AssetObservation("rows", partition=KEYS[1]))
 
 
+@pytest.mark.parametrize("most", [1_000, 3])
 def test_a_batch_of_assets_is_what_its_events_would_be_alone(
-    instance: dg.DagsterInstance, tmp_path: Path
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
+    monkeypatch.setattr(event_log, "_MOST_IN_A_STATEMENT", most)
     of_rows = instance.all_logs(run(instance))
     of_others = instance.all_logs(
         dg.GraphDefinition("told", node_defs=[tell]).execute_in_process(instance=instance).run_id

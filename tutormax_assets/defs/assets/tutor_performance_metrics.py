@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import islice
+from threading import Event
 from typing import Any, NamedTuple
 
 import dagster as dg
@@ -25,6 +26,7 @@ from tutormax_assets.compute.tasks.writing import (
     write_table,
 )
 from tutormax_assets.database.date_locks import DateLocks
+from tutormax_assets.database.faults import reason
 from tutormax_assets.database.metrics_reading import DateCounts, MetricsTableError, count_rows
 from tutormax_assets.database.metrics_writing import WRITERS
 from tutormax_assets.database.revisions import RevisionRecord
@@ -276,21 +278,25 @@ class _Written(NamedTuple):
 def _write_dates(
     compute: Compute, plans: Iterator[_PlanOfDate], *, at_once: int, log: logging.Logger
 ) -> Iterator[_Written]:
-    """Write dates, some at once, and give what became of them in their order.
+    """Write dates, some at once, and yield the outcomes in the order of the dates.
 
     After one that is broken off no other is begun.
     """
+    is_broken_off = Event()
 
     def write(one: _PlanOfDate) -> _Written:
-        return _Written(one, *_write(compute, one.plan, log=log))
+        reports, error = _write(compute, one.plan, log=log)
+        if error is not None:
+            is_broken_off.set()
+            log.error(f"{one.key} was broken off: {reason(error)}")
+        return _Written(one, reports, error)
 
     with ThreadPoolExecutor(at_once, thread_name_prefix=METRICS_TABLE) as pool:
         under_way = deque(pool.submit(write, one) for one in islice(plans, at_once))
         while under_way:
             written = under_way.popleft().result()
-            if written.error is not None:
-                plans = iter(())
-            under_way.extend(pool.submit(write, one) for one in islice(plans, 1))
+            more = 0 if is_broken_off.is_set() else 1
+            under_way.extend(pool.submit(write, one) for one in islice(plans, more))
             yield written
 
 
