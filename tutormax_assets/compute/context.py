@@ -1,8 +1,9 @@
 """What a task is computed with."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 from tutormax_assets.source.platform import PlatformDatabase
 
@@ -18,8 +19,10 @@ class TaskContext:
         database: The platform's database.
         home_path: The home of that process, for rows that wait in files.
         log: Where the task logs.
+        over: Set once the run of this process ends early: what has failed is not tried again then.
     """
 
     database: PlatformDatabase
     home_path: Path
     log: logging.Logger
+    over: Event = field(default_factory=Event)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from itertools import pairwise
+from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
 from tutormax_assets.compute import DaskError, ShardsError
@@ -33,6 +34,7 @@ class Compute:
         self._settings = settings
         self._database = database
         self._cluster: Cluster | None = None
+        self._over = Event()
 
     @property
     def is_elsewhere(self) -> bool:
@@ -133,6 +135,10 @@ class Compute:
             return reports, error.errors
         return reports, {}
 
+    def stop(self) -> None:
+        """Have tasks that are under way in this process not tried again, and no batch begun."""
+        self._over.set()
+
     def close(self) -> None:
         """Leave the cluster, if there is one; what it has queued for this run is cancelled."""
         if self._cluster is not None:
@@ -149,7 +155,7 @@ class Compute:
         """Reports as they come; what failed is put into ``errors``."""
         cluster = self._connect(log)
         if cluster is None:
-            context = TaskContext(self._database, self._settings.home_path, log)
+            context = TaskContext(self._database, self._settings.home_path, log, self._over)
             return _locally(lambda task: function(task, context), tasks, errors)
         return cluster.reports(function, tasks, errors, log=log)
 

@@ -138,6 +138,7 @@ def write_metrics(
     is_wanted: sa.Select[bool] | None = None,
     record: RevisionRecord | None = None,
     writers: int = WRITERS,
+    over: Event | None = None,
 ) -> Iterator[Batch]:
     """Bring the table's rows of one date and these tutors to the given values, batch by batch.
 
@@ -156,6 +157,7 @@ def write_metrics(
         is_wanted: Asked in each transaction whether the run that wants the rows goes on.
         record: Keeps the values that are replaced; they are lost when None.
         writers: How many batches are written at once at most, each by a connection of its own.
+        over: Once it is set, no further batch is begun by a single writer, and none tried again.
 
     Yields:
         One ``Batch`` after each batch, in their order, those included in which the writing ends
@@ -181,9 +183,12 @@ def write_metrics(
         record=record,
     )
     failure: Exception | None = None
-    for batch, failed in _in_turn(writing.write, enumerate(batches, start=1), writers=writers):
+    numbered = enumerate(batches, start=1)
+    for batch, failed in _in_turn(writing.write, numbered, writers=writers, over=over):
         failure = failure or failed
         yield batch
+    if failure is None and over is not None and over.is_set():
+        raise MetricsTableError("The run was stopped before all rows were written.")
     if failure is not None:
         kind = MetricsTableTimeoutError if is_timeout(failure) else MetricsTableError
         raise kind(_sentence(failure)) from failure
@@ -239,19 +244,21 @@ def _in_turn(
     batches: Iterable[tuple[int, pl.DataFrame]],
     *,
     writers: int,
+    over: Event | None,
 ) -> Iterator[_Written]:
-    """Write batches, some at once, and give what became of them in their order.
+    """Write batches, some at once, and yield the outcomes in the order of the batches.
 
     After one that fails, those that are under way are ended and no other is begun.
     """
-    over = Event()
     if writers == 1:
+        over = over or Event()
         for item in batches:
             done = write(item, over)
             yield done
-            if done.failure is not None:
+            if done.failure is not None or over.is_set():
                 return
         return
+    over = Event()
     waiting = iter(batches)
     pool = ThreadPoolExecutor(writers, thread_name_prefix=METRICS_TABLE)
     try:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 
 import polars as pl
@@ -359,6 +359,28 @@ def test_what_fails_while_others_are_written_is_told_of_each(engine: sa.Engine) 
     assert {batch.number for batch in batches if batch.errors} == {8}
     told = [one for batch in batches for one in batch.tutor_ids if not batch.errors]
     assert metrics_of(engine)["tutor_id"].unique().sort().to_list() == told
+
+
+def test_a_writing_that_is_stopped_begins_no_further_batch(engine: sa.Engine) -> None:
+    add(engine, tables.tutors, *({"tutor_id": tutor_id} for tutor_id in "abc"))
+    over = Event()
+    writing = write_metrics(
+        engine,
+        tiers(["a", "b", "c"]),
+        calculation_date=DAY,
+        batch_size=1,
+        retrying=ONCE,
+        timeouts=Timeouts(),
+        writers=1,
+        over=over,
+    )
+
+    assert next(writing).tutor_ids == ["a"]
+    over.set()
+    with pytest.raises(MetricsTableError, match="stopped before all rows were written"):
+        next(writing)
+
+    assert metrics_of(engine)["tutor_id"].unique().to_list() == ["a"]
 
 
 def test_a_writing_that_is_broken_off_leaves_nothing_under_way(engine: sa.Engine) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from itertools import islice
+from threading import Event
 from time import perf_counter
 from typing import Any
 
 import polars as pl
+import tenacity
 
 from tutormax_assets.compute.context import TaskContext
 from tutormax_assets.database.date_locks import is_held
@@ -189,6 +191,14 @@ def _rows_of_shard(reasons: Partition | None, divided: Division, number: int | N
     return reasons.rows(number if reasons.shards == divided.shards else None)
 
 
+def _until(over: Event, attempts: tenacity.Retrying) -> tenacity.Retrying:
+    """Attempts that end, and do not wait for the next one, once it is over."""
+    return attempts.copy(
+        sleep=tenacity.sleep_using_event(over),
+        stop=lambda state: over.is_set() or attempts.stop(state),
+    )
+
+
 def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
     """Bring the table's rows of a shard to those of its tiers, and the reasons to theirs."""
     started = perf_counter()
@@ -197,10 +207,13 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
     batches: list[Batch] = []
     failure = None
     without_reasons: Mapping[str, str] = {}
-    attempts = retrying(
-        max_retries=task.max_retries,
-        retry_delay_seconds=task.retry_delay_seconds,
-        log=context.log,
+    attempts = _until(
+        context.over,
+        retrying(
+            max_retries=task.max_retries,
+            retry_delay_seconds=task.retry_delay_seconds,
+            log=context.log,
+        ),
     )
     is_wanted = None if task.holder is None else is_held(task.holder)
     try:
@@ -214,6 +227,7 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
             is_wanted=is_wanted,
             record=task.record,
             writers=task.writers,
+            over=context.over,
         ):
             _log_batch(context.log, task.reference_date, batch)
             batches.append(batch)

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
@@ -277,7 +277,7 @@ class _Written(NamedTuple):
 
 def _write_dates(
     compute: Compute, plans: Iterator[_PlanOfDate], *, at_once: int, log: logging.Logger
-) -> Iterator[_Written]:
+) -> Generator[_Written, None, None]:
     """Write dates, some at once, and yield the outcomes in the order of the dates.
 
     After one that is broken off no other is begun.
@@ -293,11 +293,16 @@ def _write_dates(
 
     with ThreadPoolExecutor(at_once, thread_name_prefix=METRICS_TABLE) as pool:
         under_way = deque(pool.submit(write, one) for one in islice(plans, at_once))
-        while under_way:
-            written = under_way.popleft().result()
-            more = 0 if is_broken_off.is_set() else 1
-            under_way.extend(pool.submit(write, one) for one in islice(plans, more))
-            yield written
+        try:
+            while under_way:
+                written = under_way.popleft().result()
+                more = 0 if is_broken_off.is_set() else 1
+                under_way.extend(pool.submit(write, one) for one in islice(plans, more))
+                yield written
+        except BaseException:
+            # Somebody stops the run: it need not wait for further attempts.
+            compute.stop()
+            raise
 
 
 def _write(

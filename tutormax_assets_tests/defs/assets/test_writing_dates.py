@@ -1,7 +1,7 @@
 """Dates of a range are written two at a time, and what became of each is told."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import date
 from threading import Event
 from types import SimpleNamespace
@@ -21,7 +21,11 @@ class Table:
     def __init__(self, *refused: str) -> None:
         self.refused = refused
         self.begun: list[str] = []
+        self.is_stopped = False
         self.second_is_over = Event()
+
+    def stop(self) -> None:
+        self.is_stopped = True
 
     def map(self, _: object, tasks: Any, *, log: logging.Logger) -> Iterator[tuple[str, Any]]:
         key = next(iter(tasks))
@@ -37,17 +41,30 @@ class Table:
                 self.second_is_over.set()
 
 
-def written(table: Table) -> list[tuple[str, str | None]]:
+def outcomes(table: Table) -> Generator[writing._Written, None, None]:
     plans = (
         writing._PlanOfDate(
             key, date.fromisoformat(key), cast("Any", SimpleNamespace(tasks={key: None}))
         )
         for key in KEYS
     )
-    found = writing._write_dates(
-        cast("Any", table), plans, at_once=2, log=logging.getLogger("tutormax_assets")
-    )
-    return [(one.of.key, None if one.error is None else str(one.error)) for one in found]
+    log = logging.getLogger("tutormax_assets")
+    return writing._write_dates(cast("Any", table), plans, at_once=2, log=log)
+
+
+def written(table: Table) -> list[tuple[str, str | None]]:
+    return [(one.of.key, None if one.error is None else str(one.error)) for one in outcomes(table)]
+
+
+def test_who_stops_a_run_waits_for_no_further_attempt() -> None:
+    table = Table()
+    found = outcomes(table)
+
+    next(found)
+    assert not table.is_stopped
+    found.close()
+
+    assert table.is_stopped
 
 
 def test_all_dates_are_written_in_their_order() -> None:
