@@ -1,5 +1,6 @@
 """How a stored reference date is brought up to date: by the tutors who changed, or by all."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -13,8 +14,13 @@ from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
 from tutormax_assets.compute.tasks.roster import choose_others
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIER_REASONS, TUTOR_TIERS
 from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_name
-from tutormax_assets.database.connection import engine_of
-from tutormax_assets.database.metrics_reading import count_rows
+from tutormax_assets.database.connection import Timeouts, engine_of
+from tutormax_assets.database.faults import retrying
+from tutormax_assets.database.metrics_reading import (
+    READ_SCHEMA,
+    MetricsTableError,
+    read_metrics,
+)
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.dates import horizon, midnight
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS
@@ -229,18 +235,33 @@ class _StoredDate:
         )
 
     def expect_rows(self, tutors: pl.DataFrame) -> None:
-        """Check that the metrics table holds the rows of all tutors whom the platform still has.
+        """Check that the metrics table holds the tiers of all tutors whom the platform still has.
 
         Raises:
             UnknownChangesError: It does not.
         """
-        tiers = self._scan(TUTOR_TIERS).select("tutor_id").collect()
-        expected = len(tiers.join(tutors, on="tutor_id", how="semi"))
-        with engine_of(self.settings) as engine:
-            found = count_rows(engine, midnight(self.day, timezone=self.settings.timezone)).rows
-        if found < expected:
+        saved = self._scan(TUTOR_TIERS).select(
+            pl.col(name).cast(dtype) for name, dtype in READ_SCHEMA.items()
+        )
+        once = retrying(max_retries=0, retry_delay_seconds=0, log=logging.getLogger(__name__))
+        try:
+            with engine_of(self.settings) as engine:
+                [found] = read_metrics(
+                    engine,
+                    calculation_dates=[midnight(self.day, timezone=self.settings.timezone)],
+                    retrying=once,
+                    timeouts=Timeouts.of(self.settings),
+                )
+        except MetricsTableError as error:
+            raise UnknownChangesError(str(error)) from error
+        others = (
+            saved.join(tutors.lazy(), on="tutor_id", how="semi")
+            .join(found.lazy(), on=list(READ_SCHEMA), how="anti", nulls_equal=True)
+            .collect()
+        )
+        if len(others):
             raise UnknownChangesError(
-                f"{METRICS_TABLE} has {found} rows of it, expected {expected}"
+                f"{METRICS_TABLE} lacks {len(others)} rows of it, or has other values in them"
             )
 
     def tutors_of_other_status(self, roster: pl.DataFrame, others: pl.DataFrame) -> set[str]:
