@@ -215,7 +215,7 @@ def _change(lane: _Lane) -> None:
         return
     lane.report.count("changes")
     lane.report.count(f"change: {name}")
-    # A run cannot save a tutor whom a transaction is about to delete.
+    # A run cannot save a tutor that an open transaction is deleting.
     if "tutor" not in name.split()[0] and lane.choice.random() < 0.2:
         lane.report.count("of them, committed or rolled back later")
         lane.open.append(connection)

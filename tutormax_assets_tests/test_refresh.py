@@ -21,7 +21,7 @@ from tutormax_assets.compute.tasks.windows import WINDOW_EDGES
 from tutormax_assets.database import tables
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS
-from tutormax_assets.defs.refresh import dates_changed, plan_refresh
+from tutormax_assets.defs.refresh import find_stale_dates, plan_refresh
 from tutormax_assets.defs.resources import RunOptions
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.read_state import ReadState
@@ -322,7 +322,7 @@ def test_only_dates_whose_windows_hold_a_changed_row_have_changed(
     days = [date.fromisoformat(day) for day in (day_before, DAY, "2025-11-08")]
 
     def changed() -> list[bool | str]:
-        return [*dates_changed(load_settings(), days).values()]
+        return [*find_stale_dates(load_settings(), days).values()]
 
     small_platform.run(day_before, DAY)
     assert changed() == [False, False]

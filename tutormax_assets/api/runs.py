@@ -95,8 +95,8 @@ def aggregate(
         options: Options of the run. Tutors who are not in the platform's tutors are left out of it
             and named in the errors of each summary.
         source: What started the runs, for their tags.
-        changed_only: Whether only those tutors of a single date are read whom the platform has
-            changed since the date was stored, if that can be told.
+        changed_only: Whether a run of a single stored date reads only the tutors whose rows have
+            changed in the platform. It reads all of them if the changes cannot be determined.
 
     Returns:
         One summary per date.

@@ -79,7 +79,7 @@ def run(
     full: Annotated[
         bool,
         typer.Option(
-            "--full", help="All tutors, also of a date that is stored; else those who changed."
+            "--full", help="Read all tutors of a stored date, not only those that have changed."
         ),
     ] = False,
     cleanup: Annotated[
@@ -100,7 +100,7 @@ def run(
 ) -> None:
     """Compute the metrics of one reference date and keep them.
 
-    Of a date that is stored only those tutors are read whom the platform has changed since.
+    A run of a stored date reads only the tutors whose rows have changed in the platform.
 
     Exit code: 0 all saved, 1 something failed, 2 wrong use.
     """
@@ -110,6 +110,8 @@ def run(
             " leave it out.",
             code=EXIT_USAGE,
         )
+    if full and (tutors or tutor):
+        fail("--full reads all tutors; leave it out, or --tutors and --tutor.", code=EXIT_USAGE)
     environment = _prepare(verbose=verbose, quiet=quiet)
     with sentences():
         [summary] = with_progress(
@@ -123,7 +125,10 @@ def run(
         )
     is_shown = not as_json and not quiet
     if is_shown and summary.is_unchanged:
-        show(f"Nothing has changed since {summary.run_date.date()} was read: nothing is written.")
+        show(
+            f"{summary.run_date.date()} is up to date: nothing has changed in the platform since it"
+            " was read."
+        )
     elif is_shown:
         show(summary_block(summary))
     report = summary.to_dict()

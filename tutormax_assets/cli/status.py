@@ -72,11 +72,11 @@ def _database(environment: "Settings") -> str:
 
 def _changed_dates(environment: "Settings") -> "dict[date, bool | str]":
     from tutormax_assets.dates import today
-    from tutormax_assets.defs.refresh import dates_changed
+    from tutormax_assets.defs.refresh import find_stale_dates
 
     last = today(timezone=environment.timezone)
     days = [last - timedelta(days=n) for n in range(_DATES_LOOKED_AT)]
-    return dates_changed(environment, days)
+    return find_stale_dates(environment, days)
 
 
 def _report(found: "Mapping[date, bool | str]") -> dict[str, object]:

@@ -30,10 +30,10 @@ from tutormax_assets.metrics.quality import good_tutors
 from tutormax_assets.report.content import DAILY_REPORT, report_path
 from tutormax_assets.runs.read_state import ReadState, computed_with, load_state
 from tutormax_assets.settings import Settings
-from tutormax_assets.source.changed_dates import DateRead
-from tutormax_assets.source.changed_tutors import Changes
+from tutormax_assets.source.changed_dates import DateRead, find_changed_dates
+from tutormax_assets.source.changed_tutors import Changes, find_changed_tutors
 from tutormax_assets.source.horizon import UnknownChangesError
-from tutormax_assets.source.view import changed_dates, changed_tutors, source_of
+from tutormax_assets.source.view import source_of
 from tutormax_assets.storage.files import StorageError
 from tutormax_assets.storage.store import PartitionStore
 
@@ -107,15 +107,15 @@ def _expect_computed(changed: set[str], computed: pl.Series) -> None:
         raise UnknownChangesError(f"{len(changed)} tutors are not computed any more")
 
 
-def dates_changed(settings: Settings, days: Sequence[date]) -> dict[date, bool | str]:
-    """Whether the platform has changed sessions, feedback or events since a date was read.
+def find_stale_dates(settings: Settings, days: Sequence[date]) -> dict[date, bool | str]:
+    """Find the stored dates whose sessions, feedback or events have changed in the platform.
 
     Args:
         settings: Where everything is.
         days: Reference dates; those that are not stored are left out.
 
     Returns:
-        By date; a text says why it cannot be told.
+        Whether a date is stale, by date; or the reason why that is unknown.
 
     Raises:
         SourceError: The platform cannot be read.
@@ -137,7 +137,7 @@ def dates_changed(settings: Settings, days: Sequence[date]) -> dict[date, bool |
             read[day] = DateRead(state.horizon, {table: rows[table].item() for table in tables})
     if read:
         first, last = horizon(list(read), window_days=policy.horizon_days)
-        found |= changed_dates(
+        found |= find_changed_dates(
             source_of(settings),
             read,
             start=midnight(first, timezone=settings.timezone),
@@ -225,7 +225,7 @@ class _StoredDate:
         if state.horizon is None:
             raise UnknownChangesError(state.unknown)
         window = timedelta(days=max(self.policy.windows))
-        return changed_tutors(
+        return find_changed_tutors(
             source_of(self.settings),
             state.horizon,
             _rows_read(self.store, self.day),
@@ -235,7 +235,7 @@ class _StoredDate:
         )
 
     def expect_rows(self, tutors: pl.DataFrame) -> None:
-        """Check that the metrics table holds the tiers of all tutors whom the platform still has.
+        """Check that the metrics table holds the tiers of all tutors in the platform.
 
         Raises:
             UnknownChangesError: It does not.

@@ -1,6 +1,6 @@
-"""Which reference dates the platform has changed since they were read.
+"""Finds the reference dates whose source rows have changed since they were read.
 
-One look at each table serves all dates: its rows are counted by day, and the newest transaction id
+Each table is scanned once for all dates: its rows are counted by day, and the newest transaction id
 of each day is compared with the horizon of each date.
 """
 
@@ -13,11 +13,13 @@ import dataframely as dy
 import polars as pl
 from adbc_driver_postgresql import dbapi
 
-from tutormax_assets.source.changed_tutors import checked_age
+from tutormax_assets.source import lake, postgres
+from tutormax_assets.source.changed_tutors import check_age
 from tutormax_assets.source.horizon import Horizon, UnknownChangesError, expect_same_server
-from tutormax_assets.source.postgres import Source, open_view
+from tutormax_assets.source.lake_files import Lake
 from tutormax_assets.source.queries import OF_EVENTS, OF_WINDOW, bind_values
 from tutormax_assets.source.streams import fetch_frame
+from tutormax_assets.source.view import AnySource
 
 _AGES = """
 SELECT xmin, age(xmin::text::xid8::xid) AS age,
@@ -57,7 +59,7 @@ class DateRead:
     """What a run has read for a reference date.
 
     Attributes:
-        horizon: What later rows are told by.
+        horizon: Distinguishes the rows that came later.
         rows: Number of ``sessions``, of ``feedback`` of these, and of ``events``.
     """
 
@@ -77,8 +79,8 @@ class _RowsOfDay(dy.Schema):
     age = dy.Int32()
 
 
-def changed_dates(
-    source: Source,
+def find_changed_dates(
+    source: AnySource,
     dates: Mapping[date, DateRead],
     *,
     start: datetime,
@@ -96,17 +98,23 @@ def changed_dates(
         end: The instant at which the last window ends.
         timezone: In which a date begins.
         window_days: Length of the longest window.
-        most_transactions: As ``changed_tutors`` takes it.
+        most_transactions: As for ``find_changed_tutors``.
 
     Returns:
-        Whether something has changed, by date; a text says why it cannot be told.
+        Whether rows of a date have changed, by date; or the reason why that is unknown. Of a lake,
+        whether any file has changed.
 
     Raises:
-        UnknownChangesError: It can be told of none.
         SourceError: The platform cannot be read.
     """
-    with open_view(source) as view:
-        now = view.horizon()
+    if isinstance(source, Lake):
+        of_lake = lake.open_view(source).horizon()
+        return {day: read.horizon != of_lake for day, read in dates.items()}
+    with postgres.open_view(source) as view:
+        try:
+            now = view.horizon()
+        except UnknownChangesError as error:
+            return dict.fromkeys(dates, str(error))
         [of_day, ages] = view.read(
             partial(_look, dates=dates, start=start, end=end, timezone=timezone)
         )
@@ -150,4 +158,4 @@ def _look(
 
 def _age(ages: pl.DataFrame, horizon: Horizon, *, most: int) -> int:
     _, age, passed = ages.row(by_predicate=pl.col("xmin") == horizon.xmin)
-    return checked_age(age, passed, most=most)
+    return check_age(age, passed, most=most)

@@ -1,7 +1,7 @@
-"""Which tutors the platform has changed since a run read it.
+"""Finds the tutors whose rows have changed since a run read the platform.
 
-Rows that came later are told by their transaction ids. What was deleted or moved away shows where a
-tutor has another number of rows than were read. A row per tutor leaves the server, and no more.
+Transaction ids identify rows that were inserted or updated later. Row counts per tutor reveal rows
+that were deleted or moved away. The server returns one row per tutor.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,12 @@ import dataframely as dy
 import polars as pl
 from adbc_driver_postgresql import dbapi
 
+from tutormax_assets.source import lake, postgres
 from tutormax_assets.source.horizon import Horizon, UnknownChangesError, expect_same_server
-from tutormax_assets.source.postgres import Source, open_view
+from tutormax_assets.source.lake_files import Lake
 from tutormax_assets.source.queries import OF_EVENTS, OF_WINDOW, bind_values
 from tutormax_assets.source.streams import fetch_frame
+from tutormax_assets.source.view import AnySource
 
 # The age of a transaction id is its distance from the newest one, in the transaction that asks.
 _AGE = """
@@ -70,10 +72,10 @@ class Changes:
     """What has changed.
 
     Attributes:
-        tutor_ids: Tutors whose rows are not the same any more, sorted. A few of them may be.
-        horizon: From which on changes are looked for next time.
-        read_at: When it was looked.
-        tutors: ``SourceTutors`` at that time.
+        tutor_ids: Tutors whose rows may have changed, sorted.
+        horizon: The starting point of the next search.
+        read_at: The instant of the search.
+        tutors: ``SourceTutors`` at that instant.
     """
 
     tutor_ids: tuple[str, ...]
@@ -97,8 +99,8 @@ class _RowsOfTutor(dy.Schema):
     age = dy.Int32()
 
 
-def changed_tutors(
-    source: Source,
+def find_changed_tutors(
+    source: AnySource,
     then: Horizon,
     read: pl.DataFrame,
     *,
@@ -119,11 +121,16 @@ def changed_tutors(
             transactions are compared in a circle of 2^32.
 
     Raises:
-        UnknownChangesError: It cannot be told.
+        UnknownChangesError: The changes cannot be determined, as when files of a lake have changed.
         SourceError: The platform cannot be read.
     """
+    if isinstance(source, Lake):
+        lake_view = lake.open_view(source)
+        if lake_view.horizon() != then:
+            raise UnknownChangesError("files of the lake have changed")
+        return Changes((), then, lake_view.read_at, lake_view.tutors())
     bound = partial(bind_values, start=start, end=end)
-    with open_view(source) as view:
+    with postgres.open_view(source) as view:
         now = view.horizon()
         expect_same_server(then, now)
         of_sessions = partial(
@@ -152,7 +159,7 @@ def _of_sessions(
         of_newer = fetch_frame(cursor, bound(_TUTORS_OF_NEWER_FEEDBACK, age=age), _RowsOfTutor)
         changed.append(of_newer["tutor_id"])
     if now.feedback_rows - newer != then.feedback_rows:
-        # Some was deleted or updated. Where it was is found by counting, which takes longer.
+        # Feedback was deleted or updated. Counting it by tutor is slower, but finds where.
         feedback = fetch_frame(cursor, bound(_FEEDBACK), _RowsOfTutor)
         changed.append(_changed(feedback, read.select("tutor_id", rows="feedback"), age=-1))
     return pl.concat(changed)
@@ -172,18 +179,18 @@ def _of_events(
 
 
 def _age(cursor: dbapi.Cursor, then: Horizon, *, most: int) -> int:
-    """The age of the rows that may be new, or less.
+    """The age of the horizon; rows of this age or younger may be new.
 
     Raises:
         UnknownChangesError: Too many transactions have begun since then.
     """
-    return checked_age(
+    return check_age(
         *fetch_frame(cursor, bind_values(_AGE, xmin=then.xmin), _Age).row(0), most=most
     )
 
 
-def checked_age(age: int, passed: int, *, most: int) -> int:
-    """The age of a horizon, if transaction ids can still be told apart by theirs.
+def check_age(age: int, passed: int, *, most: int) -> int:
+    """The age of a horizon, if transaction ids have not wrapped around since.
 
     Args:
         age: As PostgreSQL's function ``age`` gives it.

@@ -1,8 +1,8 @@
-"""What tells the rows that a run has read from those that came later: transaction ids.
+"""The horizon of a run: distinguishes the rows that it read from rows that came later.
 
-A row that a snapshot may not have seen has an ``xmin`` that is not older than the oldest
-transaction which was running then, the snapshot's horizon. A watermark on ``updated_at`` would miss
-rows that are committed late, and ``pg_visible_in_snapshot`` those of savepoints.
+A row that a snapshot may not contain has an ``xmin`` that is no older than the oldest transaction
+running at that time. A watermark on ``updated_at`` misses rows that are committed late, and
+``pg_visible_in_snapshot`` misses rows written in savepoints.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,13 @@ from adbc_driver_postgresql import dbapi
 from pydantic import BaseModel
 
 from tutormax_assets.database.faults import reason
+from tutormax_assets.errors import TutormaxError
 from tutormax_assets.source.contract import NEEDED_COLUMNS
 from tutormax_assets.source.streams import fetch_frame
 
 
 class Horizon(BaseModel, frozen=True):
-    """What later rows are told by.
+    """Distinguishes the rows that a run read from rows that came later.
 
     Attributes:
         server: The server, its timeline and the database; of a lake, its location.
@@ -39,13 +40,13 @@ class Horizon(BaseModel, frozen=True):
         return int(self.snapshot.partition(":")[0])
 
 
-class UnknownChangesError(Exception):
-    """It cannot be told what has changed; the message says why."""
+class UnknownChangesError(TutormaxError):
+    """The changes since a run cannot be determined; the message says why."""
 
 
 # Of tutors all rows are compared.
 TRACKED_TABLES = tuple(table for table in NEEDED_COLUMNS if table != "tutors")
-"""The tables whose changes are told by the transaction ids of their rows."""
+"""The tables whose changes are found by the transaction ids of their rows."""
 
 _SERVER = """
 SELECT
@@ -106,15 +107,15 @@ class _Rows(dy.Schema):
 
 
 def read_horizon(cursor: dbapi.Cursor, snapshot: str) -> Horizon:
-    """What rows that come later can be told by.
+    """The horizon of a snapshot.
 
     Args:
         cursor: Of a transaction that reads one snapshot.
         snapshot: That, as PostgreSQL writes it.
 
     Raises:
-        UnknownChangesError: The server does not say which one it is, or a table's rows have no
-            transaction ids that can be read.
+        UnknownChangesError: The server does not identify itself, or the transaction ids of a
+            table's rows cannot be read.
     """
     cursor.execute("SAVEPOINT horizon")
     try:
@@ -124,7 +125,7 @@ def read_horizon(cursor: dbapi.Cursor, snapshot: str) -> Horizon:
     except dbapi.Error as error:
         cursor.execute("ROLLBACK TO SAVEPOINT horizon")
         raise UnknownChangesError(
-            f"the server does not say which one it is: {reason(error)}"
+            f"the server does not identify itself: {reason(error)}"
         ) from error
     # From within a savepoint no snapshot can be given to another connection.
     cursor.execute("RELEASE SAVEPOINT horizon")

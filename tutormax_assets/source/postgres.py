@@ -248,10 +248,10 @@ class View:
         return IdHashes(tutor_hashes(cursor, bound), fetch)
 
     def horizon(self) -> Horizon:
-        """What rows that come later can be told by.
+        """Distinguishes the rows of the view from rows that come later.
 
         Raises:
-            UnknownChangesError: They cannot.
+            UnknownChangesError: The source does not support it.
             SourceError: The platform cannot be read.
         """
         if not self.ids_are_unique:

@@ -1,8 +1,8 @@
 """Reading the platform, wherever its source tables are."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -11,12 +11,8 @@ import polars as pl
 from tutormax_assets.database.connection import Timeouts, source_url
 from tutormax_assets.errors import UsageError
 from tutormax_assets.settings import Settings, SettingsError
-from tutormax_assets.source import changed_dates as by_day
-from tutormax_assets.source import changed_tutors as changes
 from tutormax_assets.source import lake, postgres
-from tutormax_assets.source.changed_dates import DateRead
-from tutormax_assets.source.changed_tutors import Changes
-from tutormax_assets.source.horizon import Horizon, UnknownChangesError
+from tutormax_assets.source.horizon import Horizon
 from tutormax_assets.source.lake_files import Lake
 from tutormax_assets.source.postgres import PlatformRows, Source
 from tutormax_assets.source.streams import Table
@@ -78,7 +74,7 @@ class View(Protocol):
         ...
 
     def horizon(self) -> Horizon:
-        """What rows that come later can be told by; raises UnknownChangesError if they cannot."""
+        """Distinguishes the rows of the view from later ones; raises UnknownChangesError."""
         ...
 
     def empty_tables(self, names: Iterable[str]) -> list[str]:
@@ -154,74 +150,6 @@ def newest(
     if isinstance(source, Lake):
         return lake.open_view(source).newest(table, before=before)
     return postgres.newest(source, table, before=before)
-
-
-def changed_tutors(
-    source: AnySource,
-    then: Horizon,
-    read: pl.DataFrame,
-    *,
-    start: datetime,
-    end: datetime,
-    most_transactions: int,
-) -> Changes:
-    """Find the tutors whose rows in ``[start, end)`` are not those that a run read.
-
-    Args:
-        source: The platform.
-        then: The horizon of that run.
-        read: How many rows of each tutor it read, as ``changed_tutors`` of PostgreSQL takes it.
-        start: First instant.
-        end: First instant after them.
-        most_transactions: How many transactions of the server may have begun since then.
-
-    Raises:
-        UnknownChangesError: It cannot be told, as when files of a lake have changed.
-        SourceError: The platform cannot be read.
-    """
-    if isinstance(source, Source):
-        return changes.changed_tutors(
-            source, then, read, start=start, end=end, most_transactions=most_transactions
-        )
-    view = lake.open_view(source)
-    if view.horizon() != then:
-        raise UnknownChangesError("files of the lake have changed, which hold rows of any tutor")
-    return Changes((), then, view.read_at, view.tutors())
-
-
-def changed_dates(
-    source: AnySource,
-    dates: Mapping[date, DateRead],
-    *,
-    start: datetime,
-    end: datetime,
-    timezone: str,
-    window_days: int,
-    most_transactions: int,
-) -> dict[date, bool | str]:
-    """Whether the platform has changed rows since dates were read.
-
-    Of a lake it is whether any file has changed. Arguments and result are those of the function of
-    the same name for PostgreSQL.
-
-    Raises:
-        SourceError: The platform cannot be read.
-    """
-    try:
-        if isinstance(source, Source):
-            return by_day.changed_dates(
-                source,
-                dates,
-                start=start,
-                end=end,
-                timezone=timezone,
-                window_days=window_days,
-                most_transactions=most_transactions,
-            )
-        now = lake.open_view(source).horizon()
-    except UnknownChangesError as error:
-        return dict.fromkeys(dates, str(error))
-    return {day: read.horizon != now for day, read in dates.items()}
 
 
 def unknown_tutors(source: AnySource, tutor_ids: Sequence[str]) -> list[str]:

@@ -94,6 +94,16 @@ def test_json_is_the_only_thing_on_stdout_and_verbose_says_what_dagster_does(
     assert 'DEBUG Started execution of step "platform_snapshot".' in result.stderr
 
 
+@pytest.mark.parametrize("chosen", [("--tutors", "a"), ("--tutor", "a")])
+def test_all_tutors_and_chosen_ones_exclude_each_other(
+    invoke: Invoke, chosen: tuple[str, str]
+) -> None:
+    result = invoke("run", "--full", *chosen)
+
+    assert result.exit_code == 2
+    assert "--full reads all tutors; leave it out, or --tutors and --tutor." in result.stderr
+
+
 def test_a_quiet_run_that_succeeds_says_nothing_and_cleans_up(
     small_platform: Platform, invoke: Invoke
 ) -> None:

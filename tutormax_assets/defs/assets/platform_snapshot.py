@@ -131,7 +131,7 @@ class _PlatformRead(NamedTuple):
         roster: Those that the run computes.
         shards: How they are divided.
         report: What was stored of their sessions and events.
-        horizon: What later rows are told by, or why they cannot be.
+        horizon: Distinguishes later rows; or the reason why there is none.
     """
 
     read_at: datetime
@@ -168,7 +168,9 @@ def _read(
     tutors = view.tutors()
     seconds = perf_counter() - started
     roster = _roster(context, tutors, run_options)
-    horizon = _horizon(view)
+    # A run of chosen tutors leaves the horizon of the date as it is.
+    is_chosen = run_options.tutor_ids is not None and run_options.read_state is None
+    horizon = "the run was about chosen tutors" if is_chosen else _horizon(view)
     shards = (
         ALL_IN_ONE
         if run_options.tutor_ids

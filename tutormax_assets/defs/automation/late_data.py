@@ -1,4 +1,4 @@
-"""What arrives late reaches the metrics of today without waiting for the night."""
+"""The sensor that refreshes today's metrics when late data arrives."""
 
 import dagster as dg
 
@@ -23,7 +23,7 @@ _UNDER_WAY = [
 def late_data_sensor(settings: Settings, job_name: str) -> dg.SensorDefinition:
     """Build the sensor that refreshes today's reference date for the tutors who have changed.
 
-    What changes while a run is under way is found by the first look after it.
+    Changes made during a run are found by the first tick after it.
 
     Args:
         settings: How often it looks, and whether it runs unless it is stopped.
@@ -34,8 +34,8 @@ def late_data_sensor(settings: Settings, job_name: str) -> dg.SensorDefinition:
         name=SENSOR_NAME,
         job_name=job_name,
         description=(
-            "Refreshes today's reference date for the tutors whom the platform has changed since"
-            " it was read."
+            "Refreshes today's reference date for the tutors whose rows have changed in the"
+            " platform since."
         ),
         minimum_interval_seconds=60 * settings.late_data_minutes,
         default_status=(
@@ -59,7 +59,7 @@ def _request(refresh: Refresh, key: str) -> dg.RunRequest | dg.SkipReason:
     if refresh.tutor_ids is None:
         if not refresh.why:
             return dg.SkipReason(f"{key} is not stored yet; the night's run computes it.")
-        # Where it cannot be told who has changed, all are read once: then it may be.
+        # At most one full run per date: some sources never support finding changes.
         run_key = None if refresh.is_known else f"{SENSOR_NAME}:{key}:all tutors"
         return dg.RunRequest(run_key=run_key, partition_key=key)
     if not refresh.tutor_ids:
