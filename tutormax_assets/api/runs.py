@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import dagster as dg
 
@@ -116,20 +116,13 @@ def aggregate(
     ):
         make_pool(instance, PLATFORM_POOL)
         tell_of_runs(instance, end_killed_runs(instance, home, logger), settings, logger)
-        read = ALL_TUTORS if options.tutor_ids is None else CHOSEN_TUTORS
-        searching = perf_counter()
-        if changed_only and options.tutor_ids is None:
-            [day] = days
-            options, read = _changed_only(settings, instance, day, options)
-        search_seconds = perf_counter() - searching
-        if read == NOTHING:
-            unchanged = AggregationSummary(midnight(day, timezone=settings.timezone))
-            unchanged.read, unchanged.search_seconds = read, search_seconds
-            return [unchanged]
+        scope = _find_scope(settings, instance, days, options, changed_only=changed_only)
+        if scope.read == NOTHING:
+            return [scope.mark(AggregationSummary(midnight(days[0], timezone=settings.timezone)))]
         job = build_definitions(settings).resolve_job_def(JOB_NAME)
         # Its failure is dealt with here, so that neither the sensors nor the daemon need to.
         tags = {ATTENDED_TAG: "true", SOURCE_TAG: source, PROCESS_TAG: process}
-        run = partial(_run_job, job, instance, settings, options=options, tags=tags)
+        run = partial(_run_job, job, instance, settings, options=scope.options, tags=tags)
         try:
             for chunk in _chunks(days, settings.max_dates_per_run or len(days)):
                 done, of_chunk = _run_dates(run, chunk)
@@ -138,14 +131,18 @@ def aggregate(
         finally:
             tell_of_runs(instance, run_ids, settings, logger)
     for summary in summaries:
-        summary.read, summary.search_seconds = read, search_seconds
-        summary.total_tutors += len(unknown)
-        summary.failed += len(unknown)
-        summary.errors += [{"tutor_id": one, "error": _UNKNOWN_TUTOR} for one in unknown]
+        scope.mark(summary)
+        _add_unknown(summary, unknown)
         logger.info("%s", summary)
         for tutor_id, error in summary.first_errors():
             logger.error("%s: %s", tutor_id, error)
     return summaries
+
+
+def _add_unknown(summary: AggregationSummary, unknown: Sequence[str]) -> None:
+    summary.total_tutors += len(unknown)
+    summary.failed += len(unknown)
+    summary.errors += [{"tutor_id": one, "error": _UNKNOWN_TUTOR} for one in unknown]
 
 
 def _run_dates(
@@ -189,10 +186,48 @@ def _known_only(settings: Settings, options: RunOptions) -> tuple[RunOptions, li
     return RunOptions(**{**options.model_dump(), "tutor_ids": known}), unknown
 
 
-def _changed_only(
+class _Scope(NamedTuple):
+    """The tutors of a run.
+
+    Attributes:
+        options: Options of the run, which name them.
+        read: As ``AggregationSummary`` has it.
+        search_seconds: Likewise.
+    """
+
+    options: RunOptions
+    read: str
+    search_seconds: float = 0
+
+    def mark(self, summary: AggregationSummary) -> AggregationSummary:
+        """The summary, with the scope noted in it."""
+        summary.read, summary.search_seconds = self.read, self.search_seconds
+        return summary
+
+
+def _find_scope(
+    settings: Settings,
+    instance: dg.DagsterInstance,
+    days: Sequence[date],
+    options: RunOptions,
+    *,
+    changed_only: bool,
+) -> _Scope:
+    """The scope of a run: chosen tutors, those that have changed, or all."""
+    if options.tutor_ids is not None:
+        return _Scope(options, CHOSEN_TUTORS)
+    if not changed_only:
+        return _Scope(options, ALL_TUTORS)
+    started = perf_counter()
+    [day] = days
+    found, read = _find_changed(settings, instance, day, options)
+    return _Scope(found, read, perf_counter() - started)
+
+
+def _find_changed(
     settings: Settings, instance: dg.DagsterInstance, day: date, options: RunOptions
 ) -> tuple[RunOptions, str]:
-    """The options of a run that brings a date up to date, and what it reads."""
+    """The options of a run that brings a date up to date, and which tutors it reads."""
     try:
         refresh = plan_refresh(settings, instance, day, include_inactive=options.include_inactive)
     except (SourceError, StorageError):

@@ -51,6 +51,19 @@ Tutor = Annotated[
 IncludeInactive = Annotated[
     bool, typer.Option("--include-inactive", help="Tutors of any status, not only active ones.")
 ]
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full", help="Read all tutors of a stored date, not only those that have changed."
+    ),
+]
+Cleanup = Annotated[bool, typer.Option("--cleanup", help="Do `tutormax cleanup` afterwards.")]
+RetentionDays = Annotated[
+    int | None,
+    typer.Option(
+        "--retention-days", min=1, max=36_500, help="Age in days up to which --cleanup keeps."
+    ),
+]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="Tutors that are written in one transaction.")
 ]
@@ -76,21 +89,9 @@ def run(
     tutors: Tutors = None,
     tutor: Tutor = None,
     include_inactive: IncludeInactive = False,
-    full: Annotated[
-        bool,
-        typer.Option(
-            "--full", help="Read all tutors of a stored date, not only those that have changed."
-        ),
-    ] = False,
-    cleanup: Annotated[
-        bool, typer.Option("--cleanup", help="Do `tutormax cleanup` afterwards.")
-    ] = False,
-    retention_days: Annotated[
-        int | None,
-        typer.Option(
-            "--retention-days", min=1, max=36_500, help="Age in days up to which --cleanup keeps."
-        ),
-    ] = None,
+    full: Full = False,
+    cleanup: Cleanup = False,
+    retention_days: RetentionDays = None,
     batch_size: BatchSize = 1_000,
     max_retries: MaxRetries = 3,
     retry_delay: RetryDelay = 5,
@@ -124,13 +125,8 @@ def run(
             changed_only=not full,
         )
     is_shown = not as_json and not quiet
-    if is_shown and summary.is_unchanged:
-        show(
-            f"{summary.run_date.date()} is up to date: nothing has changed in the platform since it"
-            " was read."
-        )
-    elif is_shown:
-        show(summary_block(summary))
+    if is_shown:
+        show(_unchanged(summary) if summary.is_unchanged else summary_block(summary))
     report = summary.to_dict()
     cleaned = None
     if cleanup:
@@ -142,6 +138,11 @@ def run(
         typer.echo(json.dumps(report))
     if not summary.all_saved or (cleaned is not None and cleaned.refusals):
         raise typer.Exit(EXIT_FAILED)
+
+
+def _unchanged(summary: "AggregationSummary") -> str:
+    day = summary.run_date.date()
+    return f"{day} is up to date: nothing has changed in the platform since it was read."
 
 
 def _clean_up(

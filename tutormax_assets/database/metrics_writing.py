@@ -187,11 +187,11 @@ def write_metrics(
     for batch, failed in _in_turn(writing.write, numbered, writers=writers, over=over):
         failure = failure or failed
         yield batch
-    if failure is None and over is not None and over.is_set():
-        raise MetricsTableError("The run was stopped before all rows were written.")
     if failure is not None:
         kind = MetricsTableTimeoutError if is_timeout(failure) else MetricsTableError
         raise kind(_sentence(failure)) from failure
+    if over is not None and over.is_set():
+        raise MetricsTableError("The run was stopped before all rows were written.")
 
 
 def _look(

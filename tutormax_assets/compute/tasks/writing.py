@@ -5,7 +5,6 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from itertools import islice
-from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -191,11 +190,16 @@ def _rows_of_shard(reasons: Partition | None, divided: Division, number: int | N
     return reasons.rows(number if reasons.shards == divided.shards else None)
 
 
-def _until(over: Event, attempts: tenacity.Retrying) -> tenacity.Retrying:
-    """Attempts that end, and do not wait for the next one, once it is over."""
+def _retrying(task: WritingTask, context: TaskContext) -> tenacity.Retrying:
+    """The retries of a task, which end at once when the run ends early."""
+    attempts = retrying(
+        max_retries=task.max_retries,
+        retry_delay_seconds=task.retry_delay_seconds,
+        log=context.log,
+    )
     return attempts.copy(
-        sleep=tenacity.sleep_using_event(over),
-        stop=lambda state: over.is_set() or attempts.stop(state),
+        sleep=tenacity.sleep_using_event(context.over),
+        stop=lambda state: context.over.is_set() or attempts.stop(state),
     )
 
 
@@ -207,14 +211,7 @@ def write_table(task: WritingTask, context: TaskContext) -> WritingReport:
     batches: list[Batch] = []
     failure = None
     without_reasons: Mapping[str, str] = {}
-    attempts = _until(
-        context.over,
-        retrying(
-            max_retries=task.max_retries,
-            retry_delay_seconds=task.retry_delay_seconds,
-            log=context.log,
-        ),
-    )
+    attempts = _retrying(task, context)
     is_wanted = None if task.holder is None else is_held(task.holder)
     try:
         for batch in write_metrics(

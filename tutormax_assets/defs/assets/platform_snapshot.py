@@ -109,13 +109,7 @@ def platform_snapshot_assets(
 
         found = run_options.retrying(context.log)(read)
         _log(context, found.report)
-        conditions = computed_with(
-            metrics_policy.policy,
-            timezone=daily.timezone,
-            include_inactive=run_options.include_inactive,
-        )
-        for key in context.partition_keys:
-            _keep_state(context, partition_store, key, found, run_options, conditions)
+        _keep_states(context, request, found, partition_store, run_options)
         yield from _keep(context, request, found, partition_store)
 
     return platform_snapshot
@@ -194,29 +188,32 @@ def _horizon(view: View) -> Horizon | str:
         return str(error)
 
 
-def _keep_state(
+def _keep_states(
     context: dg.AssetExecutionContext,
-    store: PartitionStore,
-    key: str,
+    request: SnapshotRequest,
     found: _PlatformRead,
+    store: PartitionStore,
     run_options: RunOptions,
-    conditions: str,
 ) -> None:
-    """Store what a date was read from, before its rows are stored."""
-    run_id, horizon = context.run.run_id, found.horizon
+    """Store what each date was read from, before its rows are stored."""
+    is_known = isinstance(found.horizon, Horizon)
     state = ReadState(
-        run_ids=(run_id,),
+        run_ids=(context.run.run_id,),
         read_at=found.read_at,
-        computed_with=conditions,
-        horizon=None if isinstance(horizon, str) else horizon,
-        unknown=horizon if isinstance(horizon, str) else "",
+        computed_with=computed_with(
+            request.policy,
+            timezone=request.timezone,
+            include_inactive=run_options.include_inactive,
+        ),
+        horizon=found.horizon if is_known else None,
+        unknown="" if is_known else found.horizon,
     )
-    if store.tutor_ids:
-        before = load_state(store.base_path, key)
-        if before is None:
-            return
-        state = state.of_some_tutors(before, run_options.read_state)
-    keep_state(store.base_path, key, state)
+    for key in context.partition_keys:
+        if not store.tutor_ids:
+            keep_state(store.base_path, key, state)
+        elif before := load_state(store.base_path, key):
+            of_some = state.of_some_tutors(before, run_options.read_state)
+            keep_state(store.base_path, key, of_some)
 
 
 def _keep(
