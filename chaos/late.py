@@ -1,7 +1,7 @@
-"""Changes the platform between runs that read only what has changed, and compares with full runs.
+"""Changes the platform between runs that read only changed tutors, and compares with full runs.
 
-A run of a stored date reads the tutors who have changed. After some of them a run of all tutors
-must change nothing: neither a row of the tables nor one of Parquet.
+After some runs that read only changed tutors, a full run must not change any row, neither in the
+tables nor in Parquet.
 """
 
 import random

@@ -294,7 +294,7 @@ def test_all_tutors_are_read_where_it_cannot_be_told_who_changed(
         state.write_text(changed.model_dump_json())
         assert said in why_all()
     state.write_text("{}")
-    assert "does not say what it was read from" in why_all()
+    assert "has no read state" in why_all()
     state.write_text(known.model_dump_json())
     delete_files(UPath(small_platform.storage) / WINDOW_EDGES / f"{DAY}.parquet")
     assert f"{WINDOW_EDGES} is damaged or not there" in why_all()

@@ -1,4 +1,4 @@
-"""What is stored against what the platform says now; nothing is written."""
+"""Compares stored dates with the platform, and writes nothing."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

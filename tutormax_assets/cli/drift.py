@@ -1,4 +1,4 @@
-"""``tutormax drift``: what is stored against what the platform says now."""
+"""``tutormax drift``: compares stored dates with the platform."""
 
 import json
 from datetime import timedelta
@@ -30,9 +30,9 @@ def drift(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how stored dates differ from what the platform says now, and why.
+    """Show how stored dates differ from the platform, and why.
 
-    The dates are computed anew from one look at the platform; nothing is written.
+    Recomputes the dates from one read of the platform and writes nothing.
 
     Exit code: 0 nothing differs, 1 something does, 2 wrong use, or none of the dates is stored.
     """
@@ -72,7 +72,7 @@ def _show(found: "Drift") -> None:
     show(
         f"{len(differing)} of {len(found.dates)} dates differ, {tutors} tutors."
         if len(differing)
-        else f"{dates_in_words(found.dates)}: what is stored is what the platform says now."
+        else f"{dates_in_words(found.dates)}: no differences from the platform."
     )
     if found.not_stored:
         show(f"Not stored: {dates_in_words(found.not_stored)}")

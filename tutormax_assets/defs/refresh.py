@@ -1,4 +1,4 @@
-"""How a stored reference date is brought up to date: by the tutors who changed, or by all."""
+"""Plans how a stored reference date is brought up to date."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -37,20 +37,19 @@ from tutormax_assets.source.view import source_of
 from tutormax_assets.storage.files import StorageError
 from tutormax_assets.storage.store import PartitionStore
 
-_NO_STATE = "what is stored does not say what it was read from"
+_NO_STATE = "the stored date has no read state"
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """How a reference date is brought up to date.
+    """The plan for a reference date.
 
     Attributes:
-        tutor_ids: The tutors whose rows are read anew: none where nothing has changed, and None
-            for all.
-        why: Why all are read, or since when nothing else has changed; empty for a date that is not
-            stored.
-        read_state: ``ReadState`` of the date, up to where these are all that changed, as JSON.
-        is_known: Whether it is known who has changed; where all are read, that these are many.
+        tutor_ids: The tutors to read: empty if nothing has changed, None for all tutors.
+        why: The reason for reading all tutors, or the instant since which changes were searched;
+            empty for a date that is not stored.
+        read_state: The ``ReadState`` that becomes valid with the run, as JSON.
+        is_known: Whether the changed tutors are known. All tutors are read if there are too many.
     """
 
     tutor_ids: tuple[str, ...] | None
@@ -62,7 +61,7 @@ class Refresh:
 def plan_refresh(
     settings: Settings, instance: dg.DagsterInstance, day: date, *, include_inactive: bool
 ) -> Refresh:
-    """Find out which tutors of a reference date are to be read anew.
+    """Find the tutors of a reference date whose rows have to be read again.
 
     Args:
         settings: Where everything is.
@@ -100,11 +99,11 @@ def plan_refresh(
 
 
 def _expect_computed(changed: set[str], computed: pl.Series) -> None:
-    """Check that a run can be about these tutors."""
+    """Check that a run of these tutors is possible."""
     if "" in changed:
         raise UnknownChangesError("rows without a tutor have changed")
     if changed and not computed.is_in(list(changed)).any():
-        raise UnknownChangesError(f"{len(changed)} tutors are not computed any more")
+        raise UnknownChangesError(f"none of the {len(changed)} changed tutors is in the roster")
 
 
 def find_stale_dates(settings: Settings, days: Sequence[date]) -> dict[date, bool | str]:
@@ -199,27 +198,27 @@ class _StoredDate:
         return self.store.is_stored(TUTOR_TIERS, str(self.day))
 
     def state(self, conditions: str) -> ReadState:
-        """What the date was read from, if all that is stored of it follows from that.
+        """The read state of the date, if it is valid and matches the stored rows.
 
         Raises:
-            UnknownChangesError: It does not.
+            UnknownChangesError: It is not, or does not.
         """
         state = load_state(self.settings.storage_path, str(self.day))
         if state is None:
             raise UnknownChangesError(_NO_STATE)
         if state.computed_with != conditions:
             raise UnknownChangesError(
-                f"what is stored was computed with {state.computed_with}; now it is {conditions}"
+                f"the stored date was computed with {state.computed_with}, expected {conditions}"
             )
         for problem in chain(self._problems_of_runs(state), self._problems_of_rows()):
             raise UnknownChangesError(problem)
         return state
 
     def changes(self, state: ReadState) -> Changes:
-        """What has changed since then.
+        """The changes since the date was read.
 
         Raises:
-            UnknownChangesError: It cannot be told.
+            UnknownChangesError: They cannot be determined.
             SourceError: The platform cannot be read.
         """
         if state.horizon is None:
@@ -265,7 +264,7 @@ class _StoredDate:
             )
 
     def tutors_of_other_status(self, roster: pl.DataFrame, others: pl.DataFrame) -> set[str]:
-        """Tutors who joined, left, or have another status than what is stored says."""
+        """Tutors that joined, left, or have another status than the stored one."""
         found: set[str] = set()
         for asset, tutors in (("tutor_roster", roster), ("tutors_left_out", others)):
             stored = self._scan(asset).collect()
@@ -294,7 +293,7 @@ class _StoredDate:
                     yield f"{name} has not saved the rows of all tutors"
 
     def _materialized_by(self, run_id: str) -> dict[str, dg.AssetMaterialization]:
-        """What a run says of the date, by asset."""
+        """The materializations of the date in a run, by asset."""
         records = self.instance.get_records_for_run(
             run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
         ).records
@@ -306,7 +305,7 @@ class _StoredDate:
         }
 
     def _problems_of_rows(self) -> Iterator[str]:
-        """What is not there any more of what the runs have stored."""
+        """Problems of the stored partitions."""
         for asset in self.assets:
             try:
                 if self.store.whole_partition(asset, str(self.day)).failed:

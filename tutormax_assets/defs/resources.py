@@ -35,8 +35,8 @@ class RunOptions(dg.ConfigurableResource[None]):
     read_state: str | None = Field(
         default=None,
         description=(
-            "Since when and up to where the tutors are all that has changed, as `tutormax run`"
-            " finds it; null where they were chosen otherwise."
+            "Read state that becomes valid with this run, set by `tutormax run` and the sensor"
+            " late_data; null in all other runs."
         ),
     )
     include_inactive: bool = Field(

@@ -1,7 +1,7 @@
-"""What is stored of a reference date against what the source says now, and why they differ.
+"""Compares the stored values of a reference date with the source, and finds why they differ.
 
-Rows of a snapshot have no key: they are told apart by what they hold, and rows that are alike by
-how many there are.
+Rows of a snapshot have no key, so they are matched by their values; of equal rows, the number
+counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,7 @@ from tutormax_assets.metrics.window import within_window
 LATE_FEEDBACK, CORRECTED, DELETED, NEW_ROWS = "late feedback", "corrected", "deleted", "new rows"
 POLICY, ROSTER = "policy", "roster"
 CAUSES = (LATE_FEEDBACK, CORRECTED, DELETED, NEW_ROWS, POLICY, ROSTER)
-"""Why something differs: what happened to rows, another policy or version, tutors who joined or
-left."""
+"""Causes of a difference: row changes, another policy or version, tutors that joined or left."""
 
 METRICS = tuple(name for name in WindowMetrics.column_names() if name not in ("tutor_id", "window"))
 TIER = "performance_tier"
@@ -33,9 +32,9 @@ _RATING = "overall_rating"
 
 
 def session_changes(stored: pl.LazyFrame, source: pl.LazyFrame, /) -> pl.LazyFrame:
-    """What happened to the sessions of some tutors.
+    """Find the changes of sessions.
 
-    A session that is there in both with other values is recognized by its date and number.
+    A session with changed values is recognized by its tutor, date and number.
 
     Args:
         stored: ``SessionsSnapshot``.
@@ -62,7 +61,7 @@ def session_changes(stored: pl.LazyFrame, source: pl.LazyFrame, /) -> pl.LazyFra
 
 
 def event_changes(stored: pl.LazyFrame, source: pl.LazyFrame, /) -> pl.LazyFrame:
-    """What happened to the logins and message responses of some tutors.
+    """Find the changes of logins and message responses.
 
     Args:
         stored: ``TutorEventsSnapshot``.
@@ -91,7 +90,7 @@ def event_changes(stored: pl.LazyFrame, source: pl.LazyFrame, /) -> pl.LazyFrame
 
 
 def differences(stored: pl.LazyFrame, source: pl.LazyFrame, /) -> pl.LazyFrame:
-    """The values in which the tiers of a reference date differ.
+    """Find the values that differ between the stored tiers of a date and the source's.
 
     Args:
         stored: ``TutorTiers``.
@@ -124,18 +123,18 @@ def with_causes(
     reference_date: date,
     policy: Policy,
 ) -> pl.DataFrame:
-    """Why values differ.
+    """Add the causes of differences.
 
     Args:
         found: ``differences`` between what is stored and the source.
-        changes: What happened to rows, as ``session_changes`` and ``event_changes`` give it.
-        of_policy: ``differences`` between what is stored and what the stored rows come to now.
+        changes: What ``session_changes`` and ``event_changes`` return.
+        of_policy: ``differences`` between the stored tiers and those recomputed from stored rows.
         reference_date: The date.
         policy: Its windows.
 
     Returns:
-        The rows with their ``causes``, a list sorted as ``CAUSES``. What nothing else explains was
-        corrected: broken values that were set aside leave no trace in the snapshots.
+        The rows with their ``causes``, a list sorted as ``CAUSES``. Differences without another
+        cause count as corrected: the snapshots do not contain broken values.
     """
     relevant = pl.concat(
         changes.filter(within_window("date", reference_date=reference_date, days=days))

@@ -1,7 +1,7 @@
-"""What a stored reference date was read from: a mark beside the roster of the date.
+"""The read state of a reference date: the runs that stored its rows, and their horizon.
 
-It is written before the rows that it is about. It holds only once the runs that it names have
-succeeded, which Dagster records last: a run that is killed leaves a mark that does not hold.
+It is written before the rows, and becomes valid when Dagster records the success of the runs that
+it names. A killed run therefore leaves an invalid state.
 """
 
 from datetime import datetime
@@ -16,14 +16,14 @@ from tutormax_assets.storage.store import state_path
 
 
 class ReadState(BaseModel, frozen=True):
-    """What a stored reference date was read from.
+    """The read state of a reference date.
 
     Attributes:
-        run_ids: The runs whose rows are stored.
-        read_at: When the platform was read; rows of some tutors may be newer.
-        computed_with: Whatever else the rows follow from, as ``computed_with`` writes it.
-        horizon: What later rows are told by, if the platform tells.
-        unknown: Why it does not.
+        run_ids: The runs that stored rows of the date.
+        read_at: The instant of the read; rows of some tutors may be newer.
+        computed_with: Version and options of the runs, as the function of this name writes them.
+        horizon: Distinguishes rows that came later; None if the platform does not support it.
+        unknown: The reason for None.
     """
 
     run_ids: tuple[str, ...]
@@ -33,16 +33,16 @@ class ReadState(BaseModel, frozen=True):
     unknown: str = ""
 
     def of_some_tutors(self, before: "ReadState", refreshed: str | None) -> "ReadState":
-        """The state once a run has stored the rows of some tutors only.
+        """Merge the state of a run of some tutors into that of the date.
 
         Args:
-            before: The state of the others' rows.
-            refreshed: That with a later horizon, up to which only these tutors have changed, as
-                JSON; None if others may have.
+            before: The state of the date before the run.
+            refreshed: The same state with a later horizon as JSON, if only the tutors of the run
+                have changed up to that horizon; None if others may have changed.
         """
         found = None if refreshed is None else ReadState.model_validate_json(refreshed)
         if found is None or found.horizon is None or found.run_ids != before.run_ids:
-            # Another run may have stored rows meanwhile.
+            # The horizon is not valid for rows that another run has stored meanwhile.
             return before.model_copy(update={"run_ids": (*before.run_ids, *self.run_ids)})
         if self.horizon is None:
             return self
@@ -54,7 +54,7 @@ class ReadState(BaseModel, frozen=True):
 
 
 def computed_with(policy: Policy, *, timezone: str, include_inactive: bool) -> str:
-    """The version and the options that the rows of a date follow from, in words."""
+    """The version and the options that determine the rows of a date, as text."""
     tutors = "tutors of any status" if include_inactive else "active tutors"
     return (
         f"version {version('tutormax-assets')}, policy {policy.digest}, timezone {timezone},"
@@ -63,7 +63,7 @@ def computed_with(policy: Policy, *, timezone: str, include_inactive: bool) -> s
 
 
 def load_state(base_path: str, partition_key: str) -> ReadState | None:
-    """The state of a reference date; None where it has none that this version can read."""
+    """The state of a reference date; None if it is missing or unreadable."""
     text = read_text(state_path(base_path, partition_key))
     try:
         return None if text is None else ReadState.model_validate_json(text)

@@ -1,4 +1,4 @@
-"""What is stored against what the platform says now, on the command line."""
+"""Stored dates compared with the platform, on the command line."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_what_differs_is_told_with_its_cause(
 
     assert same.exit_code == 0
     assert words(same.stdout) == words(
-        f"{DAY}: what is stored is what the platform says now. Not stored: 2025-11-06"
+        f"{DAY}: no differences from the platform. Not stored: 2025-11-06"
     )
 
     computed_platform.execute("UPDATE sessions SET no_show = true WHERE tutor_id = 'T000003'")
