@@ -11,6 +11,10 @@ class ReferenceDateError(UsageError):
     """A reference date that cannot be computed; the message says which ones can."""
 
 
+class AsOfError(UsageError):
+    """An instant at which rows cannot have been known; the message says which ones are possible."""
+
+
 def midnight(day: date, *, timezone: str) -> datetime:
     """The instant at which a day begins in an IANA timezone."""
     return datetime.combine(day, time.min, ZoneInfo(timezone))
@@ -32,6 +36,42 @@ def horizon(days: Sequence[date], *, window_days: int) -> tuple[date, date]:
         The first day, and the day after the last one.
     """
     return min(days) - timedelta(days=window_days), max(days)
+
+
+EACH_DATE = "each-date"
+"""As an instant at which rows had to be known: for each reference date where its windows end."""
+
+
+def parse_as_of(value: str, *, day: date, timezone: str) -> datetime:
+    """The instant at which the rows of a reference date had to be known.
+
+    Args:
+        value: ``each-date``, or an instant in ISO form; one without an offset is in the timezone.
+        day: The reference date.
+        timezone: IANA name.
+
+    Raises:
+        AsOfError: It is no instant, or lies in the future or before the end of the windows.
+    """
+    windows_end = midnight(day, timezone=timezone)
+    if value == EACH_DATE:
+        return windows_end
+    try:
+        instant = datetime.fromisoformat(value)
+    except ValueError:
+        raise AsOfError(
+            f"{value!r} is not an instant; expected {EACH_DATE}, or such as 2026-01-31T06:00."
+        ) from None
+    if instant.tzinfo is None:
+        instant = instant.replace(tzinfo=ZoneInfo(timezone))
+    if instant < windows_end:
+        raise AsOfError(
+            f"{value} lies before {day} begins, where the windows of that date end; expected"
+            f" {windows_end.isoformat()} or later, or an earlier reference date."
+        )
+    if instant > datetime.now(ZoneInfo(timezone)):
+        raise AsOfError(f"{value} is in the future; leave it out for what is known now.")
+    return instant
 
 
 def parse_reference_date(value: date | str, *, first: date, timezone: str) -> date:

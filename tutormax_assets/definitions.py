@@ -10,6 +10,7 @@ from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_na
 from tutormax_assets.defs.assets.daily_report import daily_report_asset
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS, platform_snapshot_assets
 from tutormax_assets.defs.assets.platform_tables import platform_tables
+from tutormax_assets.defs.assets.tutor_metrics_as_of import tutor_metrics_as_of_asset
 from tutormax_assets.defs.assets.tutor_performance_metrics import tutor_performance_metrics_asset
 from tutormax_assets.defs.assets.tutor_tier_changes import tutor_tier_changes_asset
 from tutormax_assets.defs.assets.tutor_tiers import tutor_tiers_assets
@@ -40,6 +41,8 @@ from tutormax_assets.report.content import DAILY_REPORT
 from tutormax_assets.settings import Settings, load_settings
 
 JOB_NAME = "daily_metrics"
+
+AS_OF_JOB_NAME = "metrics_as_of"
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
@@ -84,12 +87,18 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         selection=dg.AssetSelection.assets(*assets),
         description="Compute the metrics and tiers of a reference date and keep them.",
     )
+    as_of = tutor_metrics_as_of_asset(settings, daily, backfills)
+    metrics_as_of = dg.define_asset_job(
+        AS_OF_JOB_NAME,
+        selection=dg.AssetSelection.assets(as_of),
+        description="Compute the metrics of a reference date as they could be known at an instant.",
+    )
     partitioned = kept_in_storage(policy)
     retention = retention_job(settings, partitioned)
     return dg.Definitions(
-        assets=[*platform_tables(settings.source), *assets],
+        assets=[*platform_tables(settings.source), *assets, as_of],
         asset_checks=_checks(daily, policy),
-        jobs=[daily_metrics, retention],
+        jobs=[daily_metrics, metrics_as_of, retention],
         schedules=[nightly_schedule(daily_metrics, settings)],
         sensors=[
             *single_days_sensors(daily_metrics, assets, running=settings.automation),

@@ -1,28 +1,25 @@
 """Compares stored dates with the platform, and writes nothing."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
-from pathlib import Path
 
 import polars as pl
 
 from tutormax_assets.compute.tasks.dates import batches_of_dates
-from tutormax_assets.compute.tasks.snapshots import Clean, clean_parts
+from tutormax_assets.compute.tasks.reading import GoodRows, read_good_rows
 from tutormax_assets.compute.tasks.tiers import TUTOR_TIERS
 from tutormax_assets.compute.tasks.windows import compute_windows_and_edges, window_metrics
 from tutormax_assets.dates import horizon, midnight
 from tutormax_assets.defs.resources import load_policy
 from tutormax_assets.errors import UsageError
-from tutormax_assets.metrics import quality
 from tutormax_assets.metrics.drift import differences, event_changes, session_changes, with_causes
 from tutormax_assets.metrics.policy import Policy
+from tutormax_assets.metrics.quality import good_tutors
 from tutormax_assets.metrics.tiers import performance_tiers
 from tutormax_assets.metrics.window import within_window
 from tutormax_assets.settings import Settings
-from tutormax_assets.source.streams import Table
-from tutormax_assets.source.view import View, open_view, source_of
+from tutormax_assets.source.view import open_view, source_of
 from tutormax_assets.storage.spool import spool_folder
 from tutormax_assets.storage.store import PartitionStore
 
@@ -83,77 +80,43 @@ def find_drift(settings: Settings, days: Sequence[date]) -> Drift:
             f"Nothing is stored of {days[0]} to {days[-1]}. `tutormax backfill --from {days[0]}"
             f" --to {days[-1]}` computes these dates."
         )
+    first, last = horizon(stored, window_days=policy.horizon_days)
     with spool_folder(settings.home_path) as folder, open_view(source_of(settings)) as view:
-        platform = _read(view, folder / "source", stored, policy, timezone=settings.timezone)
+        rows = read_good_rows(
+            view,
+            folder / "source",
+            start=midnight(first, timezone=settings.timezone),
+            end=midnight(last, timezone=settings.timezone),
+            policy=policy,
+            timezone=settings.timezone,
+        )
+        tutors = view.tutors()
     found = [
-        _compare(store, platform, day, tiers, policy)
-        for day, tiers in _tiers_now(store, platform, stored, policy)
+        _compare(store, rows, day, tiers, policy)
+        for day, tiers in _tiers_now(store, tutors, rows, stored, policy)
     ]
     windows = {window for _, only_one in found for window in only_one}
     missing = [day for day in days if day not in set(stored)]
     return Drift(stored, missing, pl.concat(values for values, _ in found), sorted(windows))
 
 
-@dataclass(frozen=True)
-class _Platform:
-    """The platform as it is now.
-
-    Attributes:
-        tutors: ``SourceTutors``.
-        sessions: ``SessionsSnapshot`` of all dates.
-        events: ``TutorEventsSnapshot``, likewise.
-    """
-
-    tutors: pl.DataFrame
-    sessions: pl.DataFrame
-    events: pl.DataFrame
-
-
-def _read(
-    view: View, folder: Path, days: Sequence[date], policy: Policy, *, timezone: str
-) -> _Platform:
-    first, last = horizon(days, window_days=policy.horizon_days)
-    rows = view.rows(
-        folder,
-        start=midnight(first, timezone=timezone),
-        end=midnight(last, timezone=timezone),
-        hashed=True,
-    )
-    clean: Mapping[Table, tuple[list[pl.LazyFrame], Clean]] = {
-        "sessions": (
-            rows.sessions,
-            partial(
-                quality.good_sessions,
-                policy=policy,
-                timezone=timezone,
-                ids_are_unique=view.ids_are_unique,
-            ),
-        ),
-        "tutor_events": (rows.events, partial(quality.good_events, timezone=timezone)),
-    }
-    good = {}
-    for table, parts_and_clean in clean.items():
-        good[table], set_aside = clean_parts(*parts_and_clean)
-        if rows.hashes is not None:
-            good[table], _ = rows.hashes.resolve(table, good[table], set_aside)
-    return _Platform(view.tutors(), good["sessions"], good["tutor_events"])
-
-
 def _tiers_now(
-    store: PartitionStore, platform: _Platform, days: Sequence[date], policy: Policy
+    store: PartitionStore,
+    tutors: pl.DataFrame,
+    rows: GoodRows,
+    days: Sequence[date],
+    policy: Policy,
 ) -> Iterator[tuple[date, pl.DataFrame]]:
     """``TutorTiers`` of each date, as the platform says now."""
     for include_inactive in (False, True):
-        roster = quality.good_tutors(
-            platform.tutors.lazy(), include_inactive=include_inactive
-        ).collect()
+        roster = good_tutors(tutors.lazy(), include_inactive=include_inactive).collect()
         of_these = [one for one in days if _has_inactive(store, one) == include_inactive]
         for batch in batches_of_dates({str(one): len(roster) for one in of_these}):
             dates = [date.fromisoformat(key) for key in batch]
             windows, _ = compute_windows_and_edges(
                 roster.lazy(),
-                platform.sessions.lazy(),
-                platform.events.lazy(),
+                rows.sessions.lazy(),
+                rows.events.lazy(),
                 reference_dates=dates,
                 windows=policy.windows,
                 policy=policy,
@@ -170,7 +133,7 @@ def _has_inactive(store: PartitionStore, day: date) -> bool:
 
 
 def _compare(
-    store: PartitionStore, platform: _Platform, day: date, now: pl.DataFrame, policy: Policy
+    store: PartitionStore, now_rows: GoodRows, day: date, now: pl.DataFrame, policy: Policy
 ) -> tuple[pl.DataFrame, set[str]]:
     """The values of a date that differ, and the windows that only one side has."""
     stored = _scan(store, TUTOR_TIERS, day).collect()
@@ -190,8 +153,8 @@ def _compare(
     changes = pl.concat(
         pl.collect_all(
             [
-                session_changes(sessions, of_date(platform.sessions, "scheduled_date")),
-                event_changes(events, of_date(platform.events, "event_date")),
+                session_changes(sessions, of_date(now_rows.sessions, "scheduled_date")),
+                event_changes(events, of_date(now_rows.events, "event_date")),
             ]
         )
     )

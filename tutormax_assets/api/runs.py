@@ -3,10 +3,12 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import dagster as dg
 
@@ -63,7 +65,20 @@ logger = logging.getLogger(LOGGER)
 _one_run_of_this_process = threading.Lock()
 
 
-_Outcome = tuple[dg.ExecuteInProcessResult, list[AggregationSummary]]
+class DateSummary(Protocol):
+    """What a run says of a reference date."""
+
+    @property
+    def errors(self) -> list[dict[str, str]]:
+        """What failed, each with its ``tutor_id``, or ``SYSTEM``, and ``error``."""
+        ...
+
+
+S = TypeVar("S", bound=DateSummary)
+
+_Result = dg.ExecuteInProcessResult
+
+_Outcome = tuple[_Result, list[S]]
 
 
 def steps(settings: Settings, dates: int) -> int:
@@ -105,31 +120,14 @@ def aggregate(
         UnknownTutorsError: None of the tutors is known; no run is on record.
         KeyboardInterrupt: Someone stopped the process; what ran until then is on record.
     """
-    options, unknown = _known_only(settings, options)
+    options, unknown = known_only(settings, options)
     summaries = []
-    run_ids = []
-    home = dagster_home(settings)
-    with (
-        dagster_instance(settings) as instance,
-        runs_of_code_location(instance, code_location=settings.code_location, job_name=JOB_NAME),
-        this_process(home) as process,
-    ):
-        make_pool(instance, PLATFORM_POOL)
-        tell_of_runs(instance, end_killed_runs(instance, home, logger), settings, logger)
-        scope = _find_scope(settings, instance, days, options, changed_only=changed_only)
+    with job_runner(settings, JOB_NAME, source=source) as runner:
+        scope = _find_scope(settings, runner.instance, days, options, changed_only=changed_only)
         if scope.read == NOTHING:
             return [scope.mark(AggregationSummary(midnight(days[0], timezone=settings.timezone)))]
-        job = build_definitions(settings).resolve_job_def(JOB_NAME)
-        # Its failure is dealt with here, so that neither the sensors nor the daemon need to.
-        tags = {ATTENDED_TAG: "true", SOURCE_TAG: source, PROCESS_TAG: process}
-        run = partial(_run_job, job, instance, settings, options=scope.options, tags=tags)
-        try:
-            for chunk in _chunks(days, settings.max_dates_per_run or len(days)):
-                done, of_chunk = _run_dates(run, chunk)
-                summaries += done
-                run_ids += of_chunk
-        finally:
-            tell_of_runs(instance, run_ids, settings, logger)
+        run = partial(_aggregate_dates, runner, settings, scope.options)
+        summaries = runner.run_in_chunks(run, days)
     for summary in summaries:
         scope.mark(summary)
         _add_unknown(summary, unknown)
@@ -146,8 +144,8 @@ def _add_unknown(summary: AggregationSummary, unknown: Sequence[str]) -> None:
 
 
 def _run_dates(
-    run: Callable[[Sequence[date]], _Outcome], days: Sequence[date]
-) -> tuple[list[AggregationSummary], list[str]]:
+    run: Callable[[Sequence[date]], _Outcome[S]], days: Sequence[date]
+) -> tuple[list[S], list[str]]:
     """Run dates at once, and one by one if that fails for a reason that not all of them have.
 
     Returns:
@@ -165,8 +163,12 @@ def _run_dates(
     return [summary for _, [summary] in of_days], [result.run_id for result, _ in of_days]
 
 
-def _known_only(settings: Settings, options: RunOptions) -> tuple[RunOptions, list[str]]:
-    """The options without tutors who are not in the platform's tutors, and those tutors."""
+def known_only(settings: Settings, options: RunOptions) -> tuple[RunOptions, list[str]]:
+    """The options without tutors who are not in the platform's tutors, and those tutors.
+
+    Raises:
+        UnknownTutorsError: None of the tutors is known.
+    """
     if options.tutor_ids is None:
         return options, []
     try:
@@ -259,34 +261,96 @@ def end_killed_process(settings: Settings, pid: int, reason: str) -> None:
         tell_of_runs(instance, ended, settings, logger)
 
 
-def _run_job(
-    job: dg.JobDefinition,
-    instance: dg.DagsterInstance,
-    settings: Settings,
-    days: Sequence[date],
-    *,
-    options: RunOptions,
-    tags: Mapping[str, str],
-) -> _Outcome:
+@dataclass
+class JobRunner:
+    """Runs a job in this process and puts its runs on record.
+
+    Attributes:
+        instance: Where runs are on record.
+    """
+
+    instance: dg.DagsterInstance
+    _job: dg.JobDefinition
+    _settings: Settings
+    _tags: Mapping[str, str]
+    _run_ids: list[str] = field(default_factory=list)
+
+    def run(self, days: Sequence[date], run_config: Mapping[str, Any]) -> _Result:
+        """Run the job for consecutive reference dates.
+
+        Raises:
+            KeyboardInterrupt: Someone stopped the process; what ran until then is on record.
+        """
+        keys = [day.isoformat() for day in days]
+        tags = {**self._tags, "dagster/max_retries": "0"}
+        if len(keys) > 1:
+            tags |= {RANGE_START_TAG: keys[0], RANGE_END_TAG: keys[-1]}
+        with _one_run_of_this_process:
+            result = self._job.execute_in_process(
+                instance=self.instance,
+                run_config={**run_config, "loggers": {"line": {}}},
+                raise_on_error=False,
+                partition_key=keys[0] if len(keys) == 1 else None,
+                tags=tags,
+            )
+        if is_interrupted(result.all_events):
+            # Dagster catches what Ctrl-C and SIGTERM raise, to put it on record.
+            raise KeyboardInterrupt
+        return result
+
+    def run_in_chunks(
+        self, run: Callable[[Sequence[date]], _Outcome[S]], days: Sequence[date]
+    ) -> list[S]:
+        """The summaries of dates, many of which are run at once, and one by one if that fails.
+
+        Args:
+            run: Runs consecutive dates.
+            days: Consecutive reference dates, ascending.
+        """
+        summaries: list[S] = []
+        for chunk in _chunks(days, self._settings.max_dates_per_run or len(days)):
+            done, run_ids = _run_dates(run, chunk)
+            summaries += done
+            self._run_ids += run_ids
+        return summaries
+
+    def tell(self) -> None:
+        """Send one alert about the runs that count, if anything went wrong in them."""
+        tell_of_runs(self.instance, self._run_ids, self._settings, logger)
+
+
+@contextmanager
+def job_runner(settings: Settings, job_name: str, *, source: str) -> Iterator[JobRunner]:
+    """A runner of a job; runs whose process was killed earlier are put on record first.
+
+    Args:
+        settings: Where everything is.
+        job_name: The job.
+        source: What started the runs, for their tags.
+    """
+    home = dagster_home(settings)
+    with (
+        dagster_instance(settings) as instance,
+        runs_of_code_location(instance, code_location=settings.code_location, job_name=job_name),
+        this_process(home) as process,
+    ):
+        make_pool(instance, PLATFORM_POOL)
+        tell_of_runs(instance, end_killed_runs(instance, home, logger), settings, logger)
+        job = build_definitions(settings).resolve_job_def(job_name)
+        # Its failure is dealt with here, so that neither the sensors nor the daemon need to.
+        tags = {ATTENDED_TAG: "true", SOURCE_TAG: source, PROCESS_TAG: process}
+        runner = JobRunner(instance, job, settings, tags)
+        try:
+            yield runner
+        finally:
+            runner.tell()
+
+
+def _aggregate_dates(
+    runner: JobRunner, settings: Settings, options: RunOptions, days: Sequence[date]
+) -> _Outcome[AggregationSummary]:
     started = perf_counter()
-    keys = [day.isoformat() for day in days]
-    tags = {**tags, "dagster/max_retries": "0"}
-    if len(keys) > 1:
-        tags |= {RANGE_START_TAG: keys[0], RANGE_END_TAG: keys[-1]}
-    with _one_run_of_this_process:
-        result = job.execute_in_process(
-            instance=instance,
-            run_config={
-                "resources": {"run_options": {"config": options.model_dump()}},
-                "loggers": {"line": {}},
-            },
-            raise_on_error=False,
-            partition_key=keys[0] if len(keys) == 1 else None,
-            tags=tags,
-        )
-    if is_interrupted(result.all_events):
-        # Dagster catches what Ctrl-C and SIGTERM raise, to put it on record.
-        raise KeyboardInterrupt
+    result = runner.run(days, {"resources": {"run_options": {"config": options.model_dump()}}})
     seconds = perf_counter() - started
     return result, _summaries(result, days, timezone=settings.timezone, seconds=seconds)
 
@@ -308,7 +372,7 @@ def _summaries(
     set_aside = _set_aside(result)
     blocked = _blocking_findings(result)
     warnings = _warnings(result)
-    error = _failure(result) or " ".join(blocked.values()) or None
+    error = run_failure(result) or " ".join(blocked.values()) or None
     summaries = []
     for day in days:
         summary = AggregationSummary(run_date=midnight(day, timezone=timezone))
@@ -360,7 +424,8 @@ def _warnings(result: dg.ExecuteInProcessResult) -> dict[str | None, list[str]]:
     return said
 
 
-def _failure(result: dg.ExecuteInProcessResult) -> str | None:
+def run_failure(result: dg.ExecuteInProcessResult) -> str | None:
+    """Why a run failed, in a sentence; None of one that did not, or that a check blocked."""
     if result.success:
         return None
     failures = result.get_step_failure_events()
@@ -381,7 +446,7 @@ def _is_of_another_step(result: dg.ExecuteInProcessResult) -> bool:
     )
 
 
-def _failed_as_a_whole(summary: AggregationSummary) -> bool:
+def _failed_as_a_whole(summary: DateSummary) -> bool:
     return any(error["tutor_id"] == SYSTEM for error in summary.errors)
 
 

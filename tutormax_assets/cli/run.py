@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tutormax_assets.cli.arguments import AsJson, command_again, dates_in_words, reference_date
+from tutormax_assets.cli.as_of import AsOf, expect_no_other_options, run_as_of
 from tutormax_assets.cli.retention import cleanup_block
 from tutormax_assets.cli.terminal import (
     EXIT_FAILED,
@@ -90,6 +91,7 @@ def run(
     tutor: Tutor = None,
     include_inactive: IncludeInactive = False,
     full: Full = False,
+    as_of: AsOf = None,
     cleanup: Cleanup = False,
     retention_days: RetentionDays = None,
     batch_size: BatchSize = 1_000,
@@ -113,11 +115,25 @@ def run(
         )
     if full and (tutors or tutor):
         fail("--full reads all tutors; leave it out, or --tutors and --tutor.", code=EXIT_USAGE)
+    if as_of is not None:
+        expect_no_other_options(full=full, cleanup=cleanup, include_inactive=include_inactive)
     environment = _prepare(verbose=verbose, quiet=quiet)
+    date_of_run = reference_date("--date", day, environment)
+    if as_of is not None:
+        run_as_of(
+            environment,
+            [date_of_run],
+            _run_options(context),
+            as_of=as_of,
+            source="tutormax run",
+            quiet=quiet,
+            as_json=as_json,
+        )
+        return
     with sentences():
         [summary] = with_progress(
             environment,
-            [reference_date("--date", day, environment)],
+            [date_of_run],
             _run_options(context),
             source="tutormax run",
             quiet=quiet,
@@ -170,6 +186,7 @@ def backfill(
     tutors: Tutors = None,
     tutor: Tutor = None,
     include_inactive: IncludeInactive = False,
+    as_of: AsOf = None,
     batch_size: BatchSize = 1_000,
     max_retries: MaxRetries = 3,
     retry_delay: RetryDelay = 5,
@@ -183,15 +200,29 @@ def backfill(
 
     Exit code: 0 all saved, 1 something failed, 2 wrong use.
     """
+    if as_of is not None:
+        expect_no_other_options(include_inactive=include_inactive)
     environment = _prepare(verbose=verbose, quiet=quiet)
+    start = reference_date("--from", first, environment)
+    end = reference_date("--to", last, environment)
+    if end < start:
+        fail(f"--to {end} lies before --from {start}.", code=EXIT_USAGE)
+    days = [start + timedelta(days=n) for n in range((end - start).days + 1)]
+    if as_of is not None:
+        run_as_of(
+            environment,
+            days,
+            _run_options(context),
+            as_of=as_of,
+            source="tutormax backfill",
+            quiet=quiet,
+            as_json=as_json,
+        )
+        return
     with sentences():
-        start = reference_date("--from", first, environment)
-        end = reference_date("--to", last, environment)
-        if end < start:
-            fail(f"--to {end} lies before --from {start}.", code=EXIT_USAGE)
         summaries = with_progress(
             environment,
-            [start + timedelta(days=n) for n in range((end - start).days + 1)],
+            days,
             _run_options(context),
             source="tutormax backfill",
             quiet=quiet,

@@ -349,6 +349,14 @@ class TutorTiers(WindowMetrics):
     performance_tier = dy.Enum(TIERS, description="Tier that follows from the flags.")
 
 
+class TutorMetricsAsOf(TutorTiers):
+    """``TutorTiers`` as they could be known at an instant."""
+
+    as_of = dy.Datetime(
+        time_zone="UTC", description="The instant up to which rows and ratings were known."
+    )
+
+
 class TutorTiersOfDates(TutorTiers, OfDates):
     """``TutorTiers`` of several reference dates."""
 

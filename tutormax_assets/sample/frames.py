@@ -44,6 +44,9 @@ Flags = npt.NDArray[np.bool_]
 
 MINUTE = np.timedelta64(60_000_000, "us")
 
+BOOKED_MINUTES_AHEAD = 12 * 60
+"""A session is on record half a day before it begins."""
+
 DAY_MINUTES = 24 * 60
 
 
@@ -111,9 +114,9 @@ def sample_frames(
 
     Returns:
         ``tutors``, ``students``, ``sessions``, ``student_feedback`` and ``tutor_events``, in the
-        order in which foreign keys allow them to be written, without ``created_at`` and
-        ``updated_at``. Integers are 32 bits wide, instants have microseconds and UTC, and
-        ``metadata`` is JSON text.
+        order in which foreign keys allow them to be written, without ``updated_at``, and
+        students without ``created_at``. Integers are 32 bits wide, instants have microseconds and
+        UTC, and ``metadata`` is JSON text.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -325,6 +328,7 @@ def _sessions(
             "engagement_score": engagement,
             "learning_objectives_met": rng.random(size) < roster.of("objectives_met_share")[tutor],
             "technical_issues": rng.random(size) < 0.04,
+            "created_at": _instants(scheduled - BOOKED_MINUTES_AHEAD * MINUTE),
         }
     )
     has_engagement = ~no_show & (rng.random(size) >= 0.05)
@@ -401,6 +405,7 @@ def _feedback(
         areas.gather(np.where(rating <= 3, area, len(areas) - 1)).alias("improvement_areas"),
         pl.lit(None, dtype=pl.String).alias("free_text_feedback"),
         "submitted_at",
+        pl.col("submitted_at").alias("created_at"),
     )
 
 
@@ -445,6 +450,8 @@ def _events(
         .when(is_request)
         .then(pl.lit('{"initiated_by": "tutor"}'))
         .alias("metadata"),
+        # They arrive in batches, on the hour.
+        _instants(at).dt.truncate("1h").dt.offset_by("1h").alias("created_at"),
     )
 
 
@@ -470,5 +477,6 @@ def _tutors(
             "location": _words(LOCATIONS, rng.integers(0, 5, size)),
             "baseline_sessions_per_week": weekly.round(1),
             "behavioral_archetype": _words([kind.name for kind in KINDS], roster.kind),
+            "created_at": _instants(onboarded),
         }
     )

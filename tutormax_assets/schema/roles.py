@@ -16,7 +16,7 @@ from tutormax_assets.database.tables import (
 )
 from tutormax_assets.schema.migrations import VERSION_TABLE
 from tutormax_assets.schema.old_rows import SET_ASIDE_TABLE
-from tutormax_assets.source.contract import NEEDED_COLUMNS
+from tutormax_assets.source.contract import COLUMNS_AS_OF, NEEDED_COLUMNS
 from tutormax_assets.source.horizon import TRACKED_TABLES
 
 WRITER_RIGHTS: Mapping[str, tuple[str, ...]] = {
@@ -94,7 +94,7 @@ def grants(*, reader: str, writer: str, schema: str, schemas: Mapping[str, str] 
         "writer": sql.Identifier(writer),
         "schemas": sql.SQL(", ").join(map(sql.Identifier, path)),
     }
-    reads = {table: _select(columns) for table, columns in NEEDED_COLUMNS.items()}
+    reads = {table: _select(columns) for table, columns in COLUMNS_AS_OF.items()}
     writes = {
         table: sql.SQL(", ").join(map(sql.SQL, rights)) for table, rights in WRITER_RIGHTS.items()
     }

@@ -4,7 +4,7 @@ The source frames declare the names, and ``tables`` the types; the checks of a d
 lake, and the grants of the reading role, follow from both.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import dataframely as dy
@@ -31,6 +31,13 @@ def _needed_columns() -> Mapping[str, tuple[str, ...]]:
 
 NEEDED_COLUMNS = _needed_columns()
 """The columns that a snapshot reads, by table, as the source frames say."""
+
+
+COLUMNS_AS_OF: Mapping[str, tuple[str, ...]] = {
+    table: (*columns, *(("submitted_at",) if table == "student_feedback" else ()), "created_at")
+    for table, columns in NEEDED_COLUMNS.items()
+}
+"""Likewise the columns that are read to leave out what was not known yet at an instant."""
 
 
 def columns_read(frame: type[dy.Schema], table: str) -> dict[str, str]:
@@ -93,18 +100,21 @@ class FoundColumn:
     readable: bool
 
 
-def breaches(found: list[FoundColumn]) -> Iterator[tuple[str, str]]:
+def breaches(
+    found: list[FoundColumn], needed_columns: Mapping[str, Sequence[str]] = NEEDED_COLUMNS
+) -> Iterator[tuple[str, str]]:
     """What is missing, of another type, or not to be read.
 
     Args:
         found: The rows of ``FOUND_COLUMNS``.
+        needed_columns: The columns that are read, by table.
 
     Yields:
         Table, and a clause that names it, the column, what was found and what was expected.
     """
     tables = {row.table_name for row in found}
     columns = {(row.table_name, row.column_name): row for row in found}
-    for table, needed in NEEDED_COLUMNS.items():
+    for table, needed in needed_columns.items():
         if table not in tables:
             yield (
                 table,
@@ -136,7 +146,11 @@ RESPONSE_TIME = "response_time_minutes"
 """What is read of the metadata of an event; in a lake it may be a column of its own."""
 
 
-def lake_breaches(table: str, found: Mapping[str, Mapping[str, pl.DataType]]) -> Iterator[str]:
+def lake_breaches(
+    table: str,
+    found: Mapping[str, Mapping[str, pl.DataType]],
+    needed_columns: Mapping[str, Sequence[str]] = NEEDED_COLUMNS,
+) -> Iterator[str]:
     """What is missing in the Parquet files of a dataset, or of another type.
 
     A column without any value, which has no type then, is of any. ``metadata`` may be missing where
@@ -145,12 +159,13 @@ def lake_breaches(table: str, found: Mapping[str, Mapping[str, pl.DataType]]) ->
     Args:
         table: Name of the dataset.
         found: The columns of each file, as Polars reads them, by the file's path.
+        needed_columns: The columns that are read, by dataset.
 
     Yields:
         For each column, a clause that names table, column, the first file of those that break the
         contract, what was found there and what was expected.
     """
-    for column in NEEDED_COLUMNS[table]:
+    for column in needed_columns[table]:
         declared = type(source_metadata.tables[table].c[column].type)
         expected, accepts = _ACCEPTED_IN_PARQUET[declared]
         for path, columns in found.items():

@@ -10,7 +10,7 @@ memory.
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -29,13 +29,12 @@ from tutormax_assets.source.contract import NEEDED_COLUMNS, lake_breaches
 from tutormax_assets.source.horizon import Horizon
 from tutormax_assets.source.lake_files import (
     DAY,
-    EVERY_TUTOR,
     INSTANTS,
     SCHEMAS,
     Lake,
     LakeChangedError,
     LakeFile,
-    TutorFilter,
+    RowFilter,
     expect_no_breach,
     files_of_days,
     layout_breaches,
@@ -60,6 +59,7 @@ class LakeView:
         read_at: When the files were listed, in UTC.
         snapshot: SHA-256 of the listing.
         files: The files of each dataset, by path.
+        as_of: The instant at which rows had to be known; None if it does not matter.
         ids_are_unique: A lake has no keys that see to it.
         is_received: After a failure, what counts is another listing.
     """
@@ -69,12 +69,17 @@ class LakeView:
     read_at: datetime
     snapshot: str
     files: Mapping[str, Sequence[LakeFile]]
+    as_of: datetime | None = None
     ids_are_unique: Literal[False] = False
     is_received: Literal[False] = False
 
+    def known_at(self, instant: datetime) -> "LakeView":
+        """The view without rows that were not known yet at an instant."""
+        return replace(self, as_of=instant.astimezone(UTC))
+
     def share(self) -> "SharedLakeView":
         """The view for other processes, which go by the same listing."""
-        return SharedLakeView(self.tutor_ids, self.read_at, self.snapshot, self.files)
+        return SharedLakeView(self.tutor_ids, self.read_at, self.snapshot, self.files, self.as_of)
 
     def tutors(self) -> pl.DataFrame:
         """``SourceTutors``: all of them, whichever tutors the view is about.
@@ -84,9 +89,10 @@ class LakeView:
         """
         files = self.files["tutors"]
         with TemporaryDirectory() as folder, _reading(self.lake, "tutors", files):
-            rows = scan_files(self.lake, "tutors", files, Path(folder)).drop_nulls("tutor_id")
-            found = rows.unique().collect(engine="streaming")
-        if found.is_empty():
+            only = RowFilter(as_of=self.as_of)
+            rows = scan_files(self.lake, "tutors", files, Path(folder), only)
+            found = rows.drop_nulls("tutor_id").unique().collect(engine="streaming")
+        if found.is_empty() and self.as_of is None:
             raise SourceError(
                 f"The lake at {self.lake} cannot be used: table tutors: found no row, expected at"
                 " least one tutor. See that TUTORMAX_LAKE leads to the platform's lake."
@@ -129,7 +135,7 @@ class LakeView:
         folder.mkdir(parents=True)
         # Polars compares instants of one timezone only.
         start, end = start.astimezone(UTC), end.astimezone(UTC)
-        only = TutorFilter(self.tutor_ids, tutor_range)
+        only = RowFilter(self.tutor_ids, tutor_range, self.as_of)
         sessions: list[pl.LazyFrame] = []
         events: list[pl.LazyFrame] = []
         count: dict[str, int] = {}
@@ -179,7 +185,7 @@ class LakeView:
         return None
 
     def _read_sessions(
-        self, folder: Path, start: datetime, end: datetime, only: TutorFilter
+        self, folder: Path, start: datetime, end: datetime, only: RowFilter
     ) -> list[pl.LazyFrame]:
         fetched = folder / "fetched"
         files = files_of_days(self.files["sessions"], start, end)
@@ -191,10 +197,10 @@ class LakeView:
             self._spool("sessions", rows, start, end, by_part)
         files = files_of_days(self.files["student_feedback"], start, end)
         with _reading(self.lake, "student_feedback", files):
-            rows = scan_files(self.lake, "student_feedback", files, fetched).drop_nulls(
-                "session_id"
-            )
-            if only != EVERY_TUTOR:
+            known = RowFilter(as_of=self.as_of)
+            rows = scan_files(self.lake, "student_feedback", files, fetched, known)
+            rows = rows.drop_nulls("session_id")
+            if only != known:
                 # Feedback may name another tutor than its session.
                 ours = _scan_spool(folder / "sessions", "sessions").select("session_id")
                 rows = rows.join(ours, on="session_id", how="semi")
@@ -213,7 +219,7 @@ class LakeView:
         ]
 
     def _read_events(
-        self, folder: Path, start: datetime, end: datetime, only: TutorFilter
+        self, folder: Path, start: datetime, end: datetime, only: RowFilter
     ) -> list[pl.LazyFrame]:
         files = files_of_days(self.files["tutor_events"], start, end)
         path = folder / "tutor_events"
@@ -265,10 +271,11 @@ class SharedLakeView:
     read_at: datetime
     snapshot: str
     files: Mapping[str, Sequence[LakeFile]]
+    as_of: datetime | None = None
 
     def open(self, lake: Lake) -> LakeView:
         """The view in this process."""
-        return LakeView(lake, self.tutor_ids, self.read_at, self.snapshot, self.files)
+        return LakeView(lake, self.tutor_ids, self.read_at, self.snapshot, self.files, self.as_of)
 
 
 def open_view(lake: Lake, *, tutor_ids: Sequence[str] = ()) -> LakeView:

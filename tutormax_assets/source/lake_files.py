@@ -25,7 +25,12 @@ from tutormax_assets.metrics.schemas import (
     SourceSessions,
     SourceTutors,
 )
-from tutormax_assets.source.contract import NEEDED_COLUMNS, RESPONSE_TIME, lake_breaches
+from tutormax_assets.source.contract import (
+    COLUMNS_AS_OF,
+    NEEDED_COLUMNS,
+    RESPONSE_TIME,
+    lake_breaches,
+)
 from tutormax_assets.source.streams import SourceError
 from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
 
@@ -179,8 +184,15 @@ class _Opened(NamedTuple):
     columns: pl.Schema
 
 
-def open_files(lake: Lake, table: str, files: Sequence[LakeFile], folder: Path) -> list[_Opened]:
+def open_files(
+    lake: Lake,
+    table: str,
+    files: Sequence[LakeFile],
+    folder: Path,
+    only: "RowFilter | None" = None,
+) -> list[_Opened]:
     """Where the files can be scanned; what Polars cannot scan there is fetched into the folder."""
+    only = only or ALL_ROWS
     base = UPath(lake.path) / table
     is_scanned_there = isinstance(base, Path) or base.protocol in _SCANNED_BY_POLARS
     target = folder / table
@@ -197,7 +209,7 @@ def open_files(lake: Lake, table: str, files: Sequence[LakeFile], folder: Path) 
         location = str(target / f"{number}.parquet")
         with _of_file(lake, table, file):
             columns = pl.Schema(pl.read_parquet_schema(io.BytesIO(content)))
-            wanted = [name for name in columns if name in _columns_to_read(table)]
+            wanted = [name for name in columns if name in _columns_to_read(table, only)]
             pl.read_parquet(io.BytesIO(content), columns=wanted).write_parquet(location)
         return _Opened(file, location, columns)
 
@@ -221,18 +233,24 @@ def _of_file(lake: Lake, table: str, file: LakeFile) -> Iterator[None]:
         ) from error
 
 
-def _columns_to_read(table: str) -> set[str]:
-    return {*NEEDED_COLUMNS[table], *([RESPONSE_TIME] if table == "tutor_events" else [])}
+def _columns_to_read(table: str, only: "RowFilter") -> set[str]:
+    return {*only.needed_columns[table], *([RESPONSE_TIME] if table == "tutor_events" else [])}
 
 
-class TutorFilter(NamedTuple):
-    """Whose rows are read."""
+class RowFilter(NamedTuple):
+    """Which rows are read: whose they are, and when they had to be known."""
 
     tutor_ids: tuple[str, ...] = ()
     tutor_range: TutorRange = ALL_TUTORS
+    as_of: datetime | None = None
 
-    def conditions(self, columns: pl.Schema) -> list[pl.Expr]:
-        """What a row of theirs keeps, as Parquet has it: so that row groups can be skipped."""
+    @property
+    def needed_columns(self) -> Mapping[str, Sequence[str]]:
+        """The columns that are read, by dataset."""
+        return NEEDED_COLUMNS if self.as_of is None else COLUMNS_AS_OF
+
+    def conditions(self, table: str, columns: pl.Schema) -> list[pl.Expr]:
+        """What these rows keep, as Parquet has them: so that row groups can be skipped."""
         tutor_id, (lower, upper) = pl.col("tutor_id"), self.tutor_range
         if columns["tutor_id"] != pl.String:
             tutor_id = tutor_id.cast(pl.String)
@@ -242,10 +260,15 @@ class TutorFilter(NamedTuple):
         if upper is not None:
             # A null comes to be the first id of all.
             conditions.append(tutor_id.is_null() | (tutor_id < upper))
+        # A row without these instants is never known.
+        known = set(self.needed_columns[table]) - set(NEEDED_COLUMNS[table])
+        for name in sorted(known):
+            instant = pl.col(name).cast(pl.Datetime("us", "UTC"))
+            conditions.append(instant <= self.as_of)
         return conditions
 
 
-EVERY_TUTOR = TutorFilter()
+ALL_ROWS = RowFilter()
 
 
 def scan_files(
@@ -253,24 +276,24 @@ def scan_files(
     table: str,
     files: Sequence[LakeFile],
     folder: Path,
-    only: TutorFilter = EVERY_TUTOR,
+    only: RowFilter = ALL_ROWS,
 ) -> pl.LazyFrame:
     """The rows of the files as the source frames have them, with the day of their folder."""
-    opened = open_files(lake, table, files, folder)
+    opened = open_files(lake, table, files, folder, only)
     found = {f"{table}/{file.path}": columns for file, _, columns in opened}
-    expect_no_breach(list(lake_breaches(table, found)), lake)
+    expect_no_breach(list(lake_breaches(table, found, only.needed_columns)), lake)
     # Files of a dataset may differ in what is read alike.
     alike: dict[tuple[date | None, tuple[tuple[str, pl.DataType], ...]], list[str]] = {}
     for file, location, columns in opened:
         wanted = tuple(
-            (name, columns[name]) for name in sorted(_columns_to_read(table) & columns.keys())
+            (name, columns[name]) for name in sorted(_columns_to_read(table, only) & columns.keys())
         )
         alike.setdefault((file.day, wanted), []).append(location)
     schema = SCHEMAS[table]
     scans = [
         _FRAMES[table](
             scan_location(locations)
-            .filter(*only.conditions(pl.Schema(wanted)))
+            .filter(*only.conditions(table, pl.Schema(wanted)))
             .select(name for name, _ in wanted),
             pl.Schema(wanted),
         ).select(*schema, pl.lit(day, dtype=pl.Date).alias(DAY))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -124,6 +124,7 @@ class View:
             once.
         is_utf8: Whether the database's text is UTF-8, so that its bytes have our order.
         score_is_numeric: Whether an engagement score may be out of a double's range.
+        as_of: The instant at which rows had to be known; None if it does not matter.
     """
 
     source: Source
@@ -133,8 +134,16 @@ class View:
     ids_are_unique: bool
     is_utf8: bool
     score_is_numeric: bool
+    as_of: datetime | None = None
     _cursor: dbapi.Cursor | None = None
     _name: str | None = None
+
+    def known_at(self, instant: datetime) -> "View":
+        """The view without rows that were not known yet at an instant.
+
+        It has to be opened with ``COLUMNS_AS_OF``.
+        """
+        return replace(self, as_of=instant)
 
     def tutors(self) -> pl.DataFrame:
         """``SourceTutors``: all of them, whichever tutors the view is about.
@@ -145,8 +154,9 @@ class View:
             SourceError: The platform cannot be read, has no tutors, or has one with two statuses.
         """
         with self._reading() as cursor:
-            tutors = fetch_frame(cursor, bind_values(TUTORS), SourceTutors)
-            if tutors.is_empty():
+            query = bind_values(TUTORS, as_of=self.as_of)
+            tutors = fetch_frame(cursor, query, SourceTutors)
+            if tutors.is_empty() and self.as_of is None:
                 raise SourceError(
                     f"The platform at {describe(self.source.url)} cannot be used: table tutors:"
                     " found no row, expected at least one tutor. See that TUTORMAX_SOURCE_URL, or"
@@ -192,6 +202,7 @@ class View:
             tutor_range=tutor_range,
             is_utf8=self.is_utf8,
             score=NUMERIC_SCORE if self.score_is_numeric else SCORE,
+            as_of=self.as_of,
             start=start,
             end=end,
         )
@@ -317,6 +328,7 @@ class View:
             self.ids_are_unique,
             self.is_utf8,
             self.score_is_numeric,
+            self.as_of,
             name,
         )
 
@@ -335,6 +347,7 @@ class SharedView:
     ids_are_unique: bool
     is_utf8: bool
     score_is_numeric: bool
+    as_of: datetime | None
     name: str
 
     def open(self, source: Source) -> View:
@@ -347,13 +360,19 @@ class SharedView:
             self.ids_are_unique,
             self.is_utf8,
             self.score_is_numeric,
+            self.as_of,
             _name=self.name,
         )
 
 
 @contextmanager
-def open_view(source: Source, *, tutor_ids: Sequence[str] = ()) -> Iterator[View]:
-    """A view of the platform, of some tutors or of all.
+def open_view(
+    source: Source,
+    *,
+    tutor_ids: Sequence[str] = (),
+    columns: Mapping[str, Sequence[str]] = NEEDED_COLUMNS,
+) -> Iterator[View]:
+    """A view of the platform, of some tutors or of all, in which these columns can be read.
 
     Raises:
         SourceError: The platform cannot be read, or a table is not as the contract has it. Its
@@ -361,7 +380,7 @@ def open_view(source: Source, *, tutor_ids: Sequence[str] = ()) -> Iterator[View
     """
     with _snapshot(source, tutor_ids=tutor_ids) as cursor:
         read_at, snapshot = fetch_frame(cursor, INSTANT, _Instant).row(0)
-        types = _check_contract(cursor, source)
+        types = _check_contract(cursor, source, columns)
         yield View(
             source,
             tuple(tutor_ids),
@@ -506,7 +525,9 @@ def _told(source: Source) -> Iterator[None]:
         ) from error
 
 
-def _check_contract(cursor: dbapi.Cursor, source: Source) -> dict[tuple[str, str | None], str]:
+def _check_contract(
+    cursor: dbapi.Cursor, source: Source, needed_columns: Mapping[str, Sequence[str]]
+) -> dict[tuple[str, str | None], str]:
     """The types of the columns, by table and name."""
     found = fetch_frame(cursor, FOUND_COLUMNS, _FoundColumns)
     if found.is_empty():
@@ -516,7 +537,7 @@ def _check_contract(cursor: dbapi.Cursor, source: Source) -> dict[tuple[str, str
             " tutoring platform's database. `tutormax db status` shows what is there."
         )
     columns = [FoundColumn(*row) for row in found.iter_rows()]
-    clauses = [clause for _, clause in breaches(columns)]
+    clauses = [clause for _, clause in breaches(columns, needed_columns)]
     if clauses:
         raise SourceError(
             f"The platform at {describe(source.url)} cannot be read: {'; '.join(clauses)}."

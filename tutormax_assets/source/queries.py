@@ -5,8 +5,8 @@ its time. So ids are bound to a transaction-local setting first, which the query
 bound by the client, since the server would read a setting anew for each row.
 
 The driver spends more on a text than on a number, so ids travel as 64-bit hashes, and those that
-are needed are looked up afterwards. ``bind_values`` fills in ``{start}``, ``{end}``, ``{score}``
-and ``{only_tutors}``.
+are needed are looked up afterwards. ``bind_values`` fills in ``{start}``, ``{end}``, ``{score}``,
+``{only_tutors}``, and ``{known}`` and ``{known_feedback}``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,6 +31,7 @@ from tutormax_assets.storage.shards import ALL_TUTORS, TutorRange
 TUTORS = """
 SELECT t.tutor_id::text, t.status::text
 FROM tutors AS t
+WHERE true {known}
 """
 
 # Whatever the collation of a column is, the bytes of an id count.
@@ -94,7 +95,7 @@ def _session_columns(*, hashed: bool) -> Iterator[str]:
 def sessions_query(*, hashed: bool) -> str:
     """Sessions, with hashes of ids or the ids themselves."""
     columns = ",\n    ".join(_session_columns(hashed=hashed))
-    return f"SELECT {columns}\nFROM sessions AS t\nWHERE {OF_WINDOW} {{only_tutors}}"
+    return f"SELECT {columns}\nFROM sessions AS t\nWHERE {OF_WINDOW} {{only_tutors}} {{known}}"
 
 
 def feedback_query(*, hashed: bool) -> str:
@@ -106,7 +107,7 @@ def feedback_query(*, hashed: bool) -> str:
         else "f.session_id::text AS session_id, coalesce(f.feedback_id::text, '') AS feedback_id,"
         f" f.tutor_id::text AS feedback_tutor_id, {RATING}::integer AS overall_rating"
     )
-    return f"SELECT {columns}\nFROM student_feedback AS f"
+    return f"SELECT {columns}\nFROM student_feedback AS f\nWHERE true {{known_feedback}}"
 
 
 # Feedback has no column that tells when its session is. Where most of it is of other sessions the
@@ -115,7 +116,7 @@ _OF_SESSIONS_READ = f"""
     f.session_id IN (SELECT t.session_id FROM sessions AS t WHERE {OF_WINDOW} {{only_tutors}})
 """  # noqa: S608 - constants only
 
-OF_SESSIONS_READ = f"\nWHERE {_OF_SESSIONS_READ}"
+OF_SESSIONS_READ = f" AND {_OF_SESSIONS_READ}"
 
 MOST_FEEDBACK_PER_SESSION = 2
 
@@ -144,7 +145,7 @@ SELECT
         THEN (t.metadata -> 'response_time_minutes')::text
     END AS response_time_minutes
 FROM tutor_events AS t
-WHERE {OF_EVENTS}
+WHERE {OF_EVENTS} {{known}}
 """  # noqa: S608 - constants only
 
 
@@ -229,6 +230,11 @@ ONLY_TUTORS = """
     )
 """
 
+# A row without these instants is never known.
+KNOWN = " AND t.created_at <= {}"
+
+KNOWN_FEEDBACK = " AND f.submitted_at <= {0} AND f.created_at <= {0}"
+
 # Whether an index keeps an id unique, among all rows that a query of the table sees.
 IS_UNIQUE = """
 SELECT bool_and(EXISTS (
@@ -254,12 +260,22 @@ def bind_values(
     tutor_range: TutorRange = ALL_TUTORS,
     is_utf8: bool = True,
     score: LiteralString = SCORE,
+    as_of: datetime | None = None,
     **values: datetime | int | str,
 ) -> str:
-    """A query with its values as literals of SQL, for ADBC binds none in a COPY."""
+    """A query with its values as literals of SQL, for ADBC binds none in a COPY.
+
+    Rows that were not known yet at ``as_of`` are left out.
+    """
+
+    def known(condition: LiteralString) -> sql.Composable:
+        return sql.SQL("") if as_of is None else sql.SQL(condition).format(sql.Literal(as_of))
+
     return (
         sql.SQL(query)
         .format(
+            known=known(KNOWN),
+            known_feedback=known(KNOWN_FEEDBACK),
             only_tutors=sql.SQL(ONLY_TUTORS if tutor_ids else "")
             + range_condition(tutor_range, is_utf8=is_utf8),
             score=sql.SQL(score),

@@ -125,7 +125,7 @@ def read_sessions(cursor: dbapi.Cursor, *, bound: Callable[[str], str], hashed: 
     """
     query, feedback_sql = sessions_query(hashed=hashed), feedback_query(hashed=hashed)
     sessions_expected = _estimate(cursor, bound(query))
-    if _estimate(cursor, feedback_sql) > MOST_FEEDBACK_PER_SESSION * sessions_expected:
+    if _estimate(cursor, bound(feedback_sql)) > MOST_FEEDBACK_PER_SESSION * sessions_expected:
         feedback_sql += OF_SESSIONS_READ
     sessions = _read(cursor, bound(query), _sessions_schema(hashed=hashed))
     feedback = _read(cursor, bound(feedback_sql), _feedback_schema(hashed=hashed))

@@ -1,6 +1,6 @@
 """Reading the platform, wherever its source tables are."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from tutormax_assets.database.connection import Timeouts, source_url
 from tutormax_assets.errors import UsageError
 from tutormax_assets.settings import Settings, SettingsError
 from tutormax_assets.source import lake, postgres
+from tutormax_assets.source.contract import NEEDED_COLUMNS
 from tutormax_assets.source.horizon import Horizon
 from tutormax_assets.source.lake_files import Lake
 from tutormax_assets.source.postgres import PlatformRows, Source
@@ -51,6 +52,13 @@ class View(Protocol):
 
     def share(self) -> "SharedView":
         """The view for other processes, which open it with ``open_shared_view``."""
+        ...
+
+    def known_at(self, instant: datetime) -> "View":
+        """The view without rows that were not known yet at an instant.
+
+        It has to be opened with ``COLUMNS_AS_OF``.
+        """
         ...
 
     def tutors(self) -> pl.DataFrame:
@@ -122,8 +130,18 @@ def where_to_look(source: AnySource, table: str, *, instant: str) -> str:
 
 
 @contextmanager
-def open_view(source: AnySource, *, tutor_ids: Sequence[str] = ()) -> Iterator[View]:
+def open_view(
+    source: AnySource,
+    *,
+    tutor_ids: Sequence[str] = (),
+    columns: Mapping[str, Sequence[str]] = NEEDED_COLUMNS,
+) -> Iterator[View]:
     """A view of the platform for as long as the block lasts, of some tutors or of all.
+
+    Args:
+        source: Where the platform is read.
+        tutor_ids: Only sessions and events of these tutors; all when empty.
+        columns: The columns that are read, by table.
 
     Raises:
         SourceError: The platform cannot be read, or a table is not as the contract has it. Its
@@ -132,7 +150,7 @@ def open_view(source: AnySource, *, tutor_ids: Sequence[str] = ()) -> Iterator[V
     if isinstance(source, Lake):
         yield lake.open_view(source, tutor_ids=tutor_ids)
         return
-    with postgres.open_view(source, tutor_ids=tutor_ids) as view:
+    with postgres.open_view(source, tutor_ids=tutor_ids, columns=columns) as view:
         yield view
 
 

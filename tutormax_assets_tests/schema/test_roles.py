@@ -19,7 +19,7 @@ from tutormax_assets.database.metrics_writing import write_metrics
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.schema.roles import WRITER_RIGHTS, grants
 from tutormax_assets.schema.status import status
-from tutormax_assets.source.contract import NEEDED_COLUMNS
+from tutormax_assets.source.contract import COLUMNS_AS_OF, NEEDED_COLUMNS
 from tutormax_assets.source.horizon import TRACKED_TABLES
 from tutormax_assets.source.postgres import Source
 from tutormax_assets.source.streams import SourceError
@@ -79,7 +79,7 @@ def test_the_reader_reads_the_columns_of_the_contract_and_no_other(users: Users)
         if not refused(users.reader, "SELECT {1} FROM {0} LIMIT 1", table, column)
     }
 
-    assert read == {(table, name) for table, names in NEEDED_COLUMNS.items() for name in names}
+    assert read == {(table, name) for table, names in COLUMNS_AS_OF.items() for name in names}
     private = {("tutors", "name"), ("tutors", "email"), ("student_feedback", "free_text_feedback")}
     private |= {("students", column.name) for column in tables.students.c}
     assert private < set(EVERY_COLUMN) - read

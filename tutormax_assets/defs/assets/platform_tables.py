@@ -13,6 +13,9 @@ _DESCRIPTIONS = {
     "tutor_events": "One row per thing a tutor did. Only logins and message responses are read.",
 }
 
+PLATFORM_TABLES = tuple(_DESCRIPTIONS)
+"""The names of these assets."""
+
 
 def platform_tables(source: Literal["postgres", "parquet"]) -> list[dg.AssetSpec]:
     """The four source tables as external assets.
