@@ -19,6 +19,8 @@ from tutormax_assets_tests.defs.checks.test_runs import ALL as ALL_CHECKS
 
 PLATFORM = {"tutors", "sessions", "student_feedback", "tutor_events"}
 COMPUTED = {*PARQUET_ASSETS, "tutor_performance_metrics", "daily_report"}
+ASKED_FOR = {"tutor_metrics_as_of"}
+"""Assets of no schedule: somebody asks for them."""
 GROUPS = {
     **dict.fromkeys(PLATFORM, "platform"),
     **dict.fromkeys(COMPUTED, "snapshots"),
@@ -32,6 +34,7 @@ GROUPS = {
     ),
     "tutor_performance_metrics": "persisted",
     "daily_report": "persisted",
+    "tutor_metrics_as_of": "training",
 }
 
 
@@ -75,7 +78,7 @@ def test_importing_them_starts_and_writes_nothing(tmp_path: Path) -> None:
 def test_there_are_exactly_these_assets(definitions: dg.Definitions) -> None:
     specs = specs_of(definitions)
 
-    assert set(specs) == PLATFORM | COMPUTED
+    assert set(specs) == PLATFORM | COMPUTED | ASKED_FOR
     assert {key: spec.group_name for key, spec in specs.items()} == GROUPS
     assert {
         asset.key.to_user_string()
@@ -102,11 +105,12 @@ def test_every_asset_says_what_it_is_and_whose(definitions: dg.Definitions) -> N
         assert spec.kinds == expected, key
 
 
-def test_what_is_kept_in_storage_is_cleaned_up(definitions: dg.Definitions) -> None:
+def test_what_every_night_stores_is_cleaned_up(definitions: dg.Definitions) -> None:
     specs = specs_of(definitions).values()
 
     stored = {spec.key for spec in specs if {"parquet", "html"} & spec.kinds}
-    assert stored == set(kept_in_storage(Policy()))
+    asked_for = {dg.AssetKey(name) for name in ASKED_FOR}
+    assert stored == {*kept_in_storage(Policy()), *asked_for}
 
 
 def test_every_asset_says_its_columns_or_its_table(definitions: dg.Definitions) -> None:
@@ -149,6 +153,7 @@ def test_assets_depend_on_what_they_read(definitions: dg.Definitions) -> None:
             "tutor_tier_changes",
             "tutor_performance_metrics",
         },
+        "tutor_metrics_as_of": PLATFORM,
     }
 
 
@@ -161,7 +166,11 @@ def test_one_job_computes_everything_in_process(definitions: dg.Definitions) -> 
         f"{asset}:{check}" for asset, check in ALL_CHECKS
     }
     assert job.executor_def is dg.in_process_executor
-    assert [job.name for job in definitions.jobs or []] == ["daily_metrics", "retention"]
+    assert [job.name for job in definitions.jobs or []] == [
+        "daily_metrics",
+        "metrics_as_of",
+        "retention",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +191,8 @@ def test_all_share_their_partitions_and_how_many_a_run_takes(
     [daily] = {asset.partitions_def for asset in assets}
     assert isinstance(daily, dg.DailyPartitionsDefinition)
     assert {asset.backfill_policy for asset in assets} == {policy}
-    assert {key.to_user_string() for asset in assets for key in asset.keys} == COMPUTED
+    keys = {key.to_user_string() for asset in assets for key in asset.keys}
+    assert keys == COMPUTED | ASKED_FOR
     assert definitions.resolve_job_def(JOB_NAME).partitions_def == daily
 
 

@@ -153,7 +153,8 @@ def test_the_roles_are_printed_without_a_database_and_nothing_else(
     assert result.exit_code == 0
     assert result.stderr == ""
     assert result.stdout.startswith("-- The rights of tutormax_assets")
-    assert 'GRANT SELECT ("tutor_id", "status") ON "platform"."tutors" TO "the_reader";' in (
+    columns = '"tutor_id", "status", "created_at"'
+    assert f'GRANT SELECT ({columns}) ON "platform"."tutors" TO "the_reader";' in (
         result.stdout.splitlines()
     )
     assert 'TO "tutormax_writer";' in result.stdout

@@ -77,7 +77,11 @@ def test_another_seed_gives_other_frames() -> None:
 @pytest.mark.parametrize("table", TABLES)
 def test_frames_have_the_columns_of_the_tables(table: str) -> None:
     columns = source_metadata.tables[table].columns
-    expected = [column.name for column in columns if column.server_default is None]
+    expected = [
+        column.name
+        for column in columns
+        if column.server_default is None or (column.name == "created_at" and table != "students")
+    ]
     assert frames(tutors=1)[table].columns == expected
 
 
