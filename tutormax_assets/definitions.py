@@ -8,6 +8,7 @@ from tutormax_assets.compute.tasks.changes import TUTOR_TIER_CHANGES
 from tutormax_assets.compute.tasks.tiers import SCHEMAS as TIER_ASSETS
 from tutormax_assets.compute.tasks.windows import WINDOW_EDGES, metrics_asset_name
 from tutormax_assets.defs.assets.daily_report import daily_report_asset
+from tutormax_assets.defs.assets.live_metrics import live_metrics_asset
 from tutormax_assets.defs.assets.platform_snapshot import SNAPSHOT_ASSETS, platform_snapshot_assets
 from tutormax_assets.defs.assets.platform_tables import platform_tables
 from tutormax_assets.defs.assets.tutor_metrics_as_of import tutor_metrics_as_of_asset
@@ -43,6 +44,8 @@ from tutormax_assets.settings import Settings, load_settings
 JOB_NAME = "daily_metrics"
 
 AS_OF_JOB_NAME = "metrics_as_of"
+
+LIVE_JOB_NAME = "refresh_live_metrics"
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
@@ -93,12 +96,18 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         selection=dg.AssetSelection.assets(as_of),
         description="Compute the metrics of a reference date as they could be known at an instant.",
     )
+    live = live_metrics_asset(settings)
+    refresh_live_metrics = dg.define_asset_job(
+        LIVE_JOB_NAME,
+        selection=dg.AssetSelection.assets(live),
+        description="Compute the metrics up to now and replace them in tutor_live_metrics.",
+    )
     partitioned = kept_in_storage(policy)
     retention = retention_job(settings, partitioned)
     return dg.Definitions(
-        assets=[*platform_tables(settings.source), *assets, as_of],
+        assets=[*platform_tables(settings.source), *assets, as_of, live],
         asset_checks=_checks(daily, policy),
-        jobs=[daily_metrics, metrics_as_of, retention],
+        jobs=[daily_metrics, metrics_as_of, refresh_live_metrics, retention],
         schedules=[nightly_schedule(daily_metrics, settings)],
         sensors=[
             *single_days_sensors(daily_metrics, assets, running=settings.automation),

@@ -155,6 +155,12 @@ class Settings(BaseSettings):
         le=90,
         description="Dates before the night's own that the schedule computes again.",
     )
+    live_seconds: float = Field(
+        default=30,
+        ge=1,
+        le=3_600,
+        description="Seconds between two refreshes by `tutormax live --watch`.",
+    )
     max_dates_per_run: int = Field(
         default=31,
         ge=0,

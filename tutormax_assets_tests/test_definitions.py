@@ -19,8 +19,12 @@ from tutormax_assets_tests.defs.checks.test_runs import ALL as ALL_CHECKS
 
 PLATFORM = {"tutors", "sessions", "student_feedback", "tutor_events"}
 COMPUTED = {*PARQUET_ASSETS, "tutor_performance_metrics", "daily_report"}
-ASKED_FOR = {"tutor_metrics_as_of"}
+ASKED_FOR = {"tutor_metrics_as_of", "live_metrics"}
 """Assets of no schedule: somebody asks for them."""
+TABLES = {
+    "tutor_performance_metrics": "tutor_performance_metrics",
+    "live_metrics": "tutor_live_metrics",
+}
 GROUPS = {
     **dict.fromkeys(PLATFORM, "platform"),
     **dict.fromkeys(COMPUTED, "snapshots"),
@@ -35,6 +39,7 @@ GROUPS = {
     "tutor_performance_metrics": "persisted",
     "daily_report": "persisted",
     "tutor_metrics_as_of": "training",
+    "live_metrics": "live",
 }
 
 
@@ -95,7 +100,7 @@ def test_every_asset_says_what_it_is_and_whose(definitions: dg.Definitions) -> N
         assert spec.owners == ["team:tutor-quality"], key
         if key == "daily_report":
             expected = {"html"}
-        elif key in {*PLATFORM, "tutor_performance_metrics"}:
+        elif key in {*PLATFORM, *TABLES}:
             expected = {"postgres"}
         else:
             expected = {"polars", "parquet"}
@@ -109,15 +114,14 @@ def test_what_every_night_stores_is_cleaned_up(definitions: dg.Definitions) -> N
     specs = specs_of(definitions).values()
 
     stored = {spec.key for spec in specs if {"parquet", "html"} & spec.kinds}
-    asked_for = {dg.AssetKey(name) for name in ASKED_FOR}
-    assert stored == {*kept_in_storage(Policy()), *asked_for}
+    assert stored == {*kept_in_storage(Policy()), dg.AssetKey("tutor_metrics_as_of")}
 
 
 def test_every_asset_says_its_columns_or_its_table(definitions: dg.Definitions) -> None:
     for key, spec in specs_of(definitions).items():
         schema = spec.metadata.get("dagster/column_schema")
-        if key in {*PLATFORM, "tutor_performance_metrics"}:
-            assert spec.metadata["dagster/table_name"] == key
+        if key in {*PLATFORM, *TABLES}:
+            assert spec.metadata["dagster/table_name"] == TABLES.get(key, key)
             continue
         if key == "daily_report":
             continue
@@ -153,7 +157,7 @@ def test_assets_depend_on_what_they_read(definitions: dg.Definitions) -> None:
             "tutor_tier_changes",
             "tutor_performance_metrics",
         },
-        "tutor_metrics_as_of": PLATFORM,
+        **dict.fromkeys(ASKED_FOR, PLATFORM),
     }
 
 
@@ -169,6 +173,7 @@ def test_one_job_computes_everything_in_process(definitions: dg.Definitions) -> 
     assert [job.name for job in definitions.jobs or []] == [
         "daily_metrics",
         "metrics_as_of",
+        "refresh_live_metrics",
         "retention",
     ]
 
@@ -186,13 +191,13 @@ def test_all_share_their_partitions_and_how_many_a_run_takes(
 ) -> None:
     monkeypatch.setenv("TUTORMAX_MAX_DATES_PER_RUN", setting)
     definitions = build_definitions(load_settings())
-    assets = assets_of(definitions)
+    assets = [asset for asset in assets_of(definitions) if asset.partitions_def]
 
     [daily] = {asset.partitions_def for asset in assets}
     assert isinstance(daily, dg.DailyPartitionsDefinition)
     assert {asset.backfill_policy for asset in assets} == {policy}
     keys = {key.to_user_string() for asset in assets for key in asset.keys}
-    assert keys == COMPUTED | ASKED_FOR
+    assert keys == COMPUTED | {"tutor_metrics_as_of"}
     assert definitions.resolve_job_def(JOB_NAME).partitions_def == daily
 
 

@@ -16,7 +16,7 @@ from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.metrics_reading import TierSince, read_tiers_since
 from tutormax_assets.database.restore import restore_date
 from tutormax_assets.database.rows_of_date import of_held_tutors
-from tutormax_assets.schema import reasons_and_changes
+from tutormax_assets.schema import other_tables
 from tutormax_assets.schema.status import status, upgrade
 from tutormax_assets.settings import load_settings
 from tutormax_assets.storage.partition import delete_files
@@ -301,11 +301,11 @@ def test_a_trigger_takes_the_place_of_the_foreign_keys_of_0002(small_platform: P
     small_platform.execute("ALTER TABLE tutor_tier_changes SET SCHEMA moved")
     with engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL search_path = public, moved")
-        assert reasons_and_changes.missing(connection) == [
+        assert other_tables.missing(connection) == [
             "trigger delete_rows_of_deleted_tutors of tutor_performance_metrics"
         ]
-        reasons_and_changes.create(connection)
-        assert reasons_and_changes.missing(connection) == []
+        other_tables.create(connection)
+        assert other_tables.missing(connection) == []
     small_platform.execute("ALTER TABLE moved.tutor_tier_reasons SET SCHEMA public")
     small_platform.execute("ALTER TABLE moved.tutor_tier_changes SET SCHEMA public")
     upgrade(engine, timezone="UTC")

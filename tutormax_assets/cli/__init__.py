@@ -20,6 +20,7 @@ from tutormax_assets.cli import (
     explain,
     generate,
     history,
+    live,
     report,
     retention,
     run,
@@ -61,6 +62,7 @@ app.command("backfill")(run.backfill)
 app.command("explain")(explain.explain)
 app.command("what-if")(what_if.what_if)
 app.command("drift")(drift.drift)
+app.command("live")(live.live)
 app.command("report")(report.report)
 app.command("history")(history.history)
 app.command("table")(history.table)

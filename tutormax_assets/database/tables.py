@@ -28,7 +28,7 @@ def _id(name: str, *, primary_key: bool = False) -> sa.Column[str]:
     return sa.Column(name, sa.String(50), primary_key=primary_key)
 
 
-def _references(name: str, target: str, **options: bool) -> sa.Column[str]:
+def _references(name: str, target: str | sa.Column[str], **options: bool) -> sa.Column[str]:
     return sa.Column(
         name,
         sa.String(50),
@@ -172,6 +172,20 @@ tutor_performance_metrics = sa.Table(
     sa.Index("ix_tutor_performance_metrics_calculation_date", "calculation_date"),
     sa.Index("ix_tutor_performance_metrics_window", "window", "calculation_date"),
 )
+
+tutor_live_metrics = sa.Table(
+    "tutor_live_metrics",
+    metrics_metadata,
+    _references("tutor_id", tutors.c.tutor_id),
+    sa.Column("window", sa.String(20), nullable=False),
+    *_metric_columns(),
+    sa.Column("performance_tier", sa.String(50), nullable=False),
+    _instant("calculated_at"),
+    sa.PrimaryKeyConstraint("tutor_id", "window", name="pk_tutor_live_metrics"),
+    # Each refresh updates every row, of which no index changes: the new version stays in its page.
+    postgresql_with={"fillfactor": 40},
+)
+"""The newest metrics of each tutor and window; the window ends at ``calculated_at``."""
 
 _TYPES: Mapping[type[pl.DataType], type[sa.types.TypeEngine[Any]]] = {
     pl.UInt8: sa.SmallInteger,

@@ -10,6 +10,7 @@ from psycopg import sql
 
 from tutormax_assets.database.tables import (
     METRICS_TABLE,
+    tutor_live_metrics,
     tutor_tier_changes,
     tutor_tier_reasons,
     tutor_tier_since,
@@ -24,6 +25,7 @@ WRITER_RIGHTS: Mapping[str, tuple[str, ...]] = {
     tutor_tier_reasons.name: ("SELECT", "INSERT", "DELETE"),
     tutor_tier_changes.name: ("SELECT", "INSERT", "DELETE"),
     tutor_tier_since.name: ("SELECT",),
+    tutor_live_metrics.name: ("SELECT", "INSERT", "UPDATE", "DELETE"),
     SET_ASIDE_TABLE: ("SELECT",),
     VERSION_TABLE: ("SELECT",),
 }

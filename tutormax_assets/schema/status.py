@@ -21,7 +21,7 @@ from tutormax_assets.database.tables import (
     tutor_performance_metrics,
     tutors,
 )
-from tutormax_assets.schema import adoption, obstacles, old_rows, reasons_and_changes
+from tutormax_assets.schema import adoption, obstacles, old_rows, other_tables
 from tutormax_assets.schema.adoption import UpgradeReport
 from tutormax_assets.schema.changes import SchemaError
 from tutormax_assets.schema.migrations import VERSION_TABLE
@@ -250,7 +250,7 @@ def _deviations(connection: sa.Connection, found: old_rows.RowsFound) -> Iterato
             f"table {METRICS_TABLE}: found {', '.join(found.deviations)}, expected none: stop what"
             " writes them, such as the replaced service, then run `tutormax db upgrade`"
         )
-    if names := reasons_and_changes.missing(connection):
+    if names := other_tables.missing(connection):
         yield (f"{', '.join(names)}: found none, expected what `tutormax db upgrade` creates")
     changes = adoption.missing_changes(connection)
     if changes:
@@ -279,7 +279,7 @@ def _apply(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
         connection, adoption.adopt, timezone=timezone
     )
     report = _with_created(connection, report, pending)
-    reasons_and_changes.create(connection)
+    other_tables.create(connection)
     return _with_later(report, pending)
 
 
@@ -298,7 +298,7 @@ def _preview(connection: sa.Connection, *, timezone: str) -> UpgradeReport:
 
 def _obstacles_of_creation(connection: sa.Connection) -> list[str]:
     """What keeps the user from creating the tables of reasons and changes, or their trigger."""
-    creates = reasons_and_changes.missing(connection)
+    creates = other_tables.missing(connection)
     if not creates:
         return []
     clauses = obstacles.of_upgrade(
@@ -317,7 +317,7 @@ def _with_created(
     connection: sa.Connection, report: UpgradeReport, pending: list[Script]
 ) -> UpgradeReport:
     """The report with what was dropped since its migration and is created again."""
-    names = [] if pending else reasons_and_changes.missing(connection)
+    names = [] if pending else other_tables.missing(connection)
     return replace(report, changes=(*report.changes, *(f"{name} is created" for name in names)))
 
 

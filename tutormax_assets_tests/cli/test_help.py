@@ -45,6 +45,7 @@ def test_there_are_exactly_these_commands() -> None:
         "generate",
         "dev",
         "drift",
+        "live",
         "alert",
         "db",
         "db init",

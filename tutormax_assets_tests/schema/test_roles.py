@@ -115,6 +115,7 @@ def test_only_the_writer_writes_and_only_rows_of_its_own_tables(users: Users) ->
     allowed = {"INSERT", "DELETE", "LOCK"}
     assert written(users.writer) == {
         ("UPDATE", tables.METRICS_TABLE),
+        ("UPDATE", tables.tutor_live_metrics.name),
         *((word, table) for word in allowed for table in tables.OWN_TABLES),
     }
 

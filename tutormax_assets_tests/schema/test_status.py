@@ -37,7 +37,7 @@ def test_an_empty_database_is_initialised_and_ready(empty: sa.Engine) -> None:
     found = status(empty, timezone="UTC")
     assert found.ready
     assert found.metrics == "current"
-    assert found.revision == found.newest_revision == "0003"
+    assert found.revision == found.newest_revision == "0004"
     assert set(sa.inspect(empty).get_table_names()) == {
         *tables.source_metadata.tables,
         *tables.OWN_TABLES,
@@ -90,7 +90,7 @@ def test_the_platforms_own_alembic_is_left_alone(empty: sa.Engine) -> None:
 
     with empty.connect() as connection:
         assert connection.scalar(sa.text("SELECT version_num FROM alembic_version")) == "f00"
-    assert status(empty, timezone="UTC").revision == "0003"
+    assert status(empty, timezone="UTC").revision == "0004"
 
 
 def test_a_dry_run_waits_for_no_writer(empty: sa.Engine) -> None:
@@ -200,8 +200,8 @@ def test_rights_that_an_upgrade_lacks_are_named_by_the_dry_run(empty: sa.Engine)
         "table tutor_performance_metrics: found an owner whose rights this user does not have,"
         " expected to upgrade as postgres",
         "schema public: found no right to CREATE, expected it for tutor_tier_reasons,"
-        " tutor_tier_changes, tutor_tier_since, trigger delete_rows_of_deleted_tutors of"
-        " tutor_performance_metrics",
+        " tutor_tier_changes, tutor_live_metrics, tutor_tier_since, trigger"
+        " delete_rows_of_deleted_tutors of tutor_performance_metrics",
     )
     assert report.lines()[-1] == f"cannot be done: {report.obstacles[-1]}"
     with pytest.raises(SchemaError, match="found no right to REFERENCES"):
@@ -213,7 +213,7 @@ def test_a_table_that_vanished_after_its_migration_is_not_passed_over(empty: sa.
     _execute(empty, "DROP TABLE tutor_performance_metrics CASCADE")
 
     assert status(empty, timezone="UTC").metrics == "missing"
-    with pytest.raises(SchemaError, match="at revision 0003 but tutor_performance_metrics is not"):
+    with pytest.raises(SchemaError, match="at revision 0004 but tutor_performance_metrics is not"):
         upgrade(empty, timezone="UTC")
 
 
@@ -249,7 +249,7 @@ def test_status_names_what_is_missing(empty: sa.Engine) -> None:
     ):
         assert line.startswith(f"table {table}: found no such table, or no right to look into its")
     assert lines[4:] == [
-        "tutor_performance_metrics: missing (revision none, newest 0003)",
+        "tutor_performance_metrics: missing (revision none, newest 0004)",
         "  0 rows, newest calculation date -",
         "tutor_performance_metrics_set_aside: 0 rows",
     ]

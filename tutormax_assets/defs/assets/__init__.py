@@ -11,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 import dataframely as dy
+import sqlalchemy as sa
 
 from tutormax_assets.storage.partition import Partition
 from tutormax_assets.storage.store import PartitionStore
@@ -75,6 +76,31 @@ def frame_metadata(schema: type[dy.Schema], lineage: Lineage) -> Mapping[str, An
         for name, column in schema.columns().items()
     ]
     return {"dagster/column_schema": dg.TableSchema(columns), **lineage_metadata(lineage)}
+
+
+def table_metadata(table: sa.Table, schema: type[dy.Schema]) -> Mapping[str, Any]:
+    """Name, column names, types and descriptions of a database table, as the UI shows them.
+
+    Args:
+        table: The table.
+        schema: Describes those of its columns that have the same name.
+    """
+    described = {name: column.description for name, column in schema.columns().items()}
+    columns = [
+        dg.TableColumn(
+            column.name,
+            type=str(column.type),
+            description=described.get(column.name),
+            constraints=dg.TableColumnConstraints(
+                nullable=bool(column.nullable), unique=column.primary_key
+            ),
+        )
+        for column in table.columns
+    ]
+    return {
+        "dagster/table_name": table.name,
+        "dagster/column_schema": dg.TableSchema(columns),
+    }
 
 
 def lineage_metadata(lineage: Lineage) -> Mapping[str, Any]:

@@ -32,7 +32,13 @@ from tutormax_assets.database.metrics_writing import WRITERS
 from tutormax_assets.database.revisions import RevisionRecord
 from tutormax_assets.database.tables import METRICS_TABLE, tutor_performance_metrics
 from tutormax_assets.dates import midnight
-from tutormax_assets.defs.assets import OWNERS, PLATFORM_POOL, lineage_metadata, reference_dates
+from tutormax_assets.defs.assets import (
+    OWNERS,
+    PLATFORM_POOL,
+    lineage_metadata,
+    reference_dates,
+    table_metadata,
+)
 from tutormax_assets.defs.resources import MetricsPolicy, RunOptions
 from tutormax_assets.metrics.schemas import TutorTiers
 from tutormax_assets.source.platform import PlatformDatabase
@@ -73,7 +79,7 @@ def tutor_performance_metrics_asset(
         group_name="persisted",
         owners=OWNERS,
         kinds={"postgres"},
-        metadata={"dagster/table_name": METRICS_TABLE, **_column_metadata()},
+        metadata=_column_metadata(),
     )
     def tutor_performance_metrics(
         context: dg.AssetExecutionContext,
@@ -127,22 +133,15 @@ def tutor_performance_metrics_asset(
 
 
 def _column_metadata() -> Mapping[str, Any]:
-    described = {name: column.description for name, column in TutorTiers.columns().items()}
-    columns = [
-        dg.TableColumn(
-            column.name,
-            type=str(column.type),
-            description=described.get(column.name),
-            constraints=dg.TableColumnConstraints(
-                nullable=bool(column.nullable), unique=column.primary_key
-            ),
-        )
-        for column in tutor_performance_metrics.columns
-    ]
     lineage = {
-        name: [(TUTOR_TIERS, name)] for name in described if name in tutor_performance_metrics.c
+        name: [(TUTOR_TIERS, name)]
+        for name in TutorTiers.columns()
+        if name in tutor_performance_metrics.c
     }
-    return {"dagster/column_schema": dg.TableSchema(columns), **lineage_metadata(lineage)}
+    return {
+        **table_metadata(tutor_performance_metrics, TutorTiers),
+        **lineage_metadata(lineage),
+    }
 
 
 @dataclass

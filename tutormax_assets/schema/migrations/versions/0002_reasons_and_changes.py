@@ -2,7 +2,7 @@
 
 from alembic import op
 
-from tutormax_assets.schema import reasons_and_changes
+from tutormax_assets.schema import other_tables
 
 revision = "0002"
 down_revision = "0001"
@@ -12,4 +12,4 @@ depends_on = None
 
 def upgrade() -> None:
     """Create the tables and the view; they are filled as dates are computed."""
-    reasons_and_changes.create(op.get_bind())
+    other_tables.create(op.get_bind())

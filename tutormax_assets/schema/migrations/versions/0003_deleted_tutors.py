@@ -2,7 +2,7 @@
 
 from alembic import op
 
-from tutormax_assets.schema import reasons_and_changes
+from tutormax_assets.schema import other_tables
 
 revision = "0003"
 down_revision = "0002"
@@ -12,5 +12,5 @@ depends_on = None
 
 def upgrade() -> None:
     """Drop the keys, and create the trigger, which a database at 0002 lacks."""
-    reasons_and_changes.drop_foreign_keys(op.get_bind())
-    reasons_and_changes.create(op.get_bind())
+    other_tables.drop_foreign_keys(op.get_bind())
+    other_tables.create(op.get_bind())

@@ -1,7 +1,7 @@
-"""The tables of reasons and changes, and what belongs to them.
+"""The tables beside the metrics table, and what belongs to them.
 
-That is the view of since when a tier is held, and the trigger that deletes the rows of a tutor who
-is deleted.
+That is the view of since when a tier is held, and the trigger that deletes the reasons and changes
+of a tutor who is deleted.
 """
 
 import sqlalchemy as sa
@@ -10,13 +10,17 @@ from tutormax_assets.database.tables import (
     METRICS_TABLE,
     TRIGGER_OF_DELETED_TUTORS,
     metrics_metadata,
+    tutor_live_metrics,
     tutor_tier_changes,
     tutor_tier_reasons,
     tutor_tier_since,
     tutors,
 )
 
-_TABLES = (tutor_tier_reasons, tutor_tier_changes)
+_FOLLOWING = (tutor_tier_reasons, tutor_tier_changes)
+"""The tables that the trigger deletes from."""
+
+_TABLES = (*_FOLLOWING, tutor_live_metrics)
 
 _IS_THERE = sa.text("SELECT to_regclass(CAST(:name AS text)) IS NOT NULL")
 
@@ -38,7 +42,7 @@ _HAS_TRIGGER = sa.text("""
 """).bindparams(
     metrics=METRICS_TABLE,
     name=TRIGGER_OF_DELETED_TUTORS,
-    tables=[tutors.name, *(table.name for table in _TABLES)],
+    tables=[tutors.name, *(table.name for table in _FOLLOWING)],
 )
 
 
@@ -58,8 +62,8 @@ def create(connection: sa.Connection) -> None:
 
 
 def drop_foreign_keys(connection: sa.Connection) -> None:
-    """Drop the foreign keys to ``tutors``, in whose place the trigger is."""
-    for table in _TABLES:
+    """Drop the foreign keys of reasons and changes, in whose place the trigger is."""
+    for table in _FOLLOWING:
         connection.exec_driver_sql(
             f"ALTER TABLE {table.name} DROP CONSTRAINT IF EXISTS fk_{table.name}_tutor_id"
         )
