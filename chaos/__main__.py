@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chaos import bad_input, culprits, faults, kills, late, load
+from chaos import bad_input, culprits, faults, kills, late, live, load
 from chaos.ground import ground
 from chaos.report import Report
 
@@ -48,11 +48,12 @@ def main(
     Exit code: 0 nothing was lost or wrong, 1 something was, 2 wrong use.
     """
     known: Mapping[str, tuple[float, Callable[[float], Report]]] = {
-        "kills": (0.45, lambda s: kills.run(kills=wanted_kills, seconds=s, seed=seed)),
-        "load": (0.2, lambda s: load.run(seconds=s, seed=seed)),
+        "kills": (0.4, lambda s: kills.run(kills=wanted_kills, seconds=s, seed=seed)),
+        "load": (0.15, lambda s: load.run(seconds=s, seed=seed)),
         "faults": (0.1, lambda s: faults.run(faults=wanted_faults, seconds=s, seed=seed)),
         "bad_input": (0.1, lambda s: bad_input.run(inputs=inputs, seconds=s, seed=seed)),
         "late": (0.1, lambda s: late.run(steps=steps, seconds=s, seed=seed)),
+        "live": (0.1, lambda s: live.run(seconds=s, seed=seed)),
         "culprits": (0.05, lambda s: _culprits()),
     }
     if unknown := set(cases or []) - known.keys():

@@ -139,11 +139,11 @@ def run(
             end=END,
             seed=seed,
         )
-        steady = _steady_tutors(here)
+        steady = steady_tutors(here)
         periods: list[_Period] = []
         counted: list[_Counted] = []
         with (
-            _customers(here, report, steady, rate=rate, seed=seed) as made,
+            customers(here, report, steady, rate=rate, seed=seed) as made,
             _waits(here) as waits,
         ):
             for _ in range(rounds):
@@ -163,29 +163,36 @@ def run(
     return report
 
 
-def _steady_tutors(here: Ground) -> pl.Series:
+def steady_tutors(here: Ground) -> pl.Series:
     """Every other active tutor: those whose rows customers never change."""
     ids = query(here.engine.url, "SELECT tutor_id FROM tutors WHERE lower(status) = 'active'")
     return ids["tutor_id"].sort().gather_every(2)
 
 
 @contextmanager
-def _customers(
-    here: Ground, report: Report, steady: pl.Series, *, rate: float, seed: int
+def customers(
+    here: Ground,
+    report: Report,
+    steady: pl.Series,
+    *,
+    rate: float,
+    seed: int,
+    first_day: date = END - timedelta(days=WINDOW_DAYS),
+    days: int = WINDOW_DAYS,
 ) -> Iterator[list[Transaction]]:
     """Let customers write while the block lasts; what they did is in the list afterwards."""
     ids = query(here.engine.url, "SELECT tutor_id FROM tutors WHERE lower(status) = 'active'")
     busy = ids.filter(~pl.col("tutor_id").is_in(steady.implode()))["tutor_id"]
     students = query(here.engine.url, "SELECT student_id FROM students ORDER BY 1 LIMIT 1000")
-    customers = Customers(
+    writers = Customers(
         conninfo=conninfo(
             here.engine.url.update_query_dict({"application_name": APPLICATION_NAME})
         ),
         steady_tutors=steady.to_list(),
         busy_tutors=busy.sort().to_list(),
         students=students["student_id"].to_list(),
-        first_day=(END - timedelta(days=WINDOW_DAYS)).isoformat(),
-        days=WINDOW_DAYS,
+        first_day=first_day.isoformat(),
+        days=days,
         rate=rate,
         seed=seed,
     )
@@ -201,7 +208,7 @@ def _customers(
     output = ""
     try:
         assert process.stdin is not None
-        process.stdin.write(customers.to_json() + "\n")
+        process.stdin.write(writers.to_json() + "\n")
         process.stdin.flush()
         assert process.stdout is not None
         begin = float(process.stdout.readline())

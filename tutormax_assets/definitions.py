@@ -21,6 +21,7 @@ from tutormax_assets.defs.automation.late_data import late_data_sensor
 from tutormax_assets.defs.automation.retention import retention_job, retention_sensor
 from tutormax_assets.defs.automation.schedule import nightly_freshness, nightly_schedule
 from tutormax_assets.defs.automation.single_days import single_days_sensors
+from tutormax_assets.defs.automation.stale_dates import stale_dates_sensor
 from tutormax_assets.defs.checks.sessions_snapshot import sessions_snapshot_checks
 from tutormax_assets.defs.checks.tutor_events_snapshot import tutor_events_snapshot_checks
 from tutormax_assets.defs.checks.tutor_performance_metrics import tutor_performance_metrics_checks
@@ -114,6 +115,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             *alert_sensors(settings),
             retention_sensor(settings, partitioned, running=settings.automation),
             late_data_sensor(settings, JOB_NAME),
+            stale_dates_sensor(settings),
         ],
         resources=_resources(settings, policy),
         loggers={"line": line_logger},

@@ -144,7 +144,7 @@ class Settings(BaseSettings):
     )
     late_data: bool = Field(
         default=False,
-        description="Whether the sensor late_data runs unless it is stopped.",
+        description="Whether the sensors late_data and stale_dates run unless they are stopped.",
     )
     late_data_minutes: int = Field(
         default=5, ge=1, le=1_440, description="Minutes between two looks of the sensor late_data."

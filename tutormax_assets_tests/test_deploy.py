@@ -107,7 +107,7 @@ def test_the_sign_on_leads_to_the_webserver_on_loopback_and_nowhere_else() -> No
 def test_only_who_computes_knows_the_platforms_database() -> None:
     for name, service in read("compose.yaml")["services"].items():
         knows = "TUTORMAX_DATABASE_URL" in service["environment"] or "env_file" in service
-        assert knows == (name in ("code-location", "dask-worker")), name
+        assert knows == (name in ("code-location", "live", "dask-worker")), name
 
 
 def dask_commands() -> dict[str, tuple[list[str], dict[str, str]]]:

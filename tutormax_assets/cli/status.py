@@ -1,9 +1,9 @@
 """``tutormax status``: how the last nights went, and whether the next one is due."""
 
 import json
-from collections.abc import Mapping
-from datetime import UTC, date, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -11,13 +11,14 @@ from tutormax_assets.cli.arguments import AsJson, dates_in_words
 from tutormax_assets.cli.terminal import EXIT_FAILED, fail, sentences, settings, show, table
 
 if TYPE_CHECKING:
+    from dagster import DagsterInstance
     from rich.table import Table
 
     from tutormax_assets.defs.automation.nights import Nights
     from tutormax_assets.settings import Settings
 
 
-_DATES_LOOKED_AT = 90
+_EXAMINED_DATES = 90
 
 
 def status(
@@ -28,7 +29,7 @@ def status(
         bool,
         typer.Option(
             "--changed",
-            help=f"Ask the platform which of the last {_DATES_LOOKED_AT} dates it has changed.",
+            help=f"Ask the platform which of the last {_EXAMINED_DATES} dates it has changed.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -51,10 +52,12 @@ def status(
 
         with dagster_instance(environment) as instance:
             nights = last_nights(instance, environment, days=days, now=datetime.now(UTC))
+            found = _changed_dates(environment, instance) if changed else None
         where = {"dagster_home": str(home), "database": _database(environment)}
-        found = _changed_dates(environment) if changed else None
     if as_json:
-        typer.echo(json.dumps(where | nights.to_dict() | ({} if found is None else _report(found))))
+        typer.echo(
+            json.dumps(where | nights.to_dict() | ({} if found is None else found.to_dict()))
+        )
     else:
         show(_block(nights, where, found))
     if not nights.is_well:
@@ -70,26 +73,37 @@ def _database(environment: "Settings") -> str:
     return f"{describe(database_url(environment))} ({environment.whence})"
 
 
-def _changed_dates(environment: "Settings") -> "dict[date, bool | str]":
-    from tutormax_assets.dates import today
+class _Changed(NamedTuple):
+    """Which stored dates have changed in the platform, and since when as far as it was observed."""
+
+    dates: "dict[date, bool | str]"
+    since: dict[date, datetime]
+
+    @property
+    def stale(self) -> list[date]:
+        return [day for day, is_changed in self.dates.items() if is_changed is True]
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "changed_dates": [str(day) for day in self.stale],
+            "stale_since": {str(day): at.isoformat() for day, at in self.since.items()},
+            "unchanged_dates": [str(day) for day, one in self.dates.items() if one is False],
+            "unknown_dates": {
+                str(day): why for day, why in self.dates.items() if isinstance(why, str)
+            },
+        }
+
+
+def _changed_dates(environment: "Settings", instance: "DagsterInstance") -> _Changed:
+    from tutormax_assets.defs.automation.stale_dates import last_dates, observed_stale_since
     from tutormax_assets.defs.refresh import find_stale_dates
 
-    last = today(timezone=environment.timezone)
-    days = [last - timedelta(days=n) for n in range(_DATES_LOOKED_AT)]
-    return find_stale_dates(environment, days)
+    dates = find_stale_dates(environment, last_dates(environment))
+    stale = [day for day, is_changed in dates.items() if is_changed is True]
+    return _Changed(dates, observed_stale_since(environment, instance, stale))
 
 
-def _report(found: "Mapping[date, bool | str]") -> dict[str, object]:
-    return {
-        "changed_dates": [str(day) for day, changed in found.items() if changed is True],
-        "unchanged_dates": [str(day) for day, changed in found.items() if changed is False],
-        "unknown_dates": {str(day): why for day, why in found.items() if isinstance(why, str)},
-    }
-
-
-def _block(
-    nights: "Nights", where: dict[str, str], found: "Mapping[date, bool | str] | None"
-) -> "Table":
+def _block(nights: "Nights", where: dict[str, str], found: _Changed | None) -> "Table":
     block = table(f"{nights.first} to {nights.last}", unnamed=2)
     block.add_row("Last good date", str(nights.last_good or "none"))
     block.add_row("Missing", dates_in_words(nights.missing) or "none")
@@ -97,10 +111,9 @@ def _block(
     for warning in nights.warnings:
         block.add_row("Warning", warning)
     if found is not None:
-        changed = [day for day, is_changed in found.items() if is_changed is True]
-        block.add_row("Changed since read", dates_in_words(changed) or "none")
+        block.add_row("Changed since read", "\n".join(_stale_dates(found)) or "none")
         unknown: dict[str, list[date]] = {}
-        for day, why in found.items():
+        for day, why in found.dates.items():
             if isinstance(why, str):
                 unknown.setdefault(why, []).append(day)
         for why, days in unknown.items():
@@ -115,3 +128,12 @@ def _block(
     block.add_row("Dagster home", where["dagster_home"])
     block.add_row("Database", where["database"])
     return block
+
+
+def _stale_dates(found: _Changed) -> Iterator[str]:
+    days_since: dict[datetime | None, list[date]] = {}
+    for day in found.stale:
+        days_since.setdefault(found.since.get(day), []).append(day)
+    for since, days in days_since.items():
+        words = dates_in_words(days)
+        yield words if since is None else f"{words}, stale since {since:%Y-%m-%d %H:%M} UTC"

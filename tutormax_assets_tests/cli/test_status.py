@@ -7,8 +7,10 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
+from tutormax_assets.defs.automation import stale_dates
 from tutormax_assets.defs.automation.nights import last_nights
 from tutormax_assets.defs.automation.schedule import next_tick
 from tutormax_assets.runs.instance import dagster_instance
@@ -103,21 +105,52 @@ def test_the_platform_is_asked_which_dates_it_has_changed(
 ) -> None:
     home = small_platform.settings.home_path / "dagster"
     monkeypatch.setenv("DAGSTER_HOME", str(home))
-    monkeypatch.setattr("tutormax_assets.dates.today", lambda timezone: date.fromisoformat(DAY))
+    last = date.fromisoformat(DAY)
+    monkeypatch.setattr(stale_dates, "today", lambda timezone: last)
     settings = small_platform.settings.model_copy(update={"dagster_home": home})
-    Platform(settings, small_platform.engine).run(DAY)
+    own = Platform(settings, small_platform.engine)
+    own.run(DAY)
+    cursor: str | None = None
 
     def report() -> list[Any]:
         found = json.loads(invoke("status", "--changed", "--json").stdout)
-        return [found[name] for name in ("changed_dates", "unchanged_dates", "unknown_dates")]
+        names = ("changed_dates", "unchanged_dates", "unknown_dates", "stale_since")
+        return [found[name] for name in names]
 
-    assert report() == [[], [DAY], {}]
-    small_platform.execute("DELETE FROM tutor_events")
-    assert report() == [[DAY], [], {}]
-    assert words(f"Changed since read │ {DAY}") in words(invoke("status", "--changed").stdout)
+    def tick(hour: int) -> list[tuple[str | None, object]]:
+        """The partitions that the sensor observes at an hour, and whether they are stale."""
+        nonlocal cursor
+        now = datetime(2030, 1, 1, hour, tzinfo=UTC)
+        sensor = stale_dates.stale_dates_sensor(settings, now=lambda: now)
+        with dagster_instance(settings) as instance:
+            result = sensor.evaluate_tick(dg.build_sensor_context(instance=instance, cursor=cursor))
+            cursor = result.cursor
+            for event in result.asset_events:
+                instance.report_runless_asset_event(event)
+        return [
+            (event.partition, event.metadata["is_stale"].value) for event in result.asset_events
+        ]
+
+    assert tick(0) == []
+    assert report() == [[], [DAY], {}, {}]
+    small_platform.execute("DELETE FROM tutor_events WHERE tutor_id = 'T000003'")
+    assert report() == [[DAY], [], {}, {}]
+    assert tick(1) == [(DAY, True)]
+    assert tick(2) == []
+    since = "2030-01-01T01:00:00+00:00"
+    assert report() == [[DAY], [], {}, {DAY: since}]
+    assert words(f"Changed since read │ {DAY}, stale since 2030-01-01 01:00 UTC") in words(
+        invoke("status", "--changed").stdout
+    )
+    own.run(DAY)
+    assert tick(3) == [(DAY, False)]
+    small_platform.execute("DELETE FROM tutor_events WHERE tutor_id = 'T000004'")
+    assert report() == [[DAY], [], {}, {}]
+    assert tick(4) == [(DAY, True)]
     small_platform.execute(
         "ALTER TABLE tutor_events RENAME TO e; CREATE VIEW tutor_events AS TABLE e"
     )
-    changed, unchanged, unknown = report()
+    changed, unchanged, unknown, _ = report()
     assert (changed, unchanged) == ([], [])
     assert "tutor_events is a view" in unknown[DAY]
+    assert tick(5) == []
