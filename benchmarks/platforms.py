@@ -18,7 +18,7 @@ from psycopg import sql
 from benchmarks.answers import TABLE, TWIN
 from tutormax_assets.database import embedded
 from tutormax_assets.database.connection import conninfo
-from tutormax_assets.database.tables import OWN_TABLES
+from tutormax_assets.database.tables import TABLES_OF_DATES
 
 _VENV = Path(__file__).resolve().parents[1] / ".venv"
 
@@ -83,7 +83,7 @@ class Platform:
     def clear(self, first: date, last: date) -> None:
         """Bring tables and Parquet to the state before these reference dates ran."""
         with self.connect() as connection:
-            for name in OWN_TABLES:
+            for name in TABLES_OF_DATES:
                 table = sql.Identifier(name)
                 connection.execute(
                     sql.SQL("DELETE FROM {} WHERE calculation_date BETWEEN %s AND %s").format(

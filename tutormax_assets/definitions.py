@@ -19,9 +19,14 @@ from tutormax_assets.defs.assets.window_metrics import window_metrics_assets
 from tutormax_assets.defs.automation.alerts import alert_sensors
 from tutormax_assets.defs.automation.late_data import late_data_sensor
 from tutormax_assets.defs.automation.retention import retention_job, retention_sensor
-from tutormax_assets.defs.automation.schedule import nightly_freshness, nightly_schedule
+from tutormax_assets.defs.automation.schedule import (
+    nightly_freshness,
+    nightly_schedule,
+    weekly_schedules,
+)
 from tutormax_assets.defs.automation.single_days import single_days_sensors
 from tutormax_assets.defs.automation.stale_dates import stale_dates_sensor
+from tutormax_assets.defs.checks.refreshes import REFRESHES_ARE_RIGHT, refreshes_check
 from tutormax_assets.defs.checks.sessions_snapshot import sessions_snapshot_checks
 from tutormax_assets.defs.checks.tutor_events_snapshot import tutor_events_snapshot_checks
 from tutormax_assets.defs.checks.tutor_performance_metrics import tutor_performance_metrics_checks
@@ -47,6 +52,8 @@ JOB_NAME = "daily_metrics"
 AS_OF_JOB_NAME = "metrics_as_of"
 
 LIVE_JOB_NAME = "refresh_live_metrics"
+
+VERIFICATION_JOB_NAME = "refresh_verification"
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
@@ -86,9 +93,10 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         ),
         daily_report_asset(daily, backfills, reports_url=settings.reports_url),
     ]
+    verified = dg.AssetSelection.checks(REFRESHES_ARE_RIGHT)
     daily_metrics = dg.define_asset_job(
         JOB_NAME,
-        selection=dg.AssetSelection.assets(*assets),
+        selection=dg.AssetSelection.assets(*assets) - verified,
         description="Compute the metrics and tiers of a reference date and keep them.",
     )
     as_of = tutor_metrics_as_of_asset(settings, daily, backfills)
@@ -103,13 +111,21 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         selection=dg.AssetSelection.assets(live),
         description="Compute the metrics up to now and replace them in tutor_live_metrics.",
     )
+    verification = dg.define_asset_job(
+        VERIFICATION_JOB_NAME,
+        selection=verified,
+        description="Compare stored dates with a full computation; nothing is written.",
+    )
     partitioned = kept_in_storage(policy)
     retention = retention_job(settings, partitioned)
     return dg.Definitions(
         assets=[*platform_tables(settings.source), *assets, as_of, live],
-        asset_checks=_checks(daily, policy),
-        jobs=[daily_metrics, metrics_as_of, refresh_live_metrics, retention],
-        schedules=[nightly_schedule(daily_metrics, settings)],
+        asset_checks=[*_checks(daily, policy), refreshes_check(settings)],
+        jobs=[daily_metrics, metrics_as_of, refresh_live_metrics, verification, retention],
+        schedules=[
+            nightly_schedule(daily_metrics, settings),
+            *weekly_schedules(verification, settings),
+        ],
         sensors=[
             *single_days_sensors(daily_metrics, assets, running=settings.automation),
             *alert_sensors(settings),

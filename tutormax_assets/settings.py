@@ -37,6 +37,8 @@ _TLS_FILES = ("dask_tls_ca_file", "dask_tls_cert", "dask_tls_key")
 # They mean something else on each machine, or count leap seconds.
 _NOT_A_PLACE = re.compile("localtime|posixrules|Factory|(posix|right)/.*")
 
+Weekday = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+
 LONGEST_RETENTION_DAYS = 36_500
 
 
@@ -148,6 +150,10 @@ class Settings(BaseSettings):
     )
     late_data_minutes: int = Field(
         default=5, ge=1, le=1_440, description="Minutes between two looks of the sensor late_data."
+    )
+    verify_weekday: Weekday | Literal["never"] = Field(
+        default="sunday",
+        description="Day of the week on which stored dates are compared with a full computation.",
     )
     late_days: int = Field(
         default=0,

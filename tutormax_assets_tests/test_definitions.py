@@ -174,6 +174,7 @@ def test_one_job_computes_everything_in_process(definitions: dg.Definitions) -> 
         "daily_metrics",
         "metrics_as_of",
         "refresh_live_metrics",
+        "refresh_verification",
         "retention",
     ]
 

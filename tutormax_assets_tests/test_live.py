@@ -119,7 +119,8 @@ def test_older_numbers_do_not_replace_newer_ones(recent_platform: Platform) -> N
 def test_the_asset_says_what_it_wrote(recent_platform: Platform) -> None:
     job = build_definitions(recent_platform.settings).resolve_job_def(LIVE_JOB_NAME)
 
-    result = job.execute_in_process(instance=dg.DagsterInstance.ephemeral())
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = job.execute_in_process(instance=instance)
 
     [event] = result.get_asset_materialization_events()
     found = event.step_materialization_data.materialization.metadata

@@ -41,7 +41,7 @@ from tutormax_assets.database.faults import is_of_rows, reason
 from tutormax_assets.database.restore import STAGE_COPY, STAGED, NotRestorableError, stage
 from tutormax_assets.database.tables import (
     METRICS_KEY,
-    OWN_TABLES,
+    TABLES_OF_DATES,
 )
 from tutormax_assets.dates import midnight
 from tutormax_assets.storage.files import (
@@ -256,7 +256,7 @@ def vacuum(engine: sa.Engine) -> str | None:
         # To a role that may not, PostgreSQL says so as a warning.
         driver.add_notice_handler(note)
         try:
-            connection.exec_driver_sql(f"VACUUM (ANALYZE) {', '.join(OWN_TABLES)}")
+            connection.exec_driver_sql(f"VACUUM (ANALYZE) {', '.join(TABLES_OF_DATES)}")
         except sa.exc.DBAPIError as error:
             return reason(error)
         finally:

@@ -354,6 +354,11 @@ def _follow_deleted_tutors(
     connection.execute(sa.text(_DELETED_TUTORS))
 
 
+TABLES_OF_DATES = tuple(
+    name for name, table in metrics_metadata.tables.items() if "calculation_date" in table.c
+)
+"""Those of the tables whose rows are of a reference date."""
+
 OWN_TABLES = tuple(metrics_metadata.tables)
 """Names of the tables that this project writes."""
 

@@ -13,12 +13,11 @@ import dataframely as dy
 import polars as pl
 from adbc_driver_postgresql import dbapi
 
-from tutormax_assets.source import lake, postgres
+from tutormax_assets.source import postgres
 from tutormax_assets.source.horizon import Horizon, UnknownChangesError, expect_same_server
-from tutormax_assets.source.lake_files import Lake
 from tutormax_assets.source.queries import OF_EVENTS, OF_WINDOW, bind_values
 from tutormax_assets.source.streams import fetch_frame
-from tutormax_assets.source.view import AnySource
+from tutormax_assets.source.view import View
 
 # The age of a transaction id is its distance from the newest one, in the transaction that asks.
 _AGE = """
@@ -74,7 +73,7 @@ class Changes:
     Attributes:
         tutor_ids: Tutors whose rows may have changed, sorted.
         horizon: The starting point of the next search.
-        read_at: The instant of the search.
+        read_at: The instant of the view.
         tutors: ``SourceTutors`` at that instant.
     """
 
@@ -100,7 +99,7 @@ class _RowsOfTutor(dy.Schema):
 
 
 def find_changed_tutors(
-    source: AnySource,
+    view: View,
     then: Horizon,
     read: pl.DataFrame,
     *,
@@ -111,7 +110,7 @@ def find_changed_tutors(
     """Find the tutors whose sessions, feedback or events in ``[start, end)`` are not those read.
 
     Args:
-        source: The platform.
+        view: The platform at one instant.
         then: The horizon of the run that read them.
         read: By ``tutor_id`` the number of ``sessions``, of those with ``feedback`` and of
             ``events`` that were read.
@@ -124,22 +123,20 @@ def find_changed_tutors(
         UnknownChangesError: The changes cannot be determined, as when files of a lake have changed.
         SourceError: The platform cannot be read.
     """
-    if isinstance(source, Lake):
-        lake_view = lake.open_view(source)
-        if lake_view.horizon() != then:
+    now = view.horizon()
+    if not isinstance(view, postgres.View):
+        if now != then:
             raise UnknownChangesError("files of the lake have changed")
-        return Changes((), then, lake_view.read_at, lake_view.tutors())
+        return Changes((), then, view.read_at, view.tutors())
+    expect_same_server(then, now)
     bound = partial(bind_values, start=start, end=end)
-    with postgres.open_view(source) as view:
-        now = view.horizon()
-        expect_same_server(then, now)
-        of_sessions = partial(
-            _of_sessions, bound=bound, then=then, now=now, read=read, most=most_transactions
-        )
-        of_events = partial(_of_events, bound=bound, then=then, read=read, most=most_transactions)
-        found = view.read_at_once({"sessions": of_sessions, "tutor_events": of_events})
-        changed = pl.concat(found.values()).unique().sort()
-        return Changes(tuple(changed), now, view.read_at, view.tutors())
+    of_sessions = partial(
+        _of_sessions, bound=bound, then=then, now=now, read=read, most=most_transactions
+    )
+    of_events = partial(_of_events, bound=bound, then=then, read=read, most=most_transactions)
+    found = view.read_at_once({"sessions": of_sessions, "tutor_events": of_events})
+    changed = pl.concat(found.values()).unique().sort()
+    return Changes(tuple(changed), now, view.read_at, view.tutors())
 
 
 def _of_sessions(

@@ -18,7 +18,7 @@ from benchmarks.answers import TWIN
 from benchmarks.contestants import Measured
 from benchmarks.platforms import Platform, PlatformError, Size, generated
 from benchmarks.stages import StagesError, stages
-from tutormax_assets.database.tables import OWN_TABLES
+from tutormax_assets.database.tables import TABLES_OF_DATES
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests import conftest
 
@@ -95,7 +95,7 @@ def test_one_date_is_measured_by_stage_and_against_each_peer(
     }
     assert "30 tutors" in result.output
 
-    tables = [sql.Identifier(name) for name in OWN_TABLES]
+    tables = [sql.Identifier(name) for name in TABLES_OF_DATES]
     rows = sql.SQL(" UNION ALL ").join(sql.SQL("SELECT count(*) FROM {}").format(t) for t in tables)
     day = measured_platform.end
     with measured_platform.connect() as connection:

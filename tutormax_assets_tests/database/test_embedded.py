@@ -342,7 +342,7 @@ def test_error_tells_when_the_wheel_is_missing(home: Path, monkeypatch: pytest.M
 
 def test_databases_of_tests_have_their_tables(database: sa.URL, empty_database: sa.URL) -> None:
     tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
-    assert query(database, tables) == 8
+    assert query(database, tables) == 9
     assert query(empty_database, tables) == 0
 
 

@@ -15,6 +15,9 @@ SCHEDULE_SUFFIX = "_at_night"
 SCHEDULE_HOUR = 2
 """Hour of the reference date at which it is computed: the platform's day is closed by then."""
 
+VERIFICATION_HOUR = 5
+"""Hour at which stored dates are compared with a full computation."""
+
 DEADLINE_HOUR = 4
 """Hour by which its metrics must be in the table: retries of a bad night take less."""
 
@@ -69,6 +72,30 @@ def nightly_schedule(job: Any, settings: Settings) -> Any:
         )
 
     return with_late_days
+
+
+def weekly_schedules(verification: Any, settings: Settings) -> list[dg.ScheduleDefinition]:
+    """The schedule that compares stored dates with a full computation; none if it is never due.
+
+    Args:
+        verification: The job.
+        settings: The day of the week, and whether it runs unless it is stopped in the UI.
+    """
+    if settings.verify_weekday == "never":
+        return []
+    schedule = dg.ScheduleDefinition(
+        name=f"{verification.name}_every_week",
+        job=verification,
+        cron_schedule=f"0 {VERIFICATION_HOUR} * * {settings.verify_weekday[:3]}",
+        execution_timezone=settings.timezone,
+        description="Compares the last dates with a full computation and writes nothing.",
+        default_status=(
+            dg.DefaultScheduleStatus.RUNNING
+            if settings.automation
+            else dg.DefaultScheduleStatus.STOPPED
+        ),
+    )
+    return [schedule]
 
 
 def nightly_freshness(*, timezone: str) -> dg.FreshnessPolicy:

@@ -142,10 +142,7 @@ def report(
                     passed=finding.passed,
                     severity=finding.severity,
                     description=finding.description,
-                    metadata={
-                        **{name: _shown(value) for name, value in finding.metadata.items()},
-                        **({ADVICE_METADATA: finding.advice} if finding.advice else {}),
-                    },
+                    metadata=shown_metadata(finding),
                     blocking=spec.blocking,
                     partition=key,
                     target_materialization_data=newest.get(key),
@@ -339,6 +336,12 @@ def _newest_materializations(
                     timestamp=record.timestamp,
                 )
     return newest
+
+
+def shown_metadata(finding: Finding) -> dict[str, int | float | str | dg.TableMetadataValue]:
+    """The metadata of a finding and its advice, as Dagster's UI shows them."""
+    advice = {ADVICE_METADATA: finding.advice} if finding.advice else {}
+    return {**{name: _shown(value) for name, value in finding.metadata.items()}, **advice}
 
 
 def _shown(value: int | float | str | pl.DataFrame) -> int | float | str | dg.TableMetadataValue:

@@ -8,8 +8,12 @@ from zoneinfo import ZoneInfo
 import dagster as dg
 import pytest
 
-from tutormax_assets.definitions import JOB_NAME, build_definitions
-from tutormax_assets.defs.automation.schedule import newest_due_date, nightly_freshness
+from tutormax_assets.definitions import JOB_NAME, VERIFICATION_JOB_NAME, build_definitions
+from tutormax_assets.defs.automation.schedule import (
+    SCHEDULE_SUFFIX,
+    newest_due_date,
+    nightly_freshness,
+)
 from tutormax_assets.runs.instance import dagster_instance
 from tutormax_assets.runs.tags import RANGE_END_TAG, RANGE_START_TAG, will_be_retried
 from tutormax_assets.settings import load_settings
@@ -23,8 +27,7 @@ def definitions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def the_schedule(definitions: dg.Definitions) -> dg.ScheduleDefinition:
-    [schedule] = definitions.get_repository_def().schedule_defs
-    return schedule
+    return definitions.get_repository_def().get_schedule_def(f"{JOB_NAME}{SCHEDULE_SUFFIX}")
 
 
 # Dagster's own partitioned schedule calls it.
@@ -86,8 +89,9 @@ def test_schedule_and_sensors_run_by_themselves_where_the_setting_says_so(
     expected = "RUNNING" if running else "STOPPED"
     every: list[Any] = [*repository.schedule_defs, *repository.sensor_defs]
     statuses = {one.name: one.default_status.value for one in every}
-    # It looks at the platform all day, so it has a switch of its own.
-    assert statuses.pop("late_data") == "STOPPED"
+    # They look at the platform all day, so they have a switch of their own.
+    assert [statuses.pop(name) for name in ("late_data", "stale_dates")] == ["STOPPED"] * 2
+    assert "refresh_verification_every_week" in statuses
     assert statuses
     assert {name: status for name, status in statuses.items() if status != expected} == {}
 
@@ -100,7 +104,7 @@ def test_a_night_computes_late_days_again(
     monkeypatch.setenv("TUTORMAX_LATE_DATA", "true")
     monkeypatch.setenv("TUTORMAX_FIRST_DATE", "2025-11-03")
     repository = build_definitions(load_settings()).get_repository_def()
-    [schedule] = repository.schedule_defs
+    schedule = repository.get_schedule_def(f"{JOB_NAME}{SCHEDULE_SUFFIX}")
 
     for tick, first, last in (
         ("2025-11-20T02:00+09:00", "2025-11-13", "2025-11-20"),
@@ -119,8 +123,26 @@ def test_a_night_computes_late_days_again(
         plain.cron_schedule,
     )
     assert schedule.execution_timezone == "Asia/Tokyo"
-    sensor = repository.get_sensor_def("late_data")
-    assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
+    for name in ("late_data", "stale_dates"):
+        sensor = repository.get_sensor_def(name)
+        assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("weekday", "cron"), [(None, "0 5 * * sun"), ("friday", "0 5 * * fri"), ("never", None)]
+)
+def test_refreshes_are_verified_once_a_week(
+    monkeypatch: pytest.MonkeyPatch, weekday: str | None, cron: str | None
+) -> None:
+    if weekday is not None:
+        monkeypatch.setenv("TUTORMAX_VERIFY_WEEKDAY", weekday)
+    monkeypatch.setenv("TUTORMAX_TIMEZONE", "Europe/Berlin")
+
+    schedules = build_definitions(load_settings()).get_repository_def().schedule_defs
+
+    found = [one for one in schedules if one.job_name == VERIFICATION_JOB_NAME]
+    assert [one.cron_schedule for one in found] == ([] if cron is None else [cron])
+    assert {one.execution_timezone for one in found} <= {"Europe/Berlin"}
 
 
 @pytest.mark.parametrize("definitions", ["Europe/Berlin"], indirect=True)
@@ -128,7 +150,7 @@ def test_a_missed_night_shows_on_the_table(definitions: dg.Definitions) -> None:
     policies = {
         spec.key.to_user_string(): spec.freshness_policy
         for spec in definitions.resolve_all_asset_specs()
-        if spec.freshness_policy is not None
+        if spec.freshness_policy is not None and spec.partitions_def is not None
     }
 
     assert policies == {
