@@ -86,13 +86,14 @@ def table_metadata(table: sa.Table, schema: type[dy.Schema]) -> Mapping[str, Any
         schema: Describes those of its columns that have the same name.
     """
     described = {name: column.description for name, column in schema.columns().items()}
+    keys = list(table.primary_key)
     columns = [
         dg.TableColumn(
             column.name,
             type=str(column.type),
             description=described.get(column.name),
             constraints=dg.TableColumnConstraints(
-                nullable=bool(column.nullable), unique=column.primary_key
+                nullable=bool(column.nullable), unique=keys == [column]
             ),
         )
         for column in table.columns
