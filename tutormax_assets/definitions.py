@@ -18,6 +18,7 @@ from tutormax_assets.defs.assets.tutor_tiers import tutor_tiers_assets
 from tutormax_assets.defs.assets.window_metrics import window_metrics_assets
 from tutormax_assets.defs.automation.alerts import alert_sensors
 from tutormax_assets.defs.automation.late_data import late_data_sensor
+from tutormax_assets.defs.automation.metrics import metrics_sensors
 from tutormax_assets.defs.automation.retention import retention_job, retention_sensor
 from tutormax_assets.defs.automation.schedule import (
     nightly_freshness,
@@ -132,6 +133,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             retention_sensor(settings, partitioned, running=settings.automation),
             late_data_sensor(settings, JOB_NAME),
             stale_dates_sensor(settings),
+            *metrics_sensors(settings, JOB_NAME),
         ],
         resources=_resources(settings, policy),
         loggers={"line": line_logger},

@@ -125,6 +125,13 @@ class Settings(BaseSettings):
     alerts: SecretStr | None = Field(
         default=None, description="Apprise URLs that alerts go to, separated by spaces."
     )
+    metrics_file: Path | None = Field(
+        default=None,
+        description="File of the node exporter's textfile collector that Prometheus metrics go to.",
+    )
+    pushgateway: SecretStr | None = Field(
+        default=None, description="Pushgateway that Prometheus metrics go to: http://host:9091."
+    )
     ui_url: str = Field(
         default="http://127.0.0.1:3000", description="Where the UI is, for the links in alerts."
     )
@@ -237,7 +244,7 @@ class Settings(BaseSettings):
             return field.get_default()
         return value
 
-    @field_validator("home", "dagster_home", "policy", *_TLS_FILES)
+    @field_validator("home", "dagster_home", "policy", "metrics_file", *_TLS_FILES)
     @classmethod
     def _path_of_this_machine(cls, value: Path | None) -> Path | None:
         if value is not None and re.match(r"\w+:/", str(value)):
@@ -314,6 +321,30 @@ class Settings(BaseSettings):
     def _leads_to_postgres(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
             postgres_url(value)
+        return value
+
+    @field_validator("metrics_file")
+    @classmethod
+    def _of_textfile_collector(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        if not value.is_absolute() or value.suffix != ".prom":
+            raise ValueError(
+                "expected an absolute path that ends in .prom, since the textfile collector reads"
+                " no other files, such as /var/lib/prometheus/node-exporter/tutormax.prom"
+            )
+        return value
+
+    @field_validator("pushgateway")
+    @classmethod
+    def _address_of_pushgateway(cls, value: SecretStr | None) -> SecretStr | None:
+        # It may hold a password, so nothing of it is repeated.
+        if value is not None and not re.fullmatch(
+            r"https?://[^\s/?#]+(/[^\s?#]*)?", value.get_secret_value()
+        ):
+            raise ValueError(
+                "expected http://host:port or https://host:port, such as http://pushgateway:9091"
+            )
         return value
 
     @field_validator("alerts")

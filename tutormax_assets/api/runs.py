@@ -31,6 +31,7 @@ from tutormax_assets.defs.assets.platform_snapshot import (
 )
 from tutormax_assets.defs.assets.tutor_performance_metrics import SUMMARY_METADATA
 from tutormax_assets.defs.automation.alerts import tell_of_runs
+from tutormax_assets.defs.automation.metrics import publish_metrics
 from tutormax_assets.defs.checks import is_blocked_by, sentence
 from tutormax_assets.defs.log import LOGGER
 from tutormax_assets.defs.refresh import plan_refresh
@@ -315,8 +316,12 @@ class JobRunner:
         return summaries
 
     def tell(self) -> None:
-        """Send one alert about the runs that count, if anything went wrong in them."""
+        """Send one alert about the runs that count, if anything went wrong in them.
+
+        Metrics are published whatever became of the runs.
+        """
         tell_of_runs(self.instance, self._run_ids, self._settings, logger)
+        publish_metrics(self.instance, self._settings, logger, job_name=JOB_NAME)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class CheckResult:
         passed: Whether it passed.
         severity: ``WARN`` or ``ERROR``, of one that did not.
         says: Its sentence, if any.
+        metadata: What shows with it in the UI.
     """
 
     asset: str
@@ -30,6 +31,7 @@ class CheckResult:
     passed: bool
     severity: str
     says: str
+    metadata: Mapping[str, dg.MetadataValue[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,6 +72,7 @@ def _check_result(evaluation: dg.AssetCheckEvaluation) -> CheckResult:
         evaluation.passed,
         evaluation.severity.value,
         evaluation.description or "",
+        evaluation.metadata,
     )
 
 
