@@ -25,6 +25,7 @@ from tutormax_assets.defs.automation.schedule import (
     nightly_schedule,
     weekly_schedules,
 )
+from tutormax_assets.defs.automation.silence import periods_of, silence_sensor
 from tutormax_assets.defs.automation.single_days import single_days_sensors
 from tutormax_assets.defs.automation.stale_dates import stale_dates_sensor
 from tutormax_assets.defs.checks.refreshes import REFRESHES_ARE_RIGHT, refreshes_check
@@ -119,22 +120,25 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     )
     partitioned = kept_in_storage(policy)
     retention = retention_job(settings, partitioned)
+    schedules: list[Any] = [
+        nightly_schedule(daily_metrics, settings),
+        *weekly_schedules(verification, settings),
+    ]
+    sensors = [
+        *single_days_sensors(daily_metrics, assets, running=settings.automation),
+        *alert_sensors(settings),
+        retention_sensor(settings, partitioned, running=settings.automation),
+        late_data_sensor(settings, JOB_NAME),
+        stale_dates_sensor(settings),
+        *metrics_sensors(settings, JOB_NAME),
+    ]
+    periods = periods_of([one.name for one in schedules], [one.name for one in sensors])
     return dg.Definitions(
         assets=[*platform_tables(settings.source), *assets, as_of, live],
         asset_checks=[*_checks(daily, policy), refreshes_check(settings)],
         jobs=[daily_metrics, metrics_as_of, refresh_live_metrics, verification, retention],
-        schedules=[
-            nightly_schedule(daily_metrics, settings),
-            *weekly_schedules(verification, settings),
-        ],
-        sensors=[
-            *single_days_sensors(daily_metrics, assets, running=settings.automation),
-            *alert_sensors(settings),
-            retention_sensor(settings, partitioned, running=settings.automation),
-            late_data_sensor(settings, JOB_NAME),
-            stale_dates_sensor(settings),
-            *metrics_sensors(settings, JOB_NAME),
-        ],
+        schedules=schedules,
+        sensors=[*sensors, silence_sensor(settings, periods)],
         resources=_resources(settings, policy),
         loggers={"line": line_logger},
         # Stages take fractions of a second; a process each would cost seconds.

@@ -19,6 +19,7 @@ from tutormax_assets.cli import (
     drift,
     explain,
     generate,
+    health,
     history,
     live,
     report,
@@ -73,6 +74,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("dev")(dev.dev)
 app.command("status")(status.status)
+app.command("health")(health.health)
 app.command("alert")(alert.alert)
 app.add_typer(db.app, name="db")
 

@@ -18,6 +18,7 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
+from tutormax_assets.api.health import examine_health
 from tutormax_assets.definitions import JOB_NAME, build_definitions
 from tutormax_assets.defs.assets import PLATFORM_POOL
 from tutormax_assets.defs.resources import RunOptions
@@ -376,9 +377,13 @@ def test_the_daemon_fires_a_schedule_that_is_due_in_the_next_minute(
         run = run_of_schedule()
         assert run is not None
         failed = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+        automated = production.settings.model_copy(update={"automation": True})
+        health = {one.name: one for one in examine_health(automated)}
 
     assert fired >= due
     assert failed == []
+    assert "parts of the daemon have a heartbeat" in health["daemon"].says
+    assert health["automation"].is_well, health["automation"].says
     assert run.status == dg.DagsterRunStatus.SUCCESS
     assert run.job_name == JOB_NAME
     # The reference date is that of the tick.

@@ -172,6 +172,30 @@ def message_about_late_dates(days: Sequence[date], *, timezone: str, ui_url: str
     )
 
 
+def message_about_silence(problems: Sequence[str], *, ui_url: str) -> Message:
+    """That schedules or sensors fail or do not tick.
+
+    Args:
+        problems: A sentence for each.
+        ui_url: Where the UI is.
+    """
+    count = f"{len(problems)} schedules or sensors" if len(problems) > 1 else "a schedule or sensor"
+    return Message(
+        f"tutormax: {count} failing or silent",
+        "\n".join(
+            [
+                *_list(iter(problems)),
+                "",
+                f"Where to look: {ui_url.rstrip('/')}/automation shows their ticks and errors.",
+                "",
+                "What to do: fix the cause that a failed tick names; where one does not tick, see"
+                " the log of the daemon and start it again.",
+            ]
+        ),
+        "failure",
+    )
+
+
 def run_url(run_id: str, *, ui_url: str) -> str:
     """Where the UI shows a run."""
     return f"{ui_url.rstrip('/')}/runs/{run_id}"
