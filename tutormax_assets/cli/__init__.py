@@ -22,6 +22,7 @@ from tutormax_assets.cli import (
     health,
     history,
     live,
+    quality,
     report,
     retention,
     run,
@@ -65,6 +66,7 @@ app.command("what-if")(what_if.what_if)
 app.command("drift")(drift.drift)
 app.command("live")(live.live)
 app.command("report")(report.report)
+app.command("quality")(quality.quality)
 app.command("history")(history.history)
 app.command("table")(history.table)
 app.command("set-aside")(set_aside.set_aside)

@@ -1,7 +1,7 @@
 """Pictures of the report as SVG, without scripts and without anything to load."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any, cast
 from xml.etree.ElementTree import Element
@@ -64,6 +64,27 @@ def control_chart(found: Chart, *, name: str) -> str:
             ("upper limit", found.limits.upper),
         ):
             chart.add(title, [value] * number, show_dots=False, stroke_style=dashes)
+    return _render(chart)
+
+
+def series_chart(values: Mapping[date, float], *, limits: Sequence[float], name: str) -> str:
+    """A value for each reference date, and limits.
+
+    Args:
+        values: The values by date.
+        limits: Where dashed lines are drawn.
+        name: Tells the picture from others of the page.
+    """
+    chart = pygal.Line(
+        **_options(("#0b57d0", "#a4161a", "#a4161a")), show_legend=False, dots_size=3
+    )
+    chart.uuid = name
+    chart.x_labels = [f"{day:%b %-d}" for day in values]
+    chart.x_labels_major_every = max(1, -(-len(values) // _FEW_LABELS))
+    chart.add("value", list(values.values()))
+    dashes = {"width": 1, "dasharray": "4, 4"}
+    for limit in limits:
+        chart.add("limit", [limit] * len(values), show_dots=False, stroke_style=dashes)
     return _render(chart)
 
 

@@ -46,6 +46,7 @@ def test_there_are_exactly_these_commands() -> None:
         "dev",
         "drift",
         "live",
+        "quality",
         "health",
         "alert",
         "db",

@@ -211,6 +211,8 @@ def null_shares_are_steady(
             "share_now": [now[name].null_count() / len(now) for name in columns],
         }
     )
+    rises = shares["share_now"] - shares["share_before"]
+    metadata["largest_rise"] = round(float(rises.max() or 0), 4)  # type: ignore[arg-type]
     risen = shares.filter(pl.col("share_now") - pl.col("share_before") > max_rise)
     if risen.is_empty():
         return Finding(True, metadata=metadata)
