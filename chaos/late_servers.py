@@ -1,0 +1,350 @@
+"""Runs that read only changed tutors, on servers whose transaction ids are not what they were.
+
+Standbys are promoted, dumps restored, partitions exchanged, and transaction ids wrap around. After
+each step the table and every Parquet file must equal those of a full run.
+"""
+
+import logging
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from chaos.ground import END, Frames, Ground, differences, silent_log
+from chaos.late import CHANGES
+from chaos.report import Report
+from chaos.servers import Server, servers
+from tutormax_assets.api.runs import aggregate
+from tutormax_assets.api.summary import ALL_TUTORS, CHANGED_TUTORS, NOTHING
+from tutormax_assets.database.connection import create_engine
+from tutormax_assets.database.tables import metrics_metadata, source_metadata
+from tutormax_assets.defs.log import LOGGER
+from tutormax_assets.defs.refresh import find_stale_dates
+from tutormax_assets.defs.resources import RunOptions
+from tutormax_assets.sample import platform as sample_platform
+from tutormax_assets.settings import load_settings
+
+TUTORS = 40
+
+OTHER_SERVER = "the server was restored, failed over or replaced"
+OTHER_PARTITIONS = "was rewritten, or has other partitions"
+TOO_MANY_TRANSACTIONS = "transactions since it was read, expected at most"
+TOO_MANY_TUTORS = "tutors have changed"
+NOT_UNIQUE = "no index keeps ids of sessions and feedback unique"
+
+_CHANGES_PER_STEP = 3
+_OF_ROWS = [name for name in CHANGES if not name.startswith("tutor")]
+
+_LOGIN = sa.text("""
+    INSERT INTO tutor_events (event_id, tutor_id, event_type, event_timestamp, created_at)
+    SELECT :id, tutor_id, 'login', CAST(:at AS date) - interval '2 days', now()
+    FROM tutors WHERE status = 'active' ORDER BY tutor_id LIMIT 1
+""")
+
+
+@dataclass
+class Lane:
+    """A stored date, and the server that it is brought up to date from.
+
+    Attributes:
+        case: Name of the case.
+        report: What is counted.
+        choice: Chooses changes.
+        folder: Holds the homes.
+        variables: Settings of the runs.
+        grounds: The home and the database, once ``lead_to`` has named it.
+        number: Of the next change.
+        steps: How often the date was brought up to date.
+    """
+
+    case: str
+    report: Report
+    choice: random.Random
+    folder: Path
+    variables: dict[str, str] = field(default_factory=dict)
+    grounds: list[Ground] = field(default_factory=list)
+    number: int = 0
+    steps: int = 0
+
+    @property
+    def here(self) -> Ground:
+        """The home, and the database that the metrics are written to."""
+        return self.grounds[-1]
+
+    def lead_to(self, database: sa.URL, *, source: sa.URL | None = None) -> None:
+        """Let the runs read and write another database, and read the platform from ``source``."""
+        self.close()
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        variables = {"TUTORMAX_DATABASE_URL": _text(database)}
+        if source is not None:
+            variables["TUTORMAX_SOURCE_URL"] = _text(source)
+        self.grounds.append(Ground(home, create_engine(database), variables))
+
+    def close(self) -> None:
+        """Close the connections."""
+        for ground in self.grounds:
+            ground.engine.dispose()
+
+    def change(self, engine: sa.Engine | None = None, *, number: int = _CHANGES_PER_STEP) -> None:
+        """Change some rows of the platform, each change in a transaction of its own."""
+        for name in self.choice.sample(_OF_ROWS, number):
+            with (engine or self.here.engine).begin() as connection:
+                self.change_within(connection, name)
+
+    def change_within(self, connection: sa.Connection, name: str) -> None:
+        """Change some rows of the platform in a transaction that the caller commits."""
+        self.number += 1
+        seed = f"'{self.case} {self.number}'"
+        connection.execute(sa.text(CHANGES[name].format(seed=seed).replace(":", r"\:")))
+        self.report.count("changes")
+
+    def expect(self, step: str, read: str, why: str = "") -> None:
+        """Bring the date up to date, and compare with a full run.
+
+        Args:
+            step: What has happened.
+            read: Which tutors the run has to read.
+            why: Part of the reason that the log has to give for reading all of them.
+        """
+        self.steps += 1
+        before = self.here.frames() if self.steps > 1 else {}
+        with self.here.as_environment(**self.variables), _log() as lines:
+            stale = find_stale_dates(load_settings(), [END]).get(END)
+            [summary] = aggregate(load_settings(), [END], _OPTIONS, changed_only=True)
+        self.report.count("steps")
+        self.report.count(f"{self.case}: {summary.read}")
+        found = self.here.frames()
+        if not summary.all_saved:
+            self._note(step, f"the run failed: {summary.errors[0]['error'][:500]}")
+        if (summary.read, why in "\n".join(lines)) != (read, True):
+            self._note(step, f"read {summary.read}, expected {read} {why}; log: {lines[:3]}")
+        if self.steps > 1:
+            self._expect_stale(step, stale, read, why)
+            if (read == NOTHING) != (not differences(before, found)):
+                self._note(step, f"read {read}, expected rows to change only with changed tutors")
+        self._compare(step, found)
+
+    def _expect_stale(self, step: str, stale: bool | str | None, read: str, why: str) -> None:
+        """Check the answer to whether the date is stale."""
+        is_known = read != ALL_TUTORS or why == TOO_MANY_TUTORS
+        is_right = stale is (read != NOTHING) if is_known else why in str(stale)
+        if not is_right:
+            self._note(step, f"the date is stale: {stale}; the run read {read} {why}")
+
+    def _compare(self, step: str, found: Frames) -> None:
+        """Compare with a full run in another home, so that the state of this one stays."""
+        home = self.folder / "full"
+        shutil.copytree(self.here.storage, home / self.here.storage.name, dirs_exist_ok=True)
+        there = replace(self.here, home=home)
+        with there.as_environment(**self.variables), _log():
+            [summary] = aggregate(load_settings(), [END], _OPTIONS)
+        if not summary.all_saved:
+            self._note(step, f"the full run failed: {summary.errors[0]['error'][:500]}")
+        self.report.count("frames compared with a full run", len(found))
+        for sentence in differences(found, there.frames()):
+            self._note(step, sentence)
+        shutil.rmtree(there.storage)
+
+    def _note(self, step: str, sentence: str) -> None:
+        self.report.count("wrong")
+        self.report.wrong.append(f"{self.case}, {step}: {sentence}")
+
+
+_OPTIONS = RunOptions(max_retries=2, retry_delay_seconds=0.1)
+
+
+def run(*, seconds: float, seed: int, cases: Sequence[str] = ()) -> Report:
+    """Run the cases, each on servers of its own.
+
+    Args:
+        seconds: When to begin no further case.
+        seed: Seed of the changes.
+        cases: Names of those to run; all when empty.
+
+    Returns:
+        Figures of what happened, how the date was brought up to date, and what was wrong.
+    """
+    names = ("steps", "changes", "frames compared with a full run", "wrong")
+    report = Report("late on other servers", dict.fromkeys(names, 0))
+    deadline = time.monotonic() + seconds
+    for name in cases or CASES:
+        if time.monotonic() > deadline:
+            break
+        begin = time.monotonic()
+        with lane(name, report, seed=seed) as one:
+            CASES[name](one)
+        report.figures[f"{name}: seconds"] = round(time.monotonic() - begin, 1)
+    return report
+
+
+@contextmanager
+def lane(case: str, report: Report, *, seed: int) -> Iterator[Lane]:
+    """A lane of a case, whose homes are removed when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="tutormax-chaos-") as folder, silent_log():
+        variables = {"TUTORMAX_REFRESH_MAX_SHARE": "0.5"}
+        one = Lane(case, report, random.Random(f"{case} {seed}"), Path(folder), variables)
+        try:
+            yield one
+        finally:
+            one.close()
+
+
+def fill(url: sa.URL) -> None:
+    """Create all tables in a database, and generate a platform."""
+    engine = create_engine(url)
+    source_metadata.create_all(engine)
+    metrics_metadata.create_all(engine)
+    sample_platform.generate(
+        engine, tutors=TUTORS, sessions_per_tutor=40, days=100, end=END, seed=1
+    )
+    engine.dispose()
+
+
+def _begin(one: Lane, server: Server) -> None:
+    """Start a server with a generated platform, and store the date."""
+    server.start()
+    fill(server.url)
+    one.lead_to(server.url)
+    one.expect("first run", ALL_TUTORS)
+
+
+def _promotion(one: Lane) -> None:
+    with servers("primary", "standby") as (primary, standby):
+        _begin(one, primary)
+        primary.copy_to(standby)
+        standby.start()
+        _read_standby(one, primary, standby)
+
+        one.lead_to(primary.url)
+        one.change()
+        one.expect("back on the primary", ALL_TUTORS, OTHER_SERVER)
+        one.change()
+        standby.wait_for(primary)
+        standby.stop()
+        # The standby never learns of what follows, and assigns the same transaction ids again.
+        primary.burn(200)
+        one.change()
+        one.expect("changes that the promotion loses", CHANGED_TUTORS)
+        primary.stop()
+        standby.start()
+        standby.promote()
+        one.lead_to(standby.url)
+        one.change()
+        standby.burn(400)
+        one.expect("promotion", ALL_TUTORS, OTHER_SERVER)
+        one.change()
+        one.expect("after the promotion", CHANGED_TUTORS)
+
+
+def _read_standby(one: Lane, primary: Server, standby: Server) -> None:
+    """Read the platform from the standby; the metrics go to the primary."""
+    writer = create_engine(primary.url)
+    one.lead_to(primary.url, source=standby.url)
+    one.change()
+    standby.wait_for(primary)
+    one.expect("read from the standby", ALL_TUTORS, OTHER_SERVER)
+    one.change()
+    standby.wait_for(primary)
+    one.expect("change replayed", CHANGED_TUTORS)
+    standby.execute("SELECT pg_wal_replay_pause()")
+    one.change()
+    # The metrics table on the primary stays as the run left it.
+    one.expect("change not replayed", NOTHING)
+    standby.execute("SELECT pg_wal_replay_resume()")
+    standby.wait_for(primary)
+    one.expect("change replayed later", CHANGED_TUTORS)
+    with writer.connect() as connection:
+        # More savepoints than a standby keeps track of by itself.
+        for number in range(100):
+            with connection.begin_nested():
+                connection.execute(_LOGIN, {"id": f"savepoint {number}", "at": END})
+        standby.wait_for(primary)
+        one.change()
+        standby.wait_for(primary)
+        one.expect("change beside an open transaction", CHANGED_TUTORS)
+        connection.commit()
+    standby.wait_for(primary)
+    one.expect("open transaction committed", CHANGED_TUTORS)
+    writer.dispose()
+
+
+def _dump_and_restore(one: Lane) -> None:
+    with servers("first", "second") as (first, second), first.folder() as folder:
+        _begin(one, first)
+        first.burn(200)
+        one.change()
+        one.expect("change", CHANGED_TUTORS)
+        one.change()
+        dump = str(folder / "dump")
+        _dump(first, dump)
+        one.change()
+
+        _restore(first, dump, "--clean")
+        one.expect("restored in place", ALL_TUTORS, "lacks")
+        first.execute("CREATE DATABASE restored")
+        _restore(first, dump, database="restored")
+        one.lead_to(first.url.set(database="restored"))
+        one.change()
+        one.expect("restored into another database", ALL_TUTORS, OTHER_SERVER)
+        one.change()
+        one.expect("change in that database", CHANGED_TUTORS)
+
+        newest = int(str(first.value("SELECT pg_current_xact_id()")))
+        second.start()
+        _restore(second, dump)
+        one.lead_to(second.url)
+        one.change()
+        # Until the ids of the first server are known here as well.
+        second.burn(newest - int(str(second.value("SELECT pg_current_xact_id()"))) + 100)
+        one.expect("restored into another server", ALL_TUTORS, OTHER_SERVER)
+        one.change()
+        one.expect("change on that server", CHANGED_TUTORS)
+
+
+def _dump(server: Server, path: str) -> None:
+    connection = ("--host", server.socket, "--username", "postgres", "--dbname", "tutormax")
+    server.run("pg_dump", *connection, "--format=custom", "--file", path)
+
+
+def _restore(server: Server, path: str, *options: str, database: str = "tutormax") -> None:
+    connection = ("--host", server.socket, "--username", "postgres", "--dbname", database)
+    server.run("pg_restore", *connection, *options, path)
+
+
+CASES: Mapping[str, Callable[[Lane], None]] = {
+    "promotion": _promotion,
+    "dump and restore": _dump_and_restore,
+}
+"""What happens to servers, by name."""
+
+
+def _text(url: sa.URL) -> str:
+    # The servers trust their socket, so any password will do.
+    return url.set(password="any").render_as_string(hide_password=False)
+
+
+@contextmanager
+def _log() -> Iterator[list[str]]:
+    """What is logged while the block lasts."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, collector = logging.getLogger(LOGGER), Collector()
+    level = logger.level
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(collector)
