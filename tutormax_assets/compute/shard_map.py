@@ -41,6 +41,10 @@ class Compute:
         """Whether other processes compute, which may outlive the run."""
         return self._settings.dask_address is not None
 
+    def here(self) -> "Compute":
+        """The same without a cluster."""
+        return Compute(self._settings.model_copy(update={"dask_address": None}), self._database)
+
     def groups(self, numbers: Sequence[int], *, log: logging.Logger) -> list[Sequence[int]]:
         """Neighbouring shards that are read from the platform at once.
 

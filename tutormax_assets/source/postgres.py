@@ -311,8 +311,8 @@ class View:
         """Whether it came from another process; a reading that failed may be tried again then."""
         return self._cursor is None
 
-    def share(self) -> "SharedView":
-        """The view for other processes, for as long as this one is open.
+    def share(self) -> "SharedView | None":
+        """The view for other processes, for as long as this one is open; None on a standby.
 
         Raises:
             SourceError: The server does not share the view.
@@ -321,6 +321,8 @@ class View:
             # It is meant to be idle for as long as others read.
             cursor.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
             name = fetch_frame(cursor, SHARED, _Shared).item()
+        if name is None:
+            return None
         return SharedView(
             self.tutor_ids,
             self.read_at,
@@ -443,7 +445,7 @@ class _IsEmpty(dy.Schema):
 
 
 class _Shared(dy.Schema):
-    name = dy.String()
+    name = dy.String(nullable=True)
 
 
 class _IsUnique(dy.Schema):
@@ -556,11 +558,11 @@ def _at_once(
     """What each reader gives; two read at once where the server gives us two connections.
 
     It need not: a role may have a limit, and a pooler may lead to another server, which does not
-    know the snapshot.
+    know the snapshot. A standby's snapshot is not shared.
     """
-    if len(readers) < 2:
+    shared = fetch_frame(cursor, SHARED, _Shared).item() if len(readers) > 1 else None
+    if shared is None:
         return {table: read_table(cursor) for table, read_table in readers.items()}
-    shared = fetch_frame(cursor, SHARED, _Shared).item()
     (first, read_first), (second, read_second) = readers.items()
     opened: Future[dbapi.Cursor] = Future()
 

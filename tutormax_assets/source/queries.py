@@ -213,9 +213,12 @@ SELECT transaction_timestamp() AS read_at, pg_current_snapshot()::text AS snapsh
 
 ENCODING = "SELECT current_setting('server_encoding') AS encoding"
 
-# Who shares a snapshot waits for the others, however long they read.
+# Who shares a snapshot waits for the others, however long they read. A standby exports a snapshot
+# without the transactions in progress if one of them has more than 64 savepoints. A reader of that
+# snapshot takes their rows for rolled back and marks them so, which hides them from all readers of
+# the standby for good.
 SHARED = """
-SELECT pg_export_snapshot() AS name
+SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_export_snapshot() END AS name
 FROM (SELECT set_config('idle_in_transaction_session_timeout', '0', true)) AS patient
 """
 

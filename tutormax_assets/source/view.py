@@ -50,8 +50,11 @@ class View(Protocol):
         """Whether it came from another process and may be read again after a failure."""
         ...
 
-    def share(self) -> "SharedView":
-        """The view for other processes, which open it with ``open_shared_view``."""
+    def share(self) -> "SharedView | None":
+        """The view for other processes, which open it with ``open_shared_view``.
+
+        None if only this process can read it.
+        """
         ...
 
     def known_at(self, instant: datetime) -> "View":

@@ -2,18 +2,23 @@
 
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import polars as pl
+import psycopg
 import pytest
 import sqlalchemy as sa
+from adbc_driver_postgresql import dbapi
 
 from tutormax_assets.database import embedded
-from tutormax_assets.database.connection import create_engine
+from tutormax_assets.database.connection import conninfo, create_engine
 from tutormax_assets.database.tables import metrics_metadata, source_metadata
 from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets.schema.status import SchemaError, status, upgrade
+from tutormax_assets.source.postgres import Source, open_view
 from tutormax_assets_tests.conftest import (
     FAST,
     PASSWORD,
@@ -98,6 +103,52 @@ def test_a_standby_cannot_be_written_to_and_says_so_at_once(pair: Pair, tmp_path
     with pytest.raises(SchemaError, match="found a read-only standby"):
         upgrade(engine, timezone="UTC")
     engine.dispose()
+
+
+def count_students(cursor: dbapi.Cursor) -> int:
+    cursor.execute("SELECT count(*) FROM students WHERE name = 'of a savepoint'")
+    return int(pl.DataFrame(cursor.fetch_arrow()).item())
+
+
+def commit_another(pair: Pair) -> None:
+    with psycopg.connect(conninfo(pair.primary)) as writer:
+        writer.execute("INSERT INTO students (student_id, name) VALUES ('other', 'other')")
+
+
+def replayed_students(pair: Pair) -> int:
+    """How many another reader of the standby sees, once it has replayed all that is committed."""
+    deadline = time.monotonic() + 30
+    with (
+        psycopg.connect(conninfo(pair.primary), autocommit=True) as writer,
+        psycopg.connect(conninfo(pair.standby), autocommit=True) as reader,
+    ):
+        writer.execute("CHECKPOINT")
+        [written] = writer.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone() or ("",)
+        is_behind = "SELECT pg_last_wal_replay_lsn() < %s::pg_lsn"
+        while reader.execute(is_behind, [written]).fetchone() == (True,):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        query = "SELECT count(*) FROM students WHERE name = 'of a savepoint'"
+        [found] = reader.execute(query).fetchone() or (0,)
+    return int(found)
+
+
+def test_reading_a_standby_hides_nothing_of_a_transaction_in_progress(pair: Pair) -> None:
+    # With more than 64 savepoints, a standby does not know which of its rows are in progress.
+    with psycopg.connect(conninfo(pair.primary)) as writer, writer.transaction():
+        for number in range(100):
+            with writer.transaction():
+                writer.execute(
+                    "INSERT INTO students (student_id, name) VALUES (%s, 'of a savepoint')",
+                    [f"savepoint {number}"],
+                )
+        commit_another(pair)
+        assert replayed_students(pair) == 0
+        with open_view(Source(pair.standby)) as view:
+            assert view.share() is None
+            found = view.read_at_once({"sessions": count_students, "tutor_events": count_students})
+            assert found == {"sessions": 0, "tutor_events": 0}
+    assert replayed_students(pair) == 100
 
 
 def test_the_platform_is_read_from_the_standby_and_the_metrics_go_to_the_primary(

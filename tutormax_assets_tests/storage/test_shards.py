@@ -137,7 +137,9 @@ def test_a_view_that_was_sent_lasts_as_long_as_the_transaction_it_is_of(
     idle = "SELECT current_setting('idle_in_transaction_session_timeout')"
     with open_view(Source(small_platform.url, timeouts)) as view:
         assert view._cursor is not None
-        received = view.share().open(view.source)
+        shared = view.share()
+        assert shared is not None
+        received = shared.open(view.source)
         view._cursor.execute(idle)
         assert pl.DataFrame(view._cursor.fetch_arrow()).item() == "0"
 

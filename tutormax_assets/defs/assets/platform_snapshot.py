@@ -170,7 +170,11 @@ def _read(
         if run_options.tutor_ids
         else Shards.of(roster["tutor_id"], count=number_of_shards)
     )
-    plan = SnapshotPlan(request, view.share() if compute.is_elsewhere else view, shards)
+    shared = view.share() if compute.is_elsewhere else None
+    if compute.is_elsewhere and shared is None:
+        context.log.info("The platform is a standby, which the cluster cannot read at one instant")
+        compute = compute.here()
+    plan = SnapshotPlan(request, shared or view, shards)
     groups = compute.groups(range(len(shards)), log=context.log)
     report = read_groups(compute, groups, plan, log=context.log)
     report.read_seconds += seconds
