@@ -17,7 +17,7 @@ from tutormax_assets.source import lake, postgres
 from tutormax_assets.source.changed_tutors import check_age
 from tutormax_assets.source.horizon import Horizon, UnknownChangesError, expect_same_server
 from tutormax_assets.source.lake_files import Lake
-from tutormax_assets.source.queries import OF_EVENTS, OF_WINDOW, bind_values
+from tutormax_assets.source.queries import AGE_OF_ROW, OF_EVENTS, OF_WINDOW, bind_values
 from tutormax_assets.source.streams import fetch_frame
 from tutormax_assets.source.view import AnySource
 
@@ -30,21 +30,21 @@ FROM unnest({xmins}::bigint[]) AS horizon (xmin)
 _BY_DAY = "SELECT ({instant} AT TIME ZONE {{timezone}})::date AS day, count(*) AS rows"
 
 _SESSIONS = f"""
-{_BY_DAY.format(instant="t.scheduled_start")}, min(age(t.xmin)) AS age
+{_BY_DAY.format(instant="t.scheduled_start")}, min({AGE_OF_ROW.format("t")}) AS age
 FROM sessions AS t
 WHERE {OF_WINDOW}
 GROUP BY day
 """
 
 _EVENTS = f"""
-{_BY_DAY.format(instant="t.event_timestamp")}, min(age(t.xmin)) AS age
+{_BY_DAY.format(instant="t.event_timestamp")}, min({AGE_OF_ROW.format("t")}) AS age
 FROM tutor_events AS t
 WHERE {OF_EVENTS}
 GROUP BY day
 """
 
 _FEEDBACK = f"""
-{_BY_DAY.format(instant="t.scheduled_start")}, min(age(f.xmin)) AS age
+{_BY_DAY.format(instant="t.scheduled_start")}, min({AGE_OF_ROW.format("f")}) AS age
 FROM student_feedback AS f
 JOIN sessions AS t ON t.session_id = f.session_id
 WHERE {OF_WINDOW}
@@ -76,7 +76,7 @@ class _Age(dy.Schema):
 class _RowsOfDay(dy.Schema):
     day = dy.Date()
     rows = dy.Int64()
-    age = dy.Int32()
+    age = dy.Int64()
 
 
 def find_changed_dates(

@@ -15,7 +15,7 @@ from adbc_driver_postgresql import dbapi
 
 from tutormax_assets.source import postgres
 from tutormax_assets.source.horizon import Horizon, UnknownChangesError, expect_same_server
-from tutormax_assets.source.queries import OF_EVENTS, OF_WINDOW, bind_values
+from tutormax_assets.source.queries import AGE_OF_ROW, OF_EVENTS, OF_WINDOW, bind_values
 from tutormax_assets.source.streams import fetch_frame
 from tutormax_assets.source.view import View
 
@@ -26,8 +26,11 @@ SELECT
     (pg_snapshot_xmax(pg_current_snapshot())::text::numeric - {xmin})::bigint AS passed
 """
 
-_ROWS_BY_TUTOR = """
-SELECT coalesce(t.tutor_id::text, '') AS tutor_id, count(*) AS rows, min(age(t.xmin)) AS age
+_ROWS_BY_TUTOR = f"""
+SELECT
+    coalesce(t.tutor_id::text, '') AS tutor_id,
+    count(*) AS rows,
+    min({AGE_OF_ROW.format("t")}) AS age
 """
 
 _SESSIONS = f"""
@@ -44,21 +47,23 @@ WHERE {OF_EVENTS}
 GROUP BY t.tutor_id
 """
 
-_NEWER_FEEDBACK = """
-SELECT count(*) AS rows FROM student_feedback AS f WHERE age(f.xmin) <= {age}
-"""
+_IS_NEWER = f"{AGE_OF_ROW.format('f')} <= {{age}}"
+
+_NEWER_FEEDBACK = f"""
+SELECT count(*) AS rows FROM student_feedback AS f WHERE {_IS_NEWER}
+"""  # noqa: S608 - constants only
 
 # Feedback belongs to the tutor of its session, whomever it names.
 _TUTORS_OF_NEWER_FEEDBACK = f"""
-SELECT coalesce(t.tutor_id::text, '') AS tutor_id, count(*) AS rows, 0 AS age
+SELECT coalesce(t.tutor_id::text, '') AS tutor_id, count(*) AS rows, 0::bigint AS age
 FROM student_feedback AS f
 JOIN sessions AS t ON t.session_id = f.session_id
-WHERE age(f.xmin) <= {{age}} AND {OF_WINDOW}
+WHERE {_IS_NEWER} AND {OF_WINDOW}
 GROUP BY t.tutor_id
 """  # noqa: S608 - constants only
 
 _FEEDBACK = f"""
-SELECT coalesce(t.tutor_id::text, '') AS tutor_id, count(*) AS rows, 0 AS age
+SELECT coalesce(t.tutor_id::text, '') AS tutor_id, count(*) AS rows, 0::bigint AS age
 FROM student_feedback AS f
 JOIN sessions AS t ON t.session_id = f.session_id
 WHERE {OF_WINDOW}
@@ -95,7 +100,7 @@ class _Rows(dy.Schema):
 class _RowsOfTutor(dy.Schema):
     tutor_id = dy.String()
     rows = dy.Int64()
-    age = dy.Int32()
+    age = dy.Int64()
 
 
 def find_changed_tutors(

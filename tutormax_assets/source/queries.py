@@ -69,6 +69,10 @@ SCORE = "t.engagement_score::double precision"
 
 _OF_SESSIONS = columns_read(SourceSessions, "sessions")
 
+# PostgreSQL gives an age as a distance in a circle of 2^32, negative beyond half of it. Frozen rows
+# keep the id of their transaction for longer than that, and are not new.
+AGE_OF_ROW = "mod(age({}.xmin) + 4294967296, 4294967296)"
+
 OF_WINDOW = "t.scheduled_start >= {start} AND t.scheduled_start < {end}"
 
 
