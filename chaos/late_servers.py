@@ -33,7 +33,7 @@ from tutormax_assets.settings import load_settings
 TUTORS = 40
 
 OTHER_SERVER = "the server was restored, failed over or replaced"
-OTHER_PARTITIONS = "was rewritten, or has other partitions"
+OTHER_FILES = "was rewritten, or has other partitions"
 TOO_MANY_TRANSACTIONS = "transactions since it was read, expected at most"
 TOO_MANY_TUTORS = "tutors have changed"
 NOT_UNIQUE = "no index keeps ids of sessions and feedback unique"
@@ -97,6 +97,12 @@ class Lane:
         for name in self.choice.sample(_OF_ROWS, number):
             with (engine or self.here.engine).begin() as connection:
                 self.change_within(connection, name)
+
+    def execute(self, *statements: str) -> None:
+        """Execute statements in one transaction."""
+        with self.here.engine.begin() as connection:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
 
     def change_within(self, connection: sa.Connection, name: str) -> None:
         """Change some rows of the platform in a transaction that the caller commits."""
@@ -287,7 +293,7 @@ def _dump_and_restore(one: Lane) -> None:
         one.change()
 
         _restore(first, dump, "--clean")
-        one.expect("restored in place", ALL_TUTORS, "lacks")
+        one.expect("restored in place", ALL_TUTORS, OTHER_FILES)
         first.execute("CREATE DATABASE restored")
         _restore(first, dump, database="restored")
         one.lead_to(first.url.set(database="restored"))
@@ -318,9 +324,244 @@ def _restore(server: Server, path: str, *options: str, database: str = "tutormax
     server.run("pg_restore", *connection, *options, path)
 
 
+_MONTHS = ("2025-08-01", "2025-09-01", "2025-10-01", "2025-11-01")
+
+_SPLIT = """
+    CREATE TABLE plain (LIKE {table} INCLUDING DEFAULTS);
+    INSERT INTO plain SELECT * FROM {table};
+    DROP TABLE {table} CASCADE;
+    CREATE TABLE {table} (LIKE plain INCLUDING DEFAULTS{key}) PARTITION BY {by}
+"""
+
+
+def _split(one: Lane, table: str, by: str, bounds: Sequence[str], *, key: str = "") -> None:
+    """Replace a table by a partitioned one with the same rows."""
+    parts = [
+        f"CREATE TABLE {table}_{number} PARTITION OF {table} FOR VALUES {bound}"
+        for number, bound in enumerate(bounds)
+    ]
+    rows = (f"INSERT INTO {table} SELECT * FROM plain", "DROP TABLE plain")
+    one.execute(_SPLIT.format(table=table, by=by, key=key), *parts, *rows)
+
+
+def _by_month() -> list[str]:
+    ends = [f"('{month}')" for month in _MONTHS]
+    return [
+        f"FROM {lower} TO {upper}"
+        for lower, upper in zip(["(MINVALUE)", *ends], [*ends, "(MAXVALUE)"], strict=True)
+    ]
+
+
+def _by_hash(count: int = 3) -> list[str]:
+    return [f"WITH (MODULUS {count}, REMAINDER {rest})" for rest in range(count)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to partitions, and what a run has to read then.
+
+    Attributes:
+        name: What happens.
+        statements: How.
+        read: Which tutors have to be read.
+        why: Part of the reason for reading all.
+    """
+
+    name: str
+    statements: tuple[str, ...]
+    read: str = CHANGED_TUTORS
+    why: str = ""
+
+
+_OF_SEPTEMBER = """
+    (SELECT event_id FROM tutor_events_2 WHERE event_type = 'login' ORDER BY event_id LIMIT 1)
+"""
+_ANSWER = '{"response_time_minutes": 90}'
+_DETACH = "ALTER TABLE tutor_events DETACH PARTITION tutor_events_3"
+_OCTOBER = "FOR VALUES FROM ('2025-10-01') TO ('2025-11-01')"
+_ATTACH = f"ALTER TABLE tutor_events ATTACH PARTITION tutor_events_3 {_OCTOBER}"
+_SOME = "(SELECT event_id FROM tutor_events_3 WHERE event_type = 'login' ORDER BY event_id LIMIT 2)"
+
+UNIQUE_IDS = (
+    Step(
+        "an event moves to another month",
+        (
+            "UPDATE tutor_events SET event_timestamp = event_timestamp + interval '1 month'"
+            f" WHERE event_id = {_OF_SEPTEMBER}",
+        ),
+    ),
+    Step(
+        "an event moves to another tutor of the same month",
+        (
+            "UPDATE tutor_events SET tutor_id ="
+            " (SELECT max(tutor_id) FROM tutors WHERE status = 'active')"
+            f" WHERE event_id = {_OF_SEPTEMBER}",
+        ),
+    ),
+    Step(
+        "a session gets another id",
+        (
+            "UPDATE sessions SET session_id = 'moved ' || session_id"
+            " WHERE session_id IN (SELECT session_id FROM sessions"
+            " WHERE scheduled_start > '2025-10-01' ORDER BY session_id LIMIT 4)",
+        ),
+    ),
+    Step("a partition is detached", (_DETACH,), ALL_TUTORS, OTHER_FILES),
+    Step(
+        "a partition with other rows is attached",
+        (
+            "CREATE TABLE other (LIKE tutor_events_3)",
+            "INSERT INTO other SELECT event_id, tutor_id, event_type, event_timestamp,"
+            f" '{_ANSWER}', created_at FROM tutor_events_3",
+            f"ALTER TABLE tutor_events ATTACH PARTITION other {_OCTOBER}",
+        ),
+        ALL_TUTORS,
+        OTHER_FILES,
+    ),
+    Step(
+        "the first partition is attached again",
+        ("ALTER TABLE tutor_events DETACH PARTITION other", _ATTACH),
+        ALL_TUTORS,
+        OTHER_FILES,
+    ),
+    Step(
+        "rows are updated in a partition while it is detached",
+        (
+            _DETACH,
+            "UPDATE tutor_events_3 SET event_type = 'message_response',"
+            f" metadata = '{_ANSWER}' WHERE event_id IN {_SOME}",
+            _ATTACH,
+        ),
+    ),
+    Step(
+        "rows are deleted from a partition while it is detached",
+        (_DETACH, f"DELETE FROM tutor_events_3 WHERE event_id IN {_SOME}", _ATTACH),
+    ),
+    Step("a partition is truncated", ("TRUNCATE tutor_events_1",), ALL_TUTORS, OTHER_FILES),
+)
+"""Steps on partitions that keep the ids of sessions and feedback unique."""
+
+_DETACH_SESSIONS = "ALTER TABLE sessions DETACH PARTITION sessions_3"
+
+_OTHERS = (
+    Step("sessions by month, feedback and events by tutor", ()),
+    Step(
+        "a session moves to another month",
+        (
+            "UPDATE sessions SET scheduled_start = scheduled_start - interval '1 month'"
+            " WHERE session_id = (SELECT min(session_id) FROM sessions_3)",
+        ),
+    ),
+    Step(
+        "a rating moves to another tutor",
+        (
+            "UPDATE student_feedback SET tutor_id = (SELECT max(tutor_id) FROM student_feedback)"
+            " WHERE feedback_id = (SELECT min(feedback_id) FROM student_feedback)",
+        ),
+    ),
+    Step("a month of sessions is detached", (_DETACH_SESSIONS,)),
+    Step(
+        "a month of sessions is attached",
+        (f"ALTER TABLE sessions ATTACH PARTITION sessions_3 {_OCTOBER}",),
+    ),
+)
+
+
+def take_steps(one: Lane, steps: Sequence[Step]) -> None:
+    """Take steps on partitions that keep ids unique, beside changes of rows."""
+    _split(one, "sessions", "HASH (session_id)", _by_hash(), key=", PRIMARY KEY (session_id)")
+    _split(one, "tutor_events", "RANGE (event_timestamp)", _by_month())
+    # The rows of September are in partitions of a partition.
+    one.execute("ALTER TABLE tutor_events DETACH PARTITION tutor_events_2")
+    _split(one, "tutor_events_2", "HASH (tutor_id)", _by_hash())
+    one.execute(
+        "ALTER TABLE tutor_events ATTACH PARTITION tutor_events_2"
+        " FOR VALUES FROM ('2025-09-01') TO ('2025-10-01')"
+    )
+    one.expect("partitions", ALL_TUTORS, OTHER_FILES if one.steps else "")
+    for step in steps:
+        one.execute(*step.statements)
+        one.expect(step.name, step.read, step.why)
+
+
+def _partitions(one: Lane) -> None:
+    with servers("one") as (server,):
+        _begin(one, server)
+        one.change()
+        take_steps(one, UNIQUE_IDS)
+        one.change()
+        one.expect("rows change", CHANGED_TUTORS)
+
+        one.execute("DROP TABLE other")
+        _split(one, "student_feedback", "HASH (tutor_id)", _by_hash())
+        _split(one, "sessions", "RANGE (scheduled_start)", _by_month())
+        _split(one, "tutor_events", "HASH (tutor_id)", _by_hash())
+        for step in _OTHERS:
+            one.execute(*step.statements)
+            one.change()
+            one.expect(step.name, ALL_TUTORS, NOT_UNIQUE)
+
+
+_HALF = 2**31
+_BILLION = 10**9
+
+
+def _wraparound(one: Lane) -> None:
+    with servers("one") as (server,):
+        _begin(one, server)
+        one.change()
+        one.expect("young server", CHANGED_TUTORS)
+        _age(one, server, _BILLION - 10**8)
+        one.change()
+        one.expect("900 million transactions later", CHANGED_TUTORS)
+        _age(one, server, _HALF - 300)
+        one.change()
+        one.expect("1,247 million transactions later", ALL_TUTORS, TOO_MANY_TRANSACTIONS)
+        _cross(one, server, "2^31")
+
+        _age(one, server, 32 * 10**8)
+        one.change()
+        one.variables["TUTORMAX_REFRESH_MAX_TRANSACTIONS"] = str(2**31 - 1)
+        one.expect("1,053 million transactions later, as allowed", CHANGED_TUTORS)
+        del one.variables["TUTORMAX_REFRESH_MAX_TRANSACTIONS"]
+        _age(one, server, 2 * _HALF - 300)
+        one.change()
+        one.expect("1,095 million transactions later", ALL_TUTORS, TOO_MANY_TRANSACTIONS)
+        _cross(one, server, "2^32")
+        server.freeze()
+        one.change()
+        one.expect("frozen after 2^32", CHANGED_TUTORS)
+        # Rows of the first transactions have the ids that are assigned again now.
+        server.burn(1500)
+        one.change()
+        one.expect("ids are assigned again", ALL_TUTORS, TOO_MANY_TUTORS)
+
+
+def _age(one: Lane, server: Server, transaction: int) -> None:
+    """Freeze all rows, and let a transaction id be the next one."""
+    one.here.engine.dispose()
+    server.freeze()
+    server.age_to(transaction)
+
+
+def _cross(one: Lane, server: Server, border: str) -> None:
+    """Change rows on both sides of an id that is less than 600 transactions away."""
+    one.change()
+    server.burn(600)
+    one.expect(f"{border} passed after the changes", CHANGED_TUTORS)
+    one.change()
+    one.expect(f"changes after {border}", CHANGED_TUTORS)
+    server.freeze()
+    one.expect(f"frozen after {border}", NOTHING)
+    one.change()
+    one.expect(f"changes after the freezing after {border}", CHANGED_TUTORS)
+
+
 CASES: Mapping[str, Callable[[Lane], None]] = {
     "promotion": _promotion,
     "dump and restore": _dump_and_restore,
+    "partitions": _partitions,
+    "wraparound": _wraparound,
 }
 """What happens to servers, by name."""
 
