@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chaos import bad_input, culprits, faults, kills, late, live, load
+from chaos import bad_input, culprits, faults, kills, late, late_servers, live, load
 from chaos.ground import ground
 from chaos.report import Report
 
@@ -48,11 +48,11 @@ def main(
     Exit code: 0 nothing was lost or wrong, 1 something was, 2 wrong use.
     """
     known: Mapping[str, tuple[float, Callable[[float], Report]]] = {
-        "kills": (0.4, lambda s: kills.run(kills=wanted_kills, seconds=s, seed=seed)),
+        "kills": (0.35, lambda s: kills.run(kills=wanted_kills, seconds=s, seed=seed)),
         "load": (0.15, lambda s: load.run(seconds=s, seed=seed)),
         "faults": (0.1, lambda s: faults.run(faults=wanted_faults, seconds=s, seed=seed)),
         "bad_input": (0.1, lambda s: bad_input.run(inputs=inputs, seconds=s, seed=seed)),
-        "late": (0.1, lambda s: late.run(steps=steps, seconds=s, seed=seed)),
+        "late": (0.15, lambda s: _late(s, steps=steps, seed=seed)),
         "live": (0.1, lambda s: live.run(seconds=s, seed=seed)),
         "culprits": (0.05, lambda s: _culprits()),
     }
@@ -72,6 +72,15 @@ def main(
         report_file.write_text(json.dumps(_as_json(reports, seed=seed), indent=2) + "\n")
     if any(report.wrong for report in reports):
         raise typer.Exit(1)
+
+
+def _late(seconds: float, *, steps: int, seed: int) -> Report:
+    """On servers that are exchanged in half of the time, and on one server in the rest."""
+    began = time.monotonic()
+    report = late_servers.run(seconds=seconds / 2, seed=seed)
+    rest = seconds - (time.monotonic() - began)
+    report.add(late.run(steps=steps, seconds=rest, seed=seed))
+    return report
 
 
 def _culprits() -> Report:

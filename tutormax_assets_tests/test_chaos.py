@@ -8,10 +8,11 @@ import pytest
 import sqlalchemy as sa
 from upath import UPath
 
-from chaos import bad_input, ground, kills, late, load, oracle
+from chaos import bad_input, ground, kills, late, late_servers, load, oracle
 from chaos.ground import END, differences
 from chaos.proxy import ALWAYS, Proxy
 from chaos.report import Report, percentile
+from chaos.servers import servers
 from tutormax_assets.database.connection import create_engine
 from tutormax_assets.database.tables import METRICS_TABLE
 from tutormax_assets.storage.partition import delete_files
@@ -179,6 +180,22 @@ def test_what_arrives_late_leaves_nothing_for_a_run_of_all_tutors(
     assert report.figures["steps"] == 2
     assert int(report.figures["changes"]) > 0
     assert int(report.figures["tutors read for these"]) > 0
+
+
+def test_partitions_that_move_and_go_leave_nothing_for_a_run_of_all_tutors() -> None:
+    report = Report("late")
+    with (
+        servers("one") as (server,),
+        late_servers.lane("partitions", report, seed=1) as one,
+    ):
+        server.start()
+        late_servers.fill(server.url)
+        one.lead_to(server.url)
+        late_servers.take_steps(one, late_servers.UNIQUE_IDS[:1])
+
+    assert report.wrong == []
+    assert report.figures["partitions: changed tutors"] == 1
+    assert report.figures["frames compared with a full run"] == 30
 
 
 def test_customers_wait_for_no_run_and_are_counted_once(engine: sa.Engine) -> None:
