@@ -22,7 +22,7 @@ class Horizon(BaseModel, frozen=True):
     """Distinguishes the rows that a run read from rows that came later.
 
     Attributes:
-        server: The server, its timeline and the database; of a lake, its location.
+        server: The server, its timeline, its start and the database; of a lake, its location.
         snapshot: The transactions that the run saw, as PostgreSQL's type ``pg_snapshot`` writes
             them; of a lake, a digest of the listing of its files.
         files: Of each table, the relations that hold its rows and their files.
@@ -48,6 +48,8 @@ class UnknownChangesError(TutormaxError):
 TRACKED_TABLES = tuple(table for table in NEEDED_COLUMNS if table != "tutors")
 """The tables whose changes are found by the transaction ids of their rows."""
 
+# A server whose disk is set back to an earlier state assigns transaction ids again, and only its
+# start tells.
 _SERVER = """
 SELECT
     (SELECT system_identifier FROM pg_control_system())::text AS system,
@@ -56,6 +58,7 @@ SELECT
         THEN 'standby on ' || (SELECT timeline_id FROM pg_control_checkpoint())
         ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)
     END AS timeline,
+    extract(epoch FROM pg_postmaster_start_time())::text AS started,
     (SELECT oid FROM pg_database WHERE datname = current_database())::text AS database
 """
 
@@ -91,6 +94,7 @@ _FEEDBACK_ROWS = "SELECT count(*) AS rows FROM student_feedback"
 class _Server(dy.Schema):
     system = dy.String()
     timeline = dy.String()
+    started = dy.String()
     database = dy.String()
 
 
@@ -158,7 +162,7 @@ def expect_same_server(then: Horizon, now: Horizon) -> None:
     """
     if then.server != now.server:
         raise UnknownChangesError(
-            f"the server was restored, failed over or replaced: found {now.server},"
+            f"the server was restarted, restored, failed over or replaced: found {now.server},"
             f" expected {then.server}"
         )
     for table, files in now.files.items():
