@@ -27,12 +27,14 @@ from tutormax_assets.database.tables import metrics_metadata, source_metadata
 from tutormax_assets.defs.log import LOGGER
 from tutormax_assets.defs.refresh import find_stale_dates
 from tutormax_assets.defs.resources import RunOptions
+from tutormax_assets.runs.read_state import keep_state, load_state
 from tutormax_assets.sample import platform as sample_platform
 from tutormax_assets.settings import load_settings
+from tutormax_assets.source.postgres import Source, open_view
 
 TUTORS = 40
 
-OTHER_SERVER = "the server was restored, failed over or replaced"
+OTHER_SERVER = "the server was restarted, restored, failed over or replaced"
 OTHER_FILES = "was rewritten, or has other partitions"
 TOO_MANY_TRANSACTIONS = "transactions since it was read, expected at most"
 TOO_MANY_TUTORS = "tutors have changed"
@@ -207,13 +209,13 @@ def lane(case: str, report: Report, *, seed: int) -> Iterator[Lane]:
             one.close()
 
 
-def fill(url: sa.URL) -> None:
+def fill(url: sa.URL, *, seed: int = 1) -> None:
     """Create all tables in a database, and generate a platform."""
     engine = create_engine(url)
     source_metadata.create_all(engine)
     metrics_metadata.create_all(engine)
     sample_platform.generate(
-        engine, tutors=TUTORS, sessions_per_tutor=40, days=100, end=END, seed=1
+        engine, tutors=TUTORS, sessions_per_tutor=40, days=100, end=END, seed=seed
     )
     engine.dispose()
 
@@ -549,6 +551,19 @@ def _age(one: Lane, server: Server, transaction: int) -> None:
     one.here.engine.dispose()
     server.freeze()
     server.age_to(transaction)
+    _forget_restart(one, server)
+
+
+def _forget_restart(one: Lane, server: Server) -> None:
+    """Let the stored date be of the running server, as if it had aged without a restart."""
+    storage = str(one.here.storage)
+    state = load_state(storage, str(END))
+    if state is None or state.horizon is None:
+        raise RuntimeError("the stored date has no horizon")
+    with open_view(Source(server.url)) as view:
+        running = view.horizon().server
+    horizon = state.horizon.model_copy(update={"server": running})
+    keep_state(storage, str(END), state.model_copy(update={"horizon": horizon}))
 
 
 def _cross(one: Lane, server: Server, border: str) -> None:
@@ -564,11 +579,34 @@ def _cross(one: Lane, server: Server, border: str) -> None:
     one.expect(f"changes after the freezing after {border}", CHANGED_TUTORS)
 
 
+def _disk_restored(one: Lane) -> None:
+    with servers("metrics", "platform") as (metrics, platform):
+        _begin(one, metrics)
+        platform.start()
+        fill(platform.url, seed=2)
+        one.lead_to(metrics.url, source=platform.url)
+        one.expect("platform of its own", ALL_TUTORS, OTHER_SERVER)
+        platform.keep_disk()
+        platform.burn(200)
+        engine = create_engine(platform.url)
+        one.change(engine)
+        one.expect("change that the restore loses", CHANGED_TUTORS)
+        engine.dispose()
+        platform.restore_disk()
+        one.change(engine)
+        platform.burn(400)
+        one.expect("disk restored", ALL_TUTORS, OTHER_SERVER)
+        one.change(engine)
+        one.expect("change after the restore", CHANGED_TUTORS)
+        engine.dispose()
+
+
 CASES: Mapping[str, Callable[[Lane], None]] = {
     "promotion": _promotion,
     "dump and restore": _dump_and_restore,
     "partitions": _partitions,
     "wraparound": _wraparound,
+    "disk restored": _disk_restored,
 }
 """What happens to servers, by name."""
 

@@ -116,6 +116,20 @@ class Server:
         )
         data.rename(here.data)
 
+    def keep_disk(self) -> None:
+        """Keep a copy of the data as they are on the disk of the running server."""
+        data = embedded._locate(self.home).data
+        self.execute("CHECKPOINT")
+        _copy_folder(data, data.with_name("kept"))
+
+    def restore_disk(self) -> None:
+        """Start with the data that were kept, as after a crash at that time."""
+        data = embedded._locate(self.home).data
+        self.stop()
+        shutil.rmtree(data)
+        _copy_folder(data.with_name("kept"), data)
+        self.start()
+
     def promote(self) -> None:
         """Make a primary of the standby."""
         self.value("SELECT pg_promote()")
@@ -173,6 +187,14 @@ def servers(*names: str) -> Iterator[list[Server]]:
         for server in reversed(found):
             server.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy_folder(folder: Path, copy: Path) -> None:
+    """Copy files with their owners."""
+    shutil.copytree(folder, copy)
+    for source in (folder, *folder.rglob("*")):
+        found = source.stat()
+        os.chown(copy / source.relative_to(folder), found.st_uid, found.st_gid)
 
 
 def _connect(url: sa.URL) -> "psycopg.Connection[tuple[object, ...]]":
