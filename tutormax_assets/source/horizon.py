@@ -49,7 +49,8 @@ TRACKED_TABLES = tuple(table for table in NEEDED_COLUMNS if table != "tutors")
 """The tables whose changes are found by the transaction ids of their rows."""
 
 # A server whose disk is set back to an earlier state assigns transaction ids again, and only its
-# start tells.
+# start tells. So does one that a killed backend takes down, if it has not flushed them; it does not
+# start anew, but loses its statistics.
 _SERVER = """
 SELECT
     (SELECT system_identifier FROM pg_control_system())::text AS system,
@@ -58,7 +59,11 @@ SELECT
         THEN 'standby on ' || (SELECT timeline_id FROM pg_control_checkpoint())
         ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)
     END AS timeline,
-    extract(epoch FROM pg_postmaster_start_time())::text AS started,
+    concat_ws(
+        '/',
+        extract(epoch FROM pg_postmaster_start_time()),
+        (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter)
+    ) AS started,
     (SELECT oid FROM pg_database WHERE datname = current_database())::text AS database
 """
 
@@ -162,8 +167,8 @@ def expect_same_server(then: Horizon, now: Horizon) -> None:
     """
     if then.server != now.server:
         raise UnknownChangesError(
-            f"the server was restarted, restored, failed over or replaced: found {now.server},"
-            f" expected {then.server}"
+            "the server crashed or was restarted, restored, failed over or replaced:"
+            f" found {now.server}, expected {then.server}"
         )
     for table, files in now.files.items():
         if then.files.get(table) != files:
