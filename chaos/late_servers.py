@@ -34,7 +34,7 @@ from tutormax_assets.source.postgres import Source, open_view
 
 TUTORS = 40
 
-OTHER_SERVER = "the server was restarted, restored, failed over or replaced"
+OTHER_SERVER = "the server crashed or was restarted, restored, failed over or replaced"
 OTHER_FILES = "was rewritten, or has other partitions"
 TOO_MANY_TRANSACTIONS = "transactions since it was read, expected at most"
 TOO_MANY_TUTORS = "tutors have changed"
@@ -579,13 +579,37 @@ def _cross(one: Lane, server: Server, border: str) -> None:
     one.expect(f"changes after the freezing after {border}", CHANGED_TUTORS)
 
 
+def _begin_apart(one: Lane, metrics: Server, platform: Server) -> None:
+    """Store the date of a platform that the runs do not write to."""
+    _begin(one, metrics)
+    # Nothing is flushed unless it has to be.
+    platform.start(wal_writer_delay="10s")
+    fill(platform.url, seed=2)
+    one.lead_to(metrics.url, source=platform.url)
+    one.expect("platform of its own", ALL_TUTORS, OTHER_SERVER)
+
+
+def _crash(one: Lane) -> None:
+    with servers("metrics", "platform") as (metrics, platform):
+        _begin_apart(one, metrics, platform)
+        platform.execute("CHECKPOINT")
+        engine = create_engine(platform.url)
+        platform.burn(200)
+        one.change(engine)
+        one.expect("change that the crash may lose", CHANGED_TUTORS)
+        engine.dispose()
+        platform.crash()
+        one.change(engine)
+        platform.burn(400)
+        one.expect("crash", ALL_TUTORS, OTHER_SERVER)
+        one.change(engine)
+        one.expect("change after the crash", CHANGED_TUTORS)
+        engine.dispose()
+
+
 def _disk_restored(one: Lane) -> None:
     with servers("metrics", "platform") as (metrics, platform):
-        _begin(one, metrics)
-        platform.start()
-        fill(platform.url, seed=2)
-        one.lead_to(metrics.url, source=platform.url)
-        one.expect("platform of its own", ALL_TUTORS, OTHER_SERVER)
+        _begin_apart(one, metrics, platform)
         platform.keep_disk()
         platform.burn(200)
         engine = create_engine(platform.url)
@@ -606,6 +630,7 @@ CASES: Mapping[str, Callable[[Lane], None]] = {
     "dump and restore": _dump_and_restore,
     "partitions": _partitions,
     "wraparound": _wraparound,
+    "crash": _crash,
     "disk restored": _disk_restored,
 }
 """What happens to servers, by name."""

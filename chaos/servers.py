@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -63,9 +64,9 @@ class Server:
         """The host that libpq connects to."""
         return str(self.url.query["host"])
 
-    def start(self) -> None:
-        """Start it, with an empty database if it has no data."""
-        embedded.start(self.home, options=_OPTIONS)
+    def start(self, **options: str) -> None:
+        """Start it with further options, and with an empty database if it has no data."""
+        embedded.start(self.home, options={**_OPTIONS, **options})
 
     def stop(self) -> None:
         """Stop it after a checkpoint."""
@@ -130,9 +131,25 @@ class Server:
         _copy_folder(data.with_name("kept"), data)
         self.start()
 
+    def crash(self) -> None:
+        """Kill one of its processes, upon which it ends all others and recovers."""
+        with _connect(self.url) as connection:
+            os.kill(connection.info.backend_pid, signal.SIGKILL)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not self._is_up():
+            if time.monotonic() > deadline:
+                raise TimeoutError("the server has not recovered")
+            time.sleep(0.05)
+
     def promote(self) -> None:
         """Make a primary of the standby."""
         self.value("SELECT pg_promote()")
+
+    def _is_up(self) -> bool:
+        try:
+            return self.value("SELECT true") is True
+        except psycopg.OperationalError:
+            return False
 
     def wait_for(self, primary: "Server") -> None:
         """Wait until the standby has replayed all of the primary's changes.
