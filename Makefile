@@ -31,11 +31,15 @@ e2e: .venv/installed-dev ## Use the Dagster UI in a real browser; installs Debia
 		echo "Chromium is missing and could not be installed. As root: apt-get install chromium" >&2; exit 1; }
 	@$(BIN)/python -m pytest e2e $(PYTEST)
 
-interop: .venv/installed-dev ## Run the job on servers as people run them; installs Debian's PostgreSQL and PgBouncer.
+interop: .venv/installed-dev ## Run the job on servers as people run them; installs Debian's PostgreSQL, PgBouncer and Prometheus.
 	@{ ls /usr/lib/postgresql/*/bin/initdb || command -v initdb; } >/dev/null 2>&1 \
-		&& { command -v pgbouncer || ls /usr/sbin/pgbouncer; } >/dev/null 2>&1 || { \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql pgbouncer >/dev/null; } || { \
-		echo "PostgreSQL or PgBouncer is missing and could not be installed. As root: apt-get install postgresql pgbouncer" >&2; exit 1; }
+		&& { command -v pgbouncer || ls /usr/sbin/pgbouncer; } >/dev/null 2>&1 \
+		&& command -v promtool >/dev/null && command -v prometheus-pushgateway >/dev/null \
+		&& command -v prometheus-node-exporter >/dev/null || { \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql \
+		pgbouncer prometheus prometheus-pushgateway prometheus-node-exporter >/dev/null; } || { \
+		echo "PostgreSQL, PgBouncer or Prometheus is missing and could not be installed. As root: apt-get install" \
+		"postgresql pgbouncer prometheus prometheus-pushgateway prometheus-node-exporter" >&2; exit 1; }
 	@$(BIN)/python -m pytest interop -n 2 $(PYTEST)
 
 chaos: .venv/installed-dev ## Break the product on purpose for about half an hour and show what was lost.
