@@ -199,6 +199,12 @@ class Settings(BaseSettings):
         le=LONGEST_RETENTION_DAYS,
         description="Age in days beyond which Parquet partitions are deleted.",
     )
+    run_retention_days: int | None = Field(
+        default=None,
+        ge=1,
+        le=LONGEST_RETENTION_DAYS,
+        description="Age in days beyond which runs leave Dagster's record; unset to keep all.",
+    )
     dask_address: str | None = Field(
         default=None,
         description="Address of the Dask scheduler whose workers compute: tcp:// or tls://host:port.",
@@ -382,6 +388,7 @@ class Settings(BaseSettings):
             self._path_of_a_lake(),
             self._postgres_variables(),
             self._first_date_in_the_future(),
+            self._runs_of_stored_dates(),
         )
         if problems := [problem for problem in found if problem]:
             raise ValueError("; ".join(problems))
@@ -427,6 +434,16 @@ class Settings(BaseSettings):
         return (
             f"TUTORMAX_FIRST_DATE: {self.first_date} is in the future, so no date could be"
             f" computed; expected {last} or earlier"
+        )
+
+    def _runs_of_stored_dates(self) -> str | None:
+        days = self.run_retention_days
+        if days is None or days >= self.snapshot_retention_days:
+            return None
+        return (
+            f"TUTORMAX_RUN_RETENTION_DAYS is {days}, but TUTORMAX_SNAPSHOT_RETENTION_DAYS is"
+            f" {self.snapshot_retention_days}: a stored date needs the runs that computed it;"
+            " expected the same number of days or more"
         )
 
     @property

@@ -30,7 +30,7 @@ def cleanup(
     released_months: Collection[str] = (),
     dry_run: bool = False,
 ) -> CleanupReport:
-    """Remove what is too old: metrics into the archive, Parquet partitions for good.
+    """Remove what is too old: metrics into the archive, Parquet partitions and runs for good.
 
     Args:
         settings: Where everything is, and how long it is kept.

@@ -52,7 +52,7 @@ def cleanup(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Move old metrics from the table to the archive, and delete old Parquet partitions.
+    """Move old metrics from the table to the archive, and delete old Parquet partitions and runs.
 
     A month that `tutormax restore` brought back stays until its day. Metrics that another table
     refers to stay as long as it does.
@@ -166,6 +166,11 @@ def cleanup_block(report: "CleanupReport") -> Table:
     block.add_row("Archive", kept.archive_path)
     block.add_row("Parquet before", str(kept.partitions_from))
     block.add_row("Parquet partitions", f"{len(report.partitions)} ({size:.1f} MB)")
+    if kept.runs_from is not None:
+        block.add_row("Runs before", str(kept.runs_from.date()))
+        block.add_row("Runs", str(report.runs.deleted))
+        block.add_row("Runs that keep results", str(report.runs.trimmed))
+        block.add_row("Events without a run", str(report.runs.runless_events))
     return block
 
 

@@ -1,8 +1,8 @@
-"""What is too old, and its removal: metrics into the archive, Parquet partitions for good."""
+"""What is too old, and its removal: metrics into the archive, Parquet and runs for good."""
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -15,8 +15,15 @@ from tutormax_assets.database.archived_table import ArchiveError
 from tutormax_assets.database.connection import Timeouts
 from tutormax_assets.database.restore import RestoredDate
 from tutormax_assets.database.tables import METRICS_TABLE
-from tutormax_assets.dates import today
+from tutormax_assets.dates import midnight, today
 from tutormax_assets.runs.partitions import PartitionFolder, delete_partition, partitions_before
+from tutormax_assets.runs.run_retention import (
+    compact_files,
+    old_runless_events,
+    old_runs,
+    remove_runless_events,
+    remove_runs,
+)
 from tutormax_assets.runs.tags import PARTITION_TAG, RANGE_END_TAG, RANGE_START_TAG
 from tutormax_assets.settings import Settings, check_retention_days
 from tutormax_assets.storage.files import make_private_folder
@@ -75,6 +82,7 @@ class Retention:
         today: The current day.
         metrics_from: First reference date whose metrics stay in the table.
         partitions_from: First reference date whose Parquet partitions stay.
+        runs_from: Instant from which on runs that ended stay on Dagster's record; None for all.
         timezone: IANA timezone in which a reference date begins.
         archive_path: Base path of the archive.
         files_group: Unix group that can read it; none for the owner alone.
@@ -86,6 +94,7 @@ class Retention:
     today: date
     metrics_from: date
     partitions_from: date
+    runs_from: datetime | None
     timezone: str
     archive_path: str
     files_group: str | None
@@ -119,6 +128,7 @@ class Retention:
             today=now,
             metrics_from=now - timedelta(days=days),
             partitions_from=now - timedelta(days=settings.snapshot_retention_days),
+            runs_from=_runs_from(settings, now),
             timezone=settings.timezone,
             archive_path=settings.archive_path,
             files_group=settings.files_group,
@@ -273,6 +283,52 @@ class Retention:
         if deleted:
             log.info("Deleted %s Parquet partitions before %s", deleted, self.partitions_from)
 
+    def has_due_runs(self, instance: dg.DagsterInstance) -> bool:
+        """Whether Dagster's record has runs that are too old."""
+        return self.runs_from is not None and any(True for _ in old_runs(instance, self.runs_from))
+
+    def due_runs(self, instance: dg.DagsterInstance) -> "RemovedRuns":
+        """What ``delete_runs`` would remove."""
+        removed = RemovedRuns()
+        if self.runs_from is not None:
+            for some in old_runs(instance, self.runs_from):
+                removed.deleted += len(some.deleted)
+                removed.trimmed += len(some.trimmed)
+            removed.runless_events = old_runless_events(instance, self.runs_from)
+        return removed
+
+    def delete_runs(self, instance: dg.DagsterInstance, *, log: logging.Logger) -> "RemovedRuns":
+        """Remove from Dagster's record the runs that are too old, and events without a run.
+
+        The newest materialization, observation and check result of each partition stay.
+        """
+        removed = RemovedRuns()
+        if self.runs_from is None:
+            return removed
+        for some in old_runs(instance, self.runs_from):
+            remove_runs(instance, some, log=log)
+            removed.deleted += len(some.deleted)
+            removed.trimmed += len(some.trimmed)
+        removed.runless_events = remove_runless_events(instance, self.runs_from)
+        compact_files(instance, log=log)
+        if removed != RemovedRuns():
+            log.info(
+                "Deleted %s runs that ended before %s, the details of %s runs that hold the newest"
+                " result of a partition, and %s events without a run",
+                removed.deleted,
+                self.runs_from.date(),
+                removed.trimmed,
+                removed.runless_events,
+            )
+        return removed
+
+
+def _runs_from(settings: Settings, now: date) -> datetime | None:
+    if settings.run_retention_days is None:
+        return None
+    day = now - timedelta(days=settings.run_retention_days)
+    return midnight(day, timezone=settings.timezone)
+
 
 def _log_archived(archived: ArchivedDate, rows: int, log: logging.Logger) -> None:
     """Log how many of the rows of a date were archived and deleted, and why others stay."""
@@ -310,6 +366,21 @@ def _log_archived(archived: ArchivedDate, rows: int, log: logging.Logger) -> Non
 
 
 @dataclass
+class RemovedRuns:
+    """What a cleanup removed from Dagster's record, or would.
+
+    Attributes:
+        deleted: Runs that went whole.
+        trimmed: Runs that kept only their results, since they hold the newest of a partition.
+        runless_events: Events that belonged to no run.
+    """
+
+    deleted: int = 0
+    trimmed: int = 0
+    runless_events: int = 0
+
+
+@dataclass
 class CleanupReport:
     """What a cleanup removed, or would.
 
@@ -321,6 +392,7 @@ class CleanupReport:
         rows_left: Archived rows that stay; the log says why.
         refusals: Why rows of a date stay, where they would not come back from the archive.
         partitions: Parquet partitions that were deleted.
+        runs: What left Dagster's record.
     """
 
     retention: Retention
@@ -330,6 +402,7 @@ class CleanupReport:
     rows_left: int = 0
     refusals: dict[date, str] = field(default_factory=dict)
     partitions: list[PartitionFolder] = field(default_factory=list)
+    runs: RemovedRuns = field(default_factory=RemovedRuns)
 
     @property
     def rows(self) -> int:
@@ -347,6 +420,7 @@ class CleanupReport:
         for partition in self.partitions:
             name = partition.asset_key.to_user_string()
             partitions.setdefault(name, []).append(partition.partition_key)
+        runs_from = self.retention.runs_from
         return {
             "dry_run": self.dry_run,
             "metrics": {
@@ -368,6 +442,10 @@ class CleanupReport:
                 "partitions": len(self.partitions),
                 "size_bytes": sum(partition.size_bytes for partition in self.partitions),
                 "by_asset": partitions,
+            },
+            "runs": {
+                "before": None if runs_from is None else runs_from.date().isoformat(),
+                **asdict(self.runs),
             },
         }
 
@@ -403,6 +481,7 @@ def clean_up(
     if dry_run:
         report.rows_by_date = {found.day: found.rows for found in due.stored}
         report.partitions = partitions
+        report.runs = retention.due_runs(instance)
         return report
     for month in released_months:
         restore.release_month(retention.archive_path, month)
@@ -416,6 +495,8 @@ def clean_up(
     for partition in retention.delete_partitions(engine, partitions, log=log):
         report.partitions.append(partition)
         instance.report_runless_asset_event(observation_of_partition(partition))
+    # Last: a stored date needs the runs that its read state names.
+    report.runs = retention.delete_runs(instance, log=log)
     return report
 
 

@@ -1,4 +1,4 @@
-"""What is too old goes: metrics from the table to the archive, Parquet partitions for good.
+"""What is too old goes: metrics from the table to the archive, Parquet and old runs for good.
 
 Dagster goes on showing the partitions as materialized, since they were; an observation of each
 says what became of its rows or its file.
@@ -80,19 +80,30 @@ def retention_job(settings: Settings, parquet_assets: Sequence[dg.AssetKey]) -> 
             context.log_event(observation_of_partition(partition))
         log_rest(context.log, len(dates) - len(days))
 
-    # Neither waits for the other: an archive that is out of reach does not let the disk fill up.
-    @dg.job(
-        name=JOB_NAME,
-        description=(
-            f"Move metrics older than {settings.retention_days} days to the archive, and delete"
-            f" Parquet partitions older than {settings.snapshot_retention_days} days."
-        ),
-    )
+    @dg.op(description="Deletes runs older than their retention from Dagster's record.")
+    def delete_runs(context: dg.OpExecutionContext) -> None:
+        Retention.as_of_today(settings, parquet_assets).delete_runs(
+            context.instance, log=context.log
+        )
+
+    # None waits for another: an archive that is out of reach does not let the disk fill up.
+    @dg.job(name=JOB_NAME, description=_description(settings))
     def retention() -> None:
         archive_metrics()
         delete_parquet()
+        if settings.run_retention_days is not None:
+            delete_runs()
 
     return retention
+
+
+def _description(settings: Settings) -> str:
+    runs = settings.run_retention_days
+    return (
+        f"Move metrics older than {settings.retention_days} days to the archive, and delete"
+        f" Parquet partitions older than {settings.snapshot_retention_days} days"
+        + ("." if runs is None else f" and runs older than {runs} days.")
+    )
 
 
 def retention_sensor(
@@ -129,12 +140,17 @@ def retention_sensor(
             is_due = retention.is_due(database.engine)
         except MetricsTableError as error:
             return dg.SkipReason(str(error))
-        if not is_due and not partitions_before(
-            retention.storage_path, retention.parquet_assets, retention.partitions_from
-        ):
+        is_due = is_due or bool(
+            partitions_before(
+                retention.storage_path, retention.parquet_assets, retention.partitions_from
+            )
+        )
+        runs_from = retention.runs_from
+        if not is_due and (runs_from is None or not retention.has_due_runs(context.instance)):
             return dg.SkipReason(
                 f"There are no metrics before {retention.metrics_from} and no Parquet partitions"
-                f" before {retention.partitions_from}."
+                f" before {retention.partitions_from}"
+                + ("." if runs_from is None else f", and no runs before {runs_from.date()}.")
             )
         context.update_cursor(day)
         return dg.RunRequest(run_key=f"{JOB_NAME}:{day}")
