@@ -31,6 +31,7 @@ def test_an_empty_environment_means_the_embedded_database(tmp_path: Path) -> Non
     assert settings.storage_path == str(tmp_path / ".tutormax" / "storage")
     assert settings.archive_path == str(tmp_path / ".tutormax" / "archive")
     assert (settings.retention_days, settings.snapshot_retention_days) == (90, 30)
+    assert settings.run_retention_days is None
     assert settings.dagster_home_path == tmp_path / ".tutormax" / "dagster"
     assert (settings.timezone, settings.first_date) == ("UTC", date(2024, 1, 1))
     assert (settings.alerts, settings.ui_url) == (None, "http://127.0.0.1:3000")
@@ -50,6 +51,7 @@ def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("TUTORMAX_ARCHIVE", "gs://bucket/archive")
     monkeypatch.setenv("TUTORMAX_RETENTION_DAYS", "400")
     monkeypatch.setenv("TUTORMAX_SNAPSHOT_RETENTION_DAYS", "7")
+    monkeypatch.setenv("TUTORMAX_RUN_RETENTION_DAYS", "7")
     monkeypatch.setenv("TUTORMAX_TIMEZONE", "America/New_York")
     monkeypatch.setenv("TUTORMAX_FIRST_DATE", "2025-02-03")
     monkeypatch.setenv("TUTORMAX_POLICY", "policy.toml")
@@ -71,6 +73,7 @@ def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert settings.storage_path == "s3://bucket/folder"
     assert settings.archive_path == "gs://bucket/archive"
     assert (settings.retention_days, settings.snapshot_retention_days) == (400, 7)
+    assert settings.run_retention_days == 7
     assert settings.timezone == "America/New_York"
     assert settings.first_date == date(2025, 2, 3)
     assert settings.policy == Path("policy.toml")
@@ -357,6 +360,15 @@ def test_a_filesystem_that_is_not_installed_names_its_extra(
         match=rf"^{name}: gs:// needs gcsfs, .*: pip install 'tutormax-assets\[gcs\]'$",
     ):
         load_settings()
+
+
+def test_runs_stay_as_long_as_the_parquet_that_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUTORMAX_RUN_RETENTION_DAYS", "29")
+
+    assert refusal() == (
+        "TUTORMAX_RUN_RETENTION_DAYS is 29, but TUTORMAX_SNAPSHOT_RETENTION_DAYS is 30: a stored"
+        " date needs the runs that computed it; expected the same number of days or more"
+    )
 
 
 def test_tls_of_dask_takes_three_files_and_an_address(

@@ -76,6 +76,7 @@ def test_a_cleanup_can_be_asked_first(platform: Platform, invoke: Invoke) -> Non
             "size_bytes": size,
             "by_asset": {"tutor_tiers": [str(SEPTEMBER)]},
         },
+        "runs": {"before": None, "deleted": 0, "trimmed": 0, "runless_events": 0},
     }
     shown = words(invoke("cleanup", "--dry-run").stdout)
     assert "What would go" in shown

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
+import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 from upath import UPath
 
@@ -25,7 +27,7 @@ from tutormax_assets.dates import midnight, today
 from tutormax_assets.defs.automation.retention import JOB_NAME, retention_job, retention_sensor
 from tutormax_assets.defs.resources import platform_database_resource
 from tutormax_assets.runs.instance import dagster_instance
-from tutormax_assets.runs.retention import CleanupReport, Retention, clean_up
+from tutormax_assets.runs.retention import CleanupReport, RemovedRuns, Retention, clean_up
 from tutormax_assets.settings import load_settings
 from tutormax_assets.storage.files import StorageError, read_parquet
 from tutormax_assets.storage.store import partition_path
@@ -522,12 +524,14 @@ def test_parquet_goes_even_if_the_archive_is_out_of_reach(
 
 
 def evaluate(
-    platform: Platform, *, cursor: str | None = None
+    platform: Platform, *, cursor: str | None = None, instance: dg.DagsterInstance | None = None
 ) -> tuple[dg.RunRequest | dg.SkipReason, str | None]:
     """What the sensor answers, and its cursor afterwards."""
     sensor = retention_sensor(platform.settings, ASSETS, running=True)
     with dg.build_sensor_context(
-        cursor=cursor, resources={"database": platform_database_resource(platform.settings)}
+        instance=instance,
+        cursor=cursor,
+        resources={"database": platform_database_resource(platform.settings)},
     ) as context:
         answer = sensor(context)
         assert isinstance(answer, dg.RunRequest | dg.SkipReason)
@@ -565,6 +569,55 @@ def test_the_sensor_sees_old_parquet_alone(platform: Platform) -> None:
     answer, _ = evaluate(platform)
 
     assert isinstance(answer, dg.RunRequest)
+
+
+def old_run(instance: dg.DagsterInstance) -> str:
+    """Id of a run that ended years ago, before another one."""
+
+    @dg.op
+    def nothing() -> None:
+        pass
+
+    job = dg.GraphDefinition("job", node_defs=[nothing]).to_job()
+    first, _ = (job.execute_in_process(instance=instance).run_id for _ in range(2))
+    storage: Any = instance.run_storage
+    change = "UPDATE runs SET update_timestamp = '2020-01-01 00:00:00' WHERE run_id = :run_id"
+    with storage.connect() as connection:
+        connection.execute(sa.text(change), {"run_id": first})
+    return first
+
+
+def test_runs_stay_unless_the_settings_say_how_long(
+    platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    run_id = old_run(instance)
+
+    assert clean(platform, instance).runs == RemovedRuns()
+    assert run_job(platform, instance).success
+    assert instance.get_run_by_id(run_id) is not None
+    definition = retention_job(platform.settings, ASSETS)
+    assert {node.name for node in definition.nodes} == {"archive_metrics", "delete_parquet"}
+
+
+def test_the_sensor_launches_the_job_for_old_runs_alone(
+    platform: Platform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTORMAX_RUN_RETENTION_DAYS", "90")
+    platform = replace(platform, settings=load_settings())
+    answer, _ = evaluate(platform, instance=instance)
+    assert isinstance(answer, dg.SkipReason)
+    assert str(answer.skip_message).endswith(f" and no runs before {ago(90)}.")
+    run_id = old_run(instance)
+
+    answer, _ = evaluate(platform, instance=instance)
+
+    assert isinstance(answer, dg.RunRequest)
+    assert run_job(platform, instance).success
+    assert instance.get_run_by_id(run_id) is None
+    old_run(instance)
+    with captured_log() as log:
+        assert clean(platform, instance).runs == RemovedRuns(deleted=1)
+    assert any(f"Deleted 1 runs that ended before {ago(90)}" in line for line in log)
 
 
 def test_the_sensor_waits_for_the_table(platform: Platform) -> None:
