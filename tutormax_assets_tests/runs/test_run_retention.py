@@ -111,7 +111,8 @@ def make_old(instance: dg.DagsterInstance, *run_ids: str, days: int = 100) -> No
 
 def remove(instance: dg.DagsterInstance) -> tuple[list[str], list[str]]:
     """Remove the runs that are older than 90 days; gives those that went and were trimmed."""
-    deleted, trimmed = [], []
+    deleted: list[str] = []
+    trimmed: list[str] = []
     for some in old_runs(instance, now() - timedelta(days=90)):
         remove_runs(instance, some, log=LOG)
         deleted += some.deleted
