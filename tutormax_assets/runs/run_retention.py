@@ -10,7 +10,7 @@ tables and columns are those of Dagster 1.13; a test on SQLite and PostgreSQL co
 import logging
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,7 +115,9 @@ def remove_runs(instance: dg.DagsterInstance, runs: OldRuns, *, log: logging.Log
     """
     storage: Any = instance.event_log_storage
     for run_id in (*runs.deleted, *runs.trimmed):
-        instance.compute_log_manager.delete_logs(prefix=[run_id])
+        # Another cleanup may be deleting the same folder.
+        with suppress(FileNotFoundError):
+            instance.compute_log_manager.delete_logs(prefix=[run_id])
     if isinstance(storage, SqliteEventLogStorage):
         _remove_from_files(storage, runs, log)
     with storage.index_transaction() as connection:
