@@ -32,6 +32,11 @@ _OF_ASSETS = (
     dg.DagsterEventType.ASSET_OBSERVATION,
 )
 
+_ENDS = sa.text(
+    "SELECT 1 FROM event_logs WHERE run_id = :run_id AND dagster_event_type IN"
+    " ('PIPELINE_SUCCESS', 'PIPELINE_FAILURE', 'PIPELINE_CANCELED') LIMIT 1"
+)
+
 # SQLite takes 32,766 values in a statement unless it is built otherwise; an event has seven.
 _MOST_IN_A_STATEMENT = 1_000
 
@@ -42,9 +47,10 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
     The files are in ``base_dir``, or else where Dagster has them in a home that names no storage.
     What is recorded and where is as with Dagster's own class, and processes with either class read
     and write the same files. Events that Dagster has at once, such as those of all partitions of a
-    run, are recorded in one transaction of each file. After a power failure the last events may be
-    missing, as may those that Dagster was gathering when its process was killed; a run without its
-    end is then put on record as failed.
+    run, are recorded in one transaction of each file. A run whose file retention has deleted is
+    read from the file that all runs share. After a power failure the last events may be missing,
+    as may those that Dagster was gathering when its process was killed; a run without its end is
+    then put on record as failed.
     """
 
     def __init__(
@@ -94,9 +100,18 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
                 self._engines.pop(run_id).dispose()
                 forget_file_of_run(self, run_id)
             if run_id not in self._engines:
+                if not path.exists() and self._is_trimmed(run_id):
+                    with self.index_connection() as connection:
+                        yield connection
+                    return
                 self._make(run_id)
             with self._engine(run_id).begin() as connection:
                 yield connection
+
+    def _is_trimmed(self, run_id: str) -> bool:
+        """Whether retention has left of a run what is in the file that all runs share."""
+        with self.index_connection() as connection:
+            return connection.scalar(_ENDS, {"run_id": run_id}) is not None
 
     def _make(self, run_id: str) -> None:
         try:

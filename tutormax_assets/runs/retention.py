@@ -306,7 +306,7 @@ class Retention:
         if self.runs_from is None:
             return removed
         for some in old_runs(instance, self.runs_from):
-            remove_runs(instance, some, log=log)
+            remove_runs(instance, some)
             removed.deleted += len(some.deleted)
             removed.trimmed += len(some.trimmed)
         removed.runless_events = remove_runless_events(instance, self.runs_from)

@@ -9,7 +9,7 @@ tables and columns are those of Dagster 1.13; a test on SQLite and PostgreSQL co
 
 import logging
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from typing import Any
 import dagster as dg
 import sqlalchemy as sa
 
+from tutormax_assets.runs.event_log import PooledSqliteEventLogStorage
 from tutormax_assets.runs.private_dagster import SqliteEventLogStorage
 
 RUNS_AT_ONCE = 100
@@ -28,7 +29,7 @@ _EVENTS_AT_ONCE = 1_000
 _BUSY_TIMEOUT_SECONDS = 30
 
 # A smaller share is used again by the events of the next weeks.
-_FREE_SHARE = 0.25
+_FREE_SHARE = 0.1
 
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 
@@ -102,16 +103,15 @@ def old_runs(instance: dg.DagsterInstance, before: datetime) -> Iterator[OldRuns
             yield OldRuns(deleted, trimmed)
 
 
-def remove_runs(instance: dg.DagsterInstance, runs: OldRuns, *, log: logging.Logger) -> None:
+def remove_runs(instance: dg.DagsterInstance, runs: OldRuns) -> None:
     """Remove old runs, with their events, check results and compute logs.
 
-    The record of a run goes last, and the events by which ``old_runs`` finds a run to trim go after
-    those in the run's own file. A removal that was killed is therefore continued by the next one.
+    The record of a run goes last, and its file in SQLite before its rows in the file that all runs
+    share. ``old_runs`` therefore finds what a removal that was killed has left.
 
     Args:
         instance: Where the runs are on record.
         runs: Some of what ``old_runs`` has found.
-        log: Where a file that could not be compacted is reported.
     """
     storage: Any = instance.event_log_storage
     for run_id in (*runs.deleted, *runs.trimmed):
@@ -119,7 +119,10 @@ def remove_runs(instance: dg.DagsterInstance, runs: OldRuns, *, log: logging.Log
         with suppress(FileNotFoundError):
             instance.compute_log_manager.delete_logs(prefix=[run_id])
     if isinstance(storage, SqliteEventLogStorage):
-        _remove_from_files(storage, runs, log)
+        _delete_files(storage, runs.deleted)
+    # Dagster's own class would not find what stays of a run without its file.
+    if isinstance(storage, PooledSqliteEventLogStorage):
+        _delete_files(storage, runs.trimmed)
     with storage.index_transaction() as connection:
         _delete_events(connection, _EVENTS.c.run_id.in_(runs.deleted))
         connection.execute(_CHECKS.delete().where(_CHECKS.c.run_id.in_(runs.deleted)))
@@ -178,7 +181,7 @@ def compact_files(instance: dg.DagsterInstance, *, log: logging.Logger) -> None:
         Path(instance.root_directory, "history", "runs.db"),
     ):
         if path.exists():
-            _compact(path, log, free_share=_FREE_SHARE)
+            _compact(path, log)
 
 
 def _with_newest(run_ids: Sequence[str]) -> sa.CompoundSelect[Any]:
@@ -249,21 +252,13 @@ def _delete_events(connection: sa.Connection, *conditions: sa.ColumnElement[bool
     connection.execute(_EVENTS.delete().where(*conditions))
 
 
-def _remove_from_files(storage: Any, runs: OldRuns, log: logging.Logger) -> None:
-    """Delete the files of runs in SQLite, and trim those that stay."""
-    for run_id in runs.deleted:
+def _delete_files(storage: SqliteEventLogStorage, run_ids: Iterable[str]) -> None:
+    for run_id in run_ids:
         for suffix in ("-wal", "-shm", ""):
             Path(storage.path_for_shard(run_id) + suffix).unlink(missing_ok=True)
-    for run_id in runs.trimmed:
-        path = Path(storage.path_for_shard(run_id))
-        if path.exists():
-            with storage.run_connection(run_id) as connection:
-                _delete_events(connection, _EVENTS.c.run_id == run_id, _is_detail())
-            _compact(path, log, free_share=0)
 
 
-def _compact(path: Path, log: logging.Logger, *, free_share: float) -> None:
-    """Return the free space of a file in SQLite to the filesystem, if it is a larger share."""
+def _compact(path: Path, log: logging.Logger) -> None:
     with closing(
         sqlite3.connect(path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None)
     ) as connection:
@@ -272,7 +267,7 @@ def _compact(path: Path, log: logging.Logger, *, free_share: float) -> None:
                 connection.execute(f"PRAGMA {name}").fetchone()
                 for name in ("page_count", "freelist_count")
             )
-            if free > free_share * pages:
+            if free > _FREE_SHARE * pages:
                 connection.execute("VACUUM")
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         # Another process has locked the file, or the disk is full.

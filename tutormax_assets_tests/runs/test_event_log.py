@@ -320,6 +320,8 @@ def test_events_of_a_run_that_another_process_deleted_are_recorded_anew(
 ) -> None:
     dagster_run = instance.get_run_by_id(run(instance))
     assert dagster_run is not None
+    with opened(tmp_path) as another:
+        another.event_log_storage.delete_events(dagster_run.run_id)
     for file in (tmp_path / "history" / "runs").glob(f"{dagster_run.run_id}.db*"):
         file.unlink()
 
