@@ -92,10 +92,12 @@ def old_runs(instance: dg.DagsterInstance, before: datetime) -> Iterator[OldRuns
     storage: Any = instance.event_log_storage
     wanted = dg.RunsFilter(statuses=_ENDED, updated_before=before.astimezone(UTC))
     run_ids = instance.get_run_ids(wanted)[::-1]
+    # Runs that are recorded meanwhile can only make it smaller.
+    with storage.index_connection() as connection:
+        held = set(connection.scalars(_with_newest()))
     for first in range(0, len(run_ids), RUNS_AT_ONCE):
         some = run_ids[first : first + RUNS_AT_ONCE]
         with storage.index_connection() as connection:
-            held = set(connection.scalars(_with_newest(some)))
             detailed = set(connection.scalars(_with_details(some)))
         deleted = [run_id for run_id in some if run_id not in held]
         trimmed = [run_id for run_id in some if run_id in held & detailed]
@@ -184,8 +186,8 @@ def compact_files(instance: dg.DagsterInstance, *, log: logging.Logger) -> None:
             _compact(path, log)
 
 
-def _with_newest(run_ids: Sequence[str]) -> sa.CompoundSelect[Any]:
-    """Selects those of some runs whose events a reader of the newest events needs."""
+def _with_newest() -> sa.CompoundSelect[Any]:
+    """Selects the runs whose events a reader of the newest events needs."""
     event, check = _EVENTS.c, _CHECKS.c
     of_partitions = (
         sa.select(sa.func.max(event.id))
@@ -200,12 +202,9 @@ def _with_newest(run_ids: Sequence[str]) -> sa.CompoundSelect[Any]:
     return sa.union(
         sa.select(event.run_id).where(
             # SQLite gives the id of a deleted last row again, which cursors of sensors are past.
-            event.id.in_(of_partitions) | (event.id == _last_event()),
-            event.run_id.in_(run_ids),
+            event.id.in_(of_partitions) | (event.id == _last_event())
         ),
-        sa.select(check.run_id).where(
-            check.id.in_(of_checks) | check.id.in_(with_result), check.run_id.in_(run_ids)
-        ),
+        sa.select(check.run_id).where(check.id.in_(of_checks) | check.id.in_(with_result)),
     )
 
 
