@@ -83,6 +83,14 @@ def test_kubernetes_has_the_limits_of_the_instance() -> None:
     assert not instance["telemetry"]["enabled"]
 
 
+def test_ticks_have_the_same_age_in_the_packaged_instance() -> None:
+    packaged = yaml.safe_load(
+        (DEPLOY.parent / "tutormax_assets" / "dagster.yaml").read_text("utf-8")
+    )
+
+    assert packaged["retention"] == read("dagster.yaml")["retention"]
+
+
 def test_compose_publishes_the_ui_on_loopback_and_nothing_else() -> None:
     services = read("compose.yaml")["services"]
 
