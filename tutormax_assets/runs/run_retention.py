@@ -23,12 +23,12 @@ from tutormax_assets.runs.event_log import PooledSqliteEventLogStorage
 from tutormax_assets.runs.private_dagster import SqliteEventLogStorage
 
 RUNS_AT_ONCE = 100
-"""Runs that one transaction deals with: about 40,000 events, a second on PostgreSQL."""
+"""Runs that one transaction deals with: 18,000 events of nights, half a second at most."""
 
 _EVENTS_AT_ONCE = 1_000
 _BUSY_TIMEOUT_SECONDS = 30
 
-# A smaller share is used again by the events of the next weeks.
+# New events soon fill a smaller share of a file.
 _FREE_SHARE = 0.1
 
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
