@@ -9,7 +9,7 @@ LOCKS := requirements.lock requirements-dev.lock requirements-bench.lock deploy/
 OSV_URL ?= https://api.osv.dev/v1/query
 
 .DEFAULT_GOAL := help
-.PHONY: help same-python install demo test e2e interop chaos bench bench-scale check dev lock audit clean
+.PHONY: help same-python install demo test test-extended e2e interop chaos bench bench-scale check dev lock audit clean
 
 help: ## Show these targets.
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -23,7 +23,10 @@ dev: .venv/installed ## Start the Dagster UI on http://127.0.0.1:3000.
 	@$(BIN)/tutormax dev
 
 test: .venv/installed-dev ## Run the tests.
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup $(PYTEST)
+	@$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not extended" $(PYTEST)
+
+test-extended: .venv/installed-dev ## Run the tests of Dask clusters, benchmarks and chaos.
+	@$(BIN)/python -m pytest -n 3 --dist loadgroup -m extended $(PYTEST)
 
 e2e: .venv/installed-dev ## Use the Dagster UI in a real browser; installs Debian's Chromium if there is none.
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \

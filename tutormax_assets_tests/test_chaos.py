@@ -158,6 +158,7 @@ def test_the_oracle_agrees_with_a_run_and_sees_what_is_not_right(
     assert tier.startswith("tier of (")
 
 
+@pytest.mark.extended
 def test_killed_runs_leave_nothing_that_the_next_run_does_not_put_right(
     engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +199,7 @@ def test_partitions_that_move_and_go_leave_nothing_for_a_run_of_all_tutors() -> 
     assert report.figures["frames compared with a full run"] == 30
 
 
+@pytest.mark.extended
 def test_customers_wait_for_no_run_and_are_counted_once(engine: sa.Engine) -> None:
     report = load.run(
         seconds=600,

@@ -22,6 +22,8 @@ from tutormax_assets.database.tables import TABLES_OF_DATES
 from tutormax_assets.settings import load_settings
 from tutormax_assets_tests import conftest
 
+pytestmark = pytest.mark.extended
+
 KEYS = {
     "case",
     "tutors",

@@ -8,6 +8,8 @@ from benchmarks.contestants import Measured
 from benchmarks.peers import Task
 from benchmarks.platforms import Platform, midnight
 
+pytestmark = pytest.mark.extended
+
 LIBRARIES = {"pandas": "pandas", "duckdb": "duckdb"}
 
 

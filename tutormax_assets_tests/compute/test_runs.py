@@ -51,7 +51,7 @@ from tutormax_assets_tests.conftest import (
 )
 
 # One process runs them all, so that there is one cluster.
-pytestmark = pytest.mark.xdist_group("runs on a cluster")
+pytestmark = [pytest.mark.extended, pytest.mark.xdist_group("runs on a cluster")]
 
 LOG = logging.getLogger("tutormax_assets.runs")
 TIMES = ("created_at", "updated_at")
