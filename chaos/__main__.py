@@ -75,9 +75,9 @@ def main(
 
 
 def _late(seconds: float, *, steps: int, seed: int) -> Report:
-    """On servers that are exchanged in half of the time, and on one server in the rest."""
+    """On other servers in two thirds of the time, and on one server in the rest."""
     began = time.monotonic()
-    report = late_servers.run(seconds=seconds / 2, seed=seed)
+    report = late_servers.run(seconds=2 / 3 * seconds, seed=seed)
     rest = seconds - (time.monotonic() - began)
     report.add(late.run(steps=steps, seconds=rest, seed=seed))
     return report

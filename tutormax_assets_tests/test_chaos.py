@@ -8,8 +8,9 @@ import pytest
 import sqlalchemy as sa
 from upath import UPath
 
-from chaos import bad_input, ground, kills, late, late_servers, load, oracle
+from chaos import bad_input, ground, kills, late, late_partitions, load, oracle
 from chaos.ground import END, differences
+from chaos.lane import fill, lane
 from chaos.proxy import ALWAYS, Proxy
 from chaos.report import Report, percentile
 from chaos.servers import servers
@@ -187,12 +188,12 @@ def test_partitions_that_move_and_go_leave_nothing_for_a_run_of_all_tutors() -> 
     report = Report("late")
     with (
         servers("one") as (server,),
-        late_servers.lane("partitions", report, seed=1) as one,
+        lane("partitions", report, seed=1) as one,
     ):
         server.start()
-        late_servers.fill(server.url)
+        fill(server.url)
         one.lead_to(server.url)
-        late_servers.take_steps(one, late_servers.UNIQUE_IDS[:1])
+        late_partitions.take_steps(one, late_partitions.UNIQUE_IDS[:1])
 
     assert report.wrong == []
     assert report.figures["partitions: changed tutors"] == 1
