@@ -1,6 +1,5 @@
 """Live numbers: those of a date that begins now, kept apart, and never older than before."""
 
-import logging
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
@@ -19,7 +18,7 @@ from tutormax_assets.database.tables import tutor_live_metrics
 from tutormax_assets.definitions import LIVE_JOB_NAME, build_definitions
 from tutormax_assets.defs.assets.live_metrics import LIVE_METRICS
 from tutormax_assets.runs.instance import dagster_instance
-from tutormax_assets_tests.conftest import SMALL_PLATFORM_END, Platform
+from tutormax_assets_tests.conftest import SMALL_PLATFORM_END, Platform, captured_log
 
 KEY = ["tutor_id", "window"]
 END = datetime(2025, 11, 7, tzinfo=UTC)
@@ -131,7 +130,7 @@ def test_the_asset_says_what_it_wrote(recent_platform: Platform) -> None:
 
 
 def test_watching_goes_on_after_a_failure_that_may_pass(
-    recent_platform: Platform, caplog: pytest.LogCaptureFixture
+    recent_platform: Platform,
 ) -> None:
     recent_platform.execute("CREATE SEQUENCE refreshes")
     recent_platform.execute(
@@ -146,10 +145,10 @@ def test_watching_goes_on_after_a_failure_that_may_pass(
     )
     settings = recent_platform.settings.model_copy(update={"live_seconds": 0})
 
-    with caplog.at_level(logging.WARNING):
+    with captured_log() as log:
         first, second = islice(watch_live_metrics(settings), 2)
 
-    assert "a conflict" in caplog.text
+    assert "WARNING a conflict" in log
     assert first.calculated_at < second.calculated_at == live_rows(recent_platform)[0, -1]
     with dagster_instance(settings) as instance:
         event = instance.get_latest_materialization_event(dg.AssetKey(LIVE_METRICS))
